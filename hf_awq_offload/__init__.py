@@ -1,0 +1,33 @@
+"""AWQ as a quantizer of Hugging Face transformers: makes AWQ checkpoints, and loads them.
+
+Importing the package registers it; `from_pretrained(..., quantization_config=AwqOffloadConfig(...))` then works.
+"""
+
+from .config import AwqOffloadConfig
+from .errors import (
+    AwqOffloadError,
+    CalibrationDataError,
+    CheckpointError,
+    ConfigError,
+    ModelStructureError,
+    NumericalError,
+)
+from .linear import AwqLinear
+from .quantizer import AwqOffloadQuantizer, quantize_model
+from .registration import register, use_for_awq
+
+__all__ = [
+    "AwqLinear",
+    "AwqOffloadConfig",
+    "AwqOffloadError",
+    "AwqOffloadQuantizer",
+    "CalibrationDataError",
+    "CheckpointError",
+    "ConfigError",
+    "ModelStructureError",
+    "NumericalError",
+    "quantize_model",
+    "use_for_awq",
+]
+
+register()

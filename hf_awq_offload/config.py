@@ -1,0 +1,295 @@
+"""What to do (`AwqOffloadConfig`) and what a checkpoint is (`AwqCheckpointConfig`).
+
+The two are kept apart on purpose: the recipe holds data sets and devices and never leaves the machine; what
+config.json carries is the interchange standard that vLLM, SGLang, TGI and stock transformers read.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+
+from .errors import CheckpointError, ConfigError
+
+QUANT_METHOD = "awq_offload"
+"""The name under which the recipe is registered with transformers."""
+
+GROUP_SIZES = (-1, 32, 64, 128)
+"""Group sizes that AWQ kernels serve; -1 is one group per output row."""
+
+MIN_SEQ_LEN_TOKENS = 8
+
+
+class AwqOffloadConfig(QuantizationConfigMixin):
+    """The recipe: how `from_pretrained` calibrates and quantizes a model.
+
+    Args:
+        bits: bits per weight; 4 is what AWQ checkpoints store.
+        group_size: input channels that share a scale and a zero point: 32, 64, 128, or -1 for a whole row.
+        zero_point: asymmetric grid (a zero point per group). vLLM's Marlin kernels want True.
+        dataset: calibration data. `"builtin"` is English text that every CPython carries; see docs/calibration.md
+            for the other forms (texts, token ids, tensors, `datasets.Dataset`, files, dataset names).
+        tokenizer: a tokenizer, or a name or path of one; by default the checkpoint's own.
+        text_column: the column of `dataset` that holds the text; by default "text" or the only column of strings.
+        n_samples: number of calibration sequences.
+        max_seq_len: length of a calibration sequence, in tokens.
+        batch_tokens: tokens in one micro-batch on the execution device; by default chosen from its memory.
+        n_grid: number of candidates for the exponent of the scale search; 0 switches the search off.
+        duo_scaling: let the candidates depend on the weights too (AWQ's `duo_scaling`).
+        clip: search for a clipping range per group.
+        modules_to_not_convert: names (suffixes, prefixes or regular expressions, as transformers matches them)
+            of linears that stay in full precision.
+        execution_device: where a decoder layer is processed; by default the accelerator, else the CPU.
+        seed: seed of everything random (the choice of samples, probes).
+
+    Raises:
+        ConfigError: a value is not allowed, or a field is unknown.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: int = 128,
+        zero_point: bool = True,
+        dataset: Any = "builtin",
+        tokenizer: Any = None,
+        text_column: str | None = None,
+        n_samples: int = 128,
+        max_seq_len: int = 512,
+        batch_tokens: int | None = None,
+        n_grid: int = 20,
+        duo_scaling: bool = True,
+        clip: bool = True,
+        modules_to_not_convert: list[str] | None = None,
+        execution_device: Any = None,
+        seed: int = 0,
+        **unknown: Any,
+    ):
+        self.quant_method = QUANT_METHOD
+        self.bits = bits
+        self.group_size = group_size
+        self.zero_point = zero_point
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.text_column = text_column
+        self.n_samples = n_samples
+        self.max_seq_len = max_seq_len
+        self.batch_tokens = batch_tokens
+        self.n_grid = n_grid
+        self.duo_scaling = duo_scaling
+        self.clip = clip
+        self.modules_to_not_convert = modules_to_not_convert
+        self.execution_device = execution_device
+        self.seed = seed
+        self._reject_unknown(unknown)
+        self._validate()
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """As the base class; `quant_method`, which a serialized config carries, is checked and taken out first."""
+        config_dict = dict(config_dict)
+        method = config_dict.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ConfigError(f"quant_method is {method!r}, AwqOffloadConfig expects {QUANT_METHOD!r}.")
+        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values; a data set or tokenizer given as an object is described, never spelled out."""
+        fields = dict(self.__dict__)
+        for name in ("dataset", "tokenizer", "execution_device"):
+            if not isinstance(fields[name], str | None):
+                is_plain = name == "execution_device" or isinstance(fields[name], os.PathLike)
+                fields[name] = str(fields[name]) if is_plain else f"<{type(fields[name]).__name__}>"
+        return copy.deepcopy(fields)
+
+    def __deepcopy__(self, memo):
+        # from_pretrained deep-copies the model's config. The data set is shared, not copied: it may be a
+        # generator (which can't be copied) or larger than the model.
+        return copy.copy(self)
+
+    def _reject_unknown(self, unknown: Mapping[str, Any]) -> None:
+        known = [name for name in self.__dict__ if name != "quant_method"]
+        for name in unknown:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"AwqOffloadConfig has no field {name!r}; the nearest is {nearest!r}. Known: {', '.join(known)}."
+            )
+
+    def _validate(self) -> None:
+        _require_int("bits", self.bits, "4, what AWQ checkpoints store; leave it out", allowed=(4,))
+        _require_int(
+            "group_size",
+            self.group_size,
+            "128 (the usual), 64, 32, or -1 for one group per row",
+            allowed=GROUP_SIZES,
+        )
+        for name in ("zero_point", "duo_scaling", "clip"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; pass True or False.")
+        _require_int("n_samples", self.n_samples, "a positive number of sequences, such as 128", minimum=1)
+        _require_int(
+            "max_seq_len",
+            self.max_seq_len,
+            f"a number of tokens, at least {MIN_SEQ_LEN_TOKENS}, such as 512",
+            minimum=MIN_SEQ_LEN_TOKENS,
+        )
+        if self.batch_tokens is not None:
+            _require_int("batch_tokens", self.batch_tokens, "a positive number of tokens, or None", minimum=1)
+        _require_int("n_grid", self.n_grid, "a number of candidates such as 20, or 0 for no scale search", minimum=0)
+        _require_int("seed", self.seed, "an integer from 0 to 2**63 - 1", minimum=0, maximum=2**63 - 1)
+        self._validate_data()
+        if self.modules_to_not_convert is not None:
+            names = self.modules_to_not_convert
+            if isinstance(names, str) or not isinstance(names, Iterable):
+                raise ConfigError(f"modules_to_not_convert is {names!r}; pass a list of module names.")
+            self.modules_to_not_convert = list(names)
+            if not all(isinstance(name, str) and name for name in self.modules_to_not_convert):
+                raise ConfigError(
+                    f"modules_to_not_convert is {self.modules_to_not_convert!r}; every entry must be a non-empty "
+                    "string, such as 'lm_head'."
+                )
+        if self.execution_device is not None:
+            _require_device(self.execution_device)
+
+    def _validate_data(self) -> None:
+        if self.text_column is not None and not isinstance(self.text_column, str):
+            raise ConfigError(f"text_column is {self.text_column!r}; pass the name of a column, or None.")
+        if self.dataset is None or isinstance(self.dataset, bool | int | float):
+            raise ConfigError(
+                f"dataset is {self.dataset!r}; pass 'builtin', a list of texts, token ids, a datasets.Dataset, a "
+                "path or a dataset name. To quantize without data, set n_grid=0 and clip=False."
+            )
+        if isinstance(self.dataset, str) and not self.dataset.strip():
+            raise ConfigError("dataset is an empty string; pass 'builtin', a path or a dataset name.")
+        if self.tokenizer is not None and not isinstance(self.tokenizer, str | os.PathLike):
+            if not callable(self.tokenizer):
+                raise ConfigError(
+                    f"tokenizer is a {type(self.tokenizer).__name__}; pass a tokenizer, its name or path, or None "
+                    "for the checkpoint's own."
+                )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any step reads activations; without one the data set is not loaded at all."""
+        return self.n_grid > 0 or self.clip
+
+
+def _require_int(
+    name: str,
+    value: Any,
+    remedy: str,
+    minimum: int | None = None,
+    maximum: int | None = None,
+    allowed: tuple[int, ...] | None = None,
+) -> None:
+    """Raise ConfigError unless `value` is an integer (not a bool) within the bounds."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    in_bounds = is_int and (
+        (minimum is None or value >= minimum)
+        and (maximum is None or value <= maximum)
+        and (allowed is None or value in allowed)
+    )
+    if not in_bounds:
+        raise ConfigError(f"{name} is {value!r}; pass {remedy}.")
+
+
+def _require_device(device: Any) -> None:
+    """Raise ConfigError unless torch knows `device` and the machine has it."""
+    import torch
+
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"execution_device is {device!r}, which torch does not know ({str(error).splitlines()[0]}); pass "
+            "'cuda', 'cuda:1', 'xpu', 'mps', 'cpu', or None for the accelerator if there is one."
+        ) from error
+    if parsed.type == "cpu":
+        return
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    if accelerator is None or accelerator.type != parsed.type or (parsed.index or 0) >= count:
+        has = "none" if accelerator is None else f"{count} of type {accelerator.type!r}"
+        raise ConfigError(
+            f"execution_device is {device!r}, but this machine's accelerators are: {has}. Pass 'cpu' or None."
+        )
+
+
+@dataclass
+class AwqCheckpointConfig(QuantizationConfigMixin):
+    """What config.json says of a quantized checkpoint: the interchange standard, and nothing of the recipe.
+
+    `meta` is where the standard leaves room for the tool that made the checkpoint.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    zero_point: bool = True
+    version: str = "gemm"
+    modules_to_not_convert: list[str] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    quant_method: QuantizationMethod = QuantizationMethod.AWQ
+
+    SUPPORTED_VERSIONS = ("gemm",)
+
+    @classmethod
+    def from_recipe(
+        cls, recipe: AwqOffloadConfig, modules_to_not_convert: list[str], meta: dict[str, Any]
+    ) -> AwqCheckpointConfig:
+        """The config of the checkpoint that `recipe` made."""
+        return cls(
+            bits=recipe.bits,
+            group_size=recipe.group_size,
+            zero_point=recipe.zero_point,
+            modules_to_not_convert=modules_to_not_convert or None,
+            meta=meta,
+        )
+
+    @classmethod
+    def from_awq_config(cls, config: Any) -> AwqCheckpointConfig:
+        """From transformers' own `AwqConfig`, which is what it parses an AWQ checkpoint's config.json to.
+
+        Raises:
+            CheckpointError: the checkpoint is of a kind that this package can't load.
+        """
+        version = str(getattr(config.format, "value", config.format))
+        if version not in cls.SUPPORTED_VERSIONS:
+            raise CheckpointError(
+                f"The checkpoint's AWQ version is {version!r}; supported: {', '.join(cls.SUPPORTED_VERSIONS)}. "
+                "Install gptqmodel to load it with stock transformers."
+            )
+        if config.bits != 4:
+            raise CheckpointError(f"The checkpoint says bits={config.bits}; the AWQ format stores 4.")
+        group_size = config.group_size
+        if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size == 0 or group_size < -1:
+            raise CheckpointError(
+                f"The checkpoint says group_size={group_size!r}; expected a positive number of input channels or -1."
+            )
+        return cls(
+            bits=config.bits,
+            group_size=group_size,
+            zero_point=bool(config.zero_point),
+            version=version,
+            modules_to_not_convert=config.modules_to_not_convert,
+            meta=config.meta or {},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of the standard; `desc_act` and `lm_head` are there because vLLM and TGI read them."""
+        return {
+            "quant_method": self.quant_method.value,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "zero_point": self.zero_point,
+            "version": self.version,
+            "modules_to_not_convert": copy.copy(self.modules_to_not_convert),
+            "desc_act": False,
+            "lm_head": False,
+            "meta": copy.deepcopy(self.meta),
+        }

@@ -1,0 +1,35 @@
+"""Every error that the package raises on purpose.
+
+    AwqOffloadError
+    ├── ConfigError          (ValueError)    a field of AwqOffloadConfig, or a combination of fields
+    ├── CalibrationDataError (ValueError)    the calibration data can't be read, or is too little
+    ├── ModelStructureError  (ValueError)    the model has nothing to quantize, or can't be traced
+    ├── NumericalError       (RuntimeError)  activations or weights of a layer are not finite
+    └── CheckpointError      (ValueError)    a quantized checkpoint contradicts its own config
+
+A message says what was found, what was expected and what to do.
+"""
+
+
+class AwqOffloadError(Exception):
+    """Base class: `except AwqOffloadError` catches all that the package raises on purpose."""
+
+
+class ConfigError(AwqOffloadError, ValueError):
+    """A field of the quantization config is unknown, has a value that is not allowed, or contradicts another."""
+
+
+class CalibrationDataError(AwqOffloadError, ValueError):
+    """The calibration data can't be read, has the wrong form, or is too little."""
+
+
+class ModelStructureError(AwqOffloadError, ValueError):
+    """The model has no decoder layers with linears to quantize, or its forward pass can't be traced."""
+
+
+class NumericalError(AwqOffloadError, RuntimeError):
+    """Activations or weights of a layer hold NaN or infinities."""
+
+
+class CheckpointError(AwqOffloadError, ValueError):
+    """A quantized checkpoint's tensors contradict the config that came with them."""

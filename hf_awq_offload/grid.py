@@ -1,0 +1,128 @@
+"""The quantization grid: group-wise integers with a scale and a zero point per group. Pure functions.
+
+    w ≈ (q - z) · Δ,   q ∈ {0 … 2^b - 1},   one (Δ, z) for `group_size` consecutive input channels of a row
+
+Asymmetric, from a range [lo, hi] that holds zero:  Δ = (hi - lo) / (2^b - 1),  z = -round(lo / Δ)
+Symmetric, from a range |w| ≤ m:                    Δ = m / (2^(b-1) - 1),      z = 2^(b-1)
+
+The range is that of AutoAWQ (Lin et al. 2023, arXiv:2306.00978, section 3.2), except that Δ is rounded to fp16,
+the precision it is stored in, *before* the weights are divided by it: the integers are then the nearest ones on
+the grid that a reader reconstructs, not on one that exists only here.
+
+Shapes: out = rows (output channels), in = input channels, n = groups per row = in / group_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPE = torch.float16
+"""The dtype in which the AWQ format stores scales, whatever the model's dtype."""
+
+MIN_RANGE = 1e-5
+"""Narrowest range of a group; keeps Δ representable in fp16 for groups that are all zeros."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which integers there are. `group_size` is resolved: a positive number, never -1."""
+
+    bits: int
+    group_size: int
+    zero_point: bool
+
+    @property
+    def levels(self) -> int:
+        """Largest integer on the grid, 2^bits - 1."""
+        return 2**self.bits - 1
+
+    def groups(self, weight: Tensor) -> Tensor:
+        """View (out, in) as (out, n, group_size)."""
+        return weight.unflatten(-1, (-1, self.group_size))
+
+
+class GroupRange(NamedTuple):
+    """The weights that a group's grid must reach, both (out, n), low ≤ 0 ≤ high."""
+
+    low: Tensor
+    high: Tensor
+
+
+class GroupParameters(NamedTuple):
+    """Scale Δ and zero point z of every group, both (out, n) in the weight's dtype; Δ is exact in fp16."""
+
+    scale: Tensor
+    zero: Tensor
+
+
+def resolve_group_size(
+    group_size: int,
+    in_features: int,  # input channels
+) -> int:
+    """-1 means one group for the whole row."""
+    return in_features if group_size == -1 else group_size
+
+
+def group_range(
+    weight: Tensor,  # (out, in)
+    grid: Grid,
+) -> GroupRange:
+    """The range of every group, widened to hold zero, as an integer zero point needs."""
+    groups = grid.groups(weight)
+    low, high = torch.aminmax(groups, dim=-1)
+    return GroupRange(low.clamp(max=0), high.clamp(min=0))
+
+
+def group_parameters(ranges: GroupRange, grid: Grid) -> GroupParameters:
+    """Scale and zero point that map `ranges` onto the integers; see the module's formulas."""
+    low, high = ranges
+    if grid.zero_point:
+        scale = _to_stored_precision((high - low).clamp(min=MIN_RANGE) / grid.levels)
+        zero = (-torch.round(low / scale)).clamp(0, grid.levels)
+    else:
+        half = grid.levels // 2
+        scale = _to_stored_precision(torch.maximum(-low, high).clamp(min=MIN_RANGE) / half)
+        zero = torch.full_like(scale, half + 1)
+    return GroupParameters(scale, zero)
+
+
+def quantize(
+    weight: Tensor,  # (out, in)
+    parameters: GroupParameters,
+    grid: Grid,
+) -> Tensor:
+    """Nearest integers on the grid, (out, in) in the weight's dtype; what lies outside the range saturates."""
+    scale, zero = (parameter.unsqueeze(-1) for parameter in parameters)
+    codes = torch.round(grid.groups(weight) / scale).add_(zero).clamp_(0, grid.levels)
+    return codes.flatten(-2)
+
+
+def dequantize(
+    codes: Tensor,  # (out, in)
+    parameters: GroupParameters,
+    grid: Grid,
+) -> Tensor:
+    """(q - z) · Δ, (out, in) in the scale's dtype."""
+    scale, zero = (parameter.unsqueeze(-1) for parameter in parameters)
+    return ((grid.groups(codes) - zero) * scale).flatten(-2)
+
+
+def quantize_dequantize(
+    weight: Tensor,  # (out, in)
+    grid: Grid,
+    ranges: GroupRange | None = None,
+) -> Tensor:
+    """The nearest weight that the grid can represent, (out, in); `ranges` default to the weight's own."""
+    parameters = group_parameters(group_range(weight, grid) if ranges is None else ranges, grid)
+    return dequantize(quantize(weight, parameters, grid), parameters, grid)
+
+
+def _to_stored_precision(scale: Tensor) -> Tensor:
+    """Round to fp16, never to zero or infinity: a group of tiny weights gets the smallest fp16 step."""
+    info = torch.finfo(SCALE_DTYPE)
+    rounded = scale.to(SCALE_DTYPE).to(scale.dtype)
+    return rounded.clamp(info.smallest_normal * info.eps, info.max)

@@ -1,0 +1,80 @@
+"""The AWQ GEMM layout: 4-bit integers in int32 words. Pure functions.
+
+Format (llm-awq / AutoAWQ `WQLinear_GEMM`, read by vLLM, SGLang, TGI and transformers):
+
+    qweight (in, out / 8) int32      qzeros (n, out / 8) int32      scales (n, out) fp16
+
+Word c of a row holds eight neighbouring output columns 8c … 8c+7, four bits each, in an order that suits the
+CUDA kernels that unpack two halves at once. Position in the word (bits 4i … 4i+3) → column:
+
+    i      0 1 2 3 4 5 6 7
+    column 0 2 4 6 1 3 5 7
+
+Weights are stored transposed, (in, out). Zero points are stored as they are (no "minus one" as in GPTQ's v1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .grid import SCALE_DTYPE, GroupParameters
+
+BITS = 4
+COLUMNS_PER_WORD = 32 // BITS
+COLUMN_AT_POSITION = (0, 2, 4, 6, 1, 3, 5, 7)
+_POSITION_OF_COLUMN = tuple(COLUMN_AT_POSITION.index(column) for column in range(COLUMNS_PER_WORD))
+
+
+class PackedWeight(NamedTuple):
+    """The three tensors of a linear in an AWQ GEMM checkpoint."""
+
+    qweight: Tensor  # (in, out / 8) int32
+    qzeros: Tensor  # (n, out / 8) int32
+    scales: Tensor  # (n, out) fp16
+
+
+def pack_columns(
+    codes: Tensor,  # (rows, columns), integers 0 … 15 in any dtype, columns % 8 == 0
+) -> Tensor:
+    """Eight columns to an int32 word, (rows, columns / 8)."""
+    by_position = codes.to(torch.int32).unflatten(-1, (-1, COLUMNS_PER_WORD))[..., list(COLUMN_AT_POSITION)]
+    words = torch.zeros(by_position.shape[:-1], dtype=torch.int32, device=codes.device)
+    for position in range(COLUMNS_PER_WORD):
+        words |= by_position[..., position] << (BITS * position)
+    return words
+
+
+def unpack_columns(
+    words: Tensor,  # (rows, columns / 8) int32
+) -> Tensor:
+    """Inverse of `pack_columns`: (rows, columns) uint8, values 0 … 15."""
+    shifts = torch.tensor(_POSITION_OF_COLUMN, dtype=torch.int32, device=words.device) * BITS
+    # `>>` on int32 copies the sign bit in from the left; the mask removes it again.
+    return ((words.unsqueeze(-1) >> shifts) & 0xF).to(torch.uint8).flatten(-2)
+
+
+def pack_weight(
+    codes: Tensor,  # (out, in) integers 0 … 15
+    parameters: GroupParameters,  # (out, n)
+) -> PackedWeight:
+    """The checkpoint tensors of one linear, contiguous."""
+    return PackedWeight(
+        pack_columns(codes.t()),
+        pack_columns(parameters.zero.t()),
+        parameters.scale.t().to(SCALE_DTYPE).contiguous(),
+    )
+
+
+def unpack_weight(
+    packed: PackedWeight,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The dequantized weight, (out, in) in `dtype`; (q - z) · Δ is computed in fp32 and rounded once."""
+    codes = unpack_columns(packed.qweight).to(torch.float32)
+    zeros = unpack_columns(packed.qzeros).to(torch.float32)
+    groups = codes.unflatten(0, (packed.scales.shape[0], -1))  # (n, group_size, out)
+    groups = groups.sub_(zeros.unsqueeze(1)).mul_(packed.scales.to(torch.float32).unsqueeze(1))
+    return groups.flatten(0, 1).t().to(dtype)

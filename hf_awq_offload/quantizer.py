@@ -1,0 +1,311 @@
+"""The plugin: transformers' `HfQuantizer` interface on one side, the pipeline on the other. No maths.
+
+Two jobs behind one class, told apart by `pre_quantized`:
+
+- a full-precision checkpoint and an `AwqOffloadConfig`: weights are loaded to the CPU, calibrated, quantized, and the
+  small model is dispatched as the caller's `device_map` asked;
+- an AWQ checkpoint: its linears become `AwqLinear` before the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationMethod
+
+from .config import AwqCheckpointConfig, AwqOffloadConfig
+from .data import CalibrationSet, load_calibration_set
+from .errors import CalibrationDataError, CheckpointError, ConfigError, ModelStructureError
+from .grid import Grid, resolve_group_size
+from .layers import candidate_layers, linears_in
+from .linear import AwqLinear, unpackable_reason
+from .pipeline import Undo, quantize_layers
+from .report import QuantizationReport
+from .streaming import default_execution_device
+
+logger = logging.get_logger(__name__)
+
+DeviceMap = dict[str, Any]
+
+
+class AwqOffloadQuantizer(HfQuantizer):
+    """See the module. `report` holds what the last quantization did."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        if self.pre_quantized:
+            if isinstance(quantization_config, AwqOffloadConfig):
+                raise CheckpointError(
+                    "The checkpoint's config.json holds a recipe (quant_method 'awq_offload'), which no finished "
+                    "checkpoint does; it was interrupted or edited. Quantize the original again."
+                )
+            self.quantization_config = AwqCheckpointConfig.from_awq_config(quantization_config)
+        self.final_device_map: DeviceMap | None = None
+        self.calibration: CalibrationSet | None = None
+        self.left_out: dict[str, str] = {}
+        self.quantizable: frozenset[str] = frozenset()
+        self.report: QuantizationReport | None = None
+
+    # -- before loading ------------------------------------------------------------------------------------------
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Full-precision weights go to the CPU; where the user wants the quantized model is kept for the end."""
+        if self.pre_quantized:
+            return device_map
+        if isinstance(device_map, str):
+            return device_map  # transformers resolves it for the quantized sizes, then asks validate_environment
+        if device_map is not None:
+            self._keep_final_device_map(device_map)
+        return {"": "cpu"}
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        """transformers calls this again with the map that it resolved from "auto": kept, and loading sent to the CPU."""
+        if self.pre_quantized or not isinstance(device_map, dict) or self.final_device_map is not None:
+            return
+        if "weights_only" not in kwargs:
+            self._keep_final_device_map(device_map)
+            device_map.clear()
+            device_map[""] = "cpu"
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element that a weight will take once quantized, so that device_map="auto" fits the result."""
+        module_name, _, parameter = param_name.rpartition(".")
+        if self.pre_quantized or parameter != "weight" or module_name not in self.quantizable:
+            return super().param_element_size(model, param_name, param)
+        group_size = resolve_group_size(self.quantization_config.group_size, param.shape[-1])
+        bits_of_group = 16 + self.quantization_config.bits  # scale and zero point
+        return (self.quantization_config.bits + bits_of_group / group_size) / 8
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            self._replace_linears(model)
+            return
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ModelStructureError(
+                f"{type(model).__name__} is an encoder-decoder model; supported are decoder-only models "
+                "(AutoModelForCausalLM)."
+            )
+        self.left_out = self._linears_left_out(model)
+        self.quantizable = frozenset(name for name in _linears_in_layers(model) if name not in self.left_out)
+        if not self.quantizable:
+            raise ModelStructureError(
+                f"No linear of {type(model).__name__} can be quantized with this config. Left out: "
+                f"{_list_reasons(self.left_out)}. Try another group_size, or fewer modules_to_not_convert."
+            )
+        if self.quantization_config.needs_calibration:
+            with torch.device("cpu"):  # transformers builds the model, and calls this, under the meta device
+                self.calibration = load_calibration_set(
+                    self.quantization_config,
+                    load_tokenizer=lambda: _load_tokenizer(model),
+                    vocab_size=model.get_input_embeddings().num_embeddings,
+                )
+
+    # -- after loading -------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            return model
+        self.quantize(model)
+        if self.final_device_map is not None:
+            _dispatch(model, self.final_device_map)
+        return model
+
+    def quantize(self, model: PreTrainedModel, undo: Undo | None = None) -> None:
+        """Quantize `model`, whose weights are on the CPU, in place, and make its config that of an AWQ checkpoint."""
+        recipe = self.quantization_config
+        assert isinstance(recipe, AwqOffloadConfig)
+        device = default_execution_device() if recipe.execution_device is None else torch.device(recipe.execution_device)
+        self._warn_of_unpackable()
+        self.report = quantize_layers(model, recipe, device, self.quantizable.__contains__, self.calibration, undo)
+        self.report.left_out = dict(self.left_out)
+        self.quantization_config = AwqCheckpointConfig.from_recipe(recipe, sorted(self.left_out), self._meta(recipe))
+        self.calibration = None
+        self.pre_quantized = True
+        model.config.quantization_config = self.quantization_config
+        model.quantization_method = QuantizationMethod.AWQ
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    # -- which linears -------------------------------------------------------------------------------------------
+
+    def _linears_left_out(self, model: PreTrainedModel) -> dict[str, str]:
+        """Every linear of the model that stays in full precision -> why."""
+        config = self.quantization_config
+        in_layers = _linears_in_layers(model)
+        skipped = self._modules_not_converted(model)
+        chosen = config.modules_to_not_convert or []
+        left_out = {}
+        for name, linear in model.named_modules():
+            if not isinstance(linear, nn.Linear):
+                continue
+            unpackable = unpackable_reason(linear.in_features, linear.out_features, config.group_size)
+            if not should_convert_module(name, chosen):
+                left_out[name] = "named in modules_to_not_convert"
+            elif name not in in_layers:
+                left_out[name] = "outside the decoder layers"
+            elif not should_convert_module(name, skipped):
+                left_out[name] = "tied, last, or kept in fp32 by the model"
+            elif unpackable is not None:
+                left_out[name] = unpackable
+        return left_out
+
+    def _modules_not_converted(self, model: PreTrainedModel) -> list[str]:
+        """Name patterns that transformers' own AWQ loader leaves in full precision too."""
+        return self.get_modules_to_not_convert(
+            model,
+            self.quantization_config.modules_to_not_convert,
+            getattr(model, "_keep_in_fp32_modules", None),
+            add_default_skips=True,
+        )
+
+    def _replace_linears(self, model: PreTrainedModel) -> None:
+        """Put an `AwqLinear` on the meta device wherever the checkpoint holds packed tensors."""
+        config = self.quantization_config
+        skipped = self._modules_not_converted(model)
+        replaced = 0
+        for name, linear in list(model.named_modules()):
+            if not isinstance(linear, nn.Linear) or not should_convert_module(name, skipped):
+                continue
+            reason = unpackable_reason(linear.in_features, linear.out_features, config.group_size)
+            if reason is not None:
+                raise CheckpointError(
+                    f"The checkpoint's config says that {name} is quantized, but its {reason}. Expected it among "
+                    "modules_to_not_convert; correct config.json or quantize again."
+                )
+            grid = Grid(config.bits, resolve_group_size(config.group_size, linear.in_features), config.zero_point)
+            bias = linear.bias is not None
+            dtype = linear.weight.dtype
+            packed = AwqLinear(linear.in_features, linear.out_features, bias, grid, dtype, device="meta")
+            model.set_submodule(name, packed)
+            replaced += 1
+        if not replaced:
+            raise CheckpointError(
+                f"config.json says quant_method 'awq', but no linear of {type(model).__name__} is to be loaded "
+                f"quantized: modules_to_not_convert is {config.modules_to_not_convert}."
+            )
+
+    # -- odds and ends of one run ----------------------------------------------------------------------------------
+
+    def _keep_final_device_map(self, device_map: DeviceMap) -> None:
+        if "disk" in device_map.values():
+            raise ConfigError(
+                "device_map places modules on disk; from_pretrained returns the quantized model in memory. Map them "
+                "to 'cpu' or an accelerator, or raise max_memory['cpu']."
+            )
+        self.final_device_map = dict(device_map)
+
+    def _warn_of_unpackable(self) -> None:
+        unpackable = {name: reason for name, reason in self.left_out.items() if "multiple of" in reason}
+        if unpackable:
+            logger.warning(
+                f"{len(unpackable)} linears stay in full precision because their shape does not fit the AWQ layout: "
+                f"{_list_reasons(unpackable)}."
+            )
+
+    def _meta(self, recipe: AwqOffloadConfig) -> dict[str, Any]:
+        """How the checkpoint was made; the data set by name or hash, never its text."""
+        meta: dict[str, Any] = {"quantizer": [f"hf_awq_offload:{version('hf_awq_offload')}"], "seed": recipe.seed}
+        if self.calibration is not None:
+            meta |= {
+                "dataset": self.calibration.name,
+                "n_samples": len(self.calibration.sequences),
+                "max_seq_len": recipe.max_seq_len,
+                "calibration_tokens": self.calibration.tokens,
+            }
+        return meta | {"n_grid": recipe.n_grid, "duo_scaling": recipe.duo_scaling, "clip": recipe.clip}
+
+
+def quantize_model(
+    model: PreTrainedModel, config: AwqOffloadConfig, tokenizer: PreTrainedTokenizerBase | str | None = None
+) -> PreTrainedModel:
+    """Calibrate and quantize a model that is in memory already, in place; returns it.
+
+    It ends up on the devices that it came on. Should anything fail, the model is put back as it was.
+
+    Args:
+        model: a decoder-only model in full precision.
+        config: the recipe.
+        tokenizer: for calibration texts; by default `config.tokenizer`, else that of the model's checkpoint.
+
+    Raises:
+        AwqOffloadError: the model can't be quantized, or the data can't be used; the model is unchanged.
+    """
+    if not isinstance(config, AwqOffloadConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelStructureError("The model is quantized already; pass it in full precision.")
+    if getattr(model, "_hf_peft_config_loaded", False) or any("lora_" in name for name, _ in model.named_parameters()):
+        raise ModelStructureError("The model carries adapters; merge them first (merge_and_unload) or remove them.")
+    if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise ModelStructureError("Weights of the model are on the meta device; load them first.")
+    recipe = copy.copy(config)
+    if tokenizer is not None:
+        recipe.tokenizer = tokenizer
+    quantizer = AwqOffloadQuantizer(recipe, pre_quantized=False)
+    device_map = getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
+    undo: Undo = []
+    try:
+        quantizer.preprocess_model(model)
+        remove_hook_from_submodules(model)
+        model.to("cpu")
+        quantizer.quantize(model, undo)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        quantizer.remove_quantization_config(model)
+        raise
+    finally:
+        _dispatch(model, device_map)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True
+    model.hf_quantizer = quantizer
+    return model
+
+
+def _linears_in_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear inside the model's decoder layers by its full name."""
+    return {
+        f"{layer_name}.{name}": linear
+        for layer_name, layer in candidate_layers(model).items()
+        for name, linear in linears_in(layer).items()
+    }
+
+
+def _load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    source = model.config.name_or_path
+    if not source:
+        raise CalibrationDataError(
+            "A tokenizer is needed for calibration texts and the model does not say where its own is; pass "
+            "tokenizer=..., or a dataset of token ids."
+        )
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _dispatch(model: nn.Module, device_map: DeviceMap) -> None:
+    """Put the model where `device_map` says: plainly on one device, by accelerate's hooks on several."""
+    devices = set(device_map.values())
+    if len(devices) == 1:
+        model.to(devices.pop())
+    else:
+        dispatch_model(model, device_map=device_map, skip_keys=model._skip_keys_device_placement)
+
+
+def _list_reasons(left_out: dict[str, str], most: int = 8) -> str:
+    shown = [f"{name} ({reason})" for name, reason in list(left_out.items())[:most]]
+    return ", ".join(shown) + (f" and {len(left_out) - most} more" if len(left_out) > most else "")

@@ -1,0 +1,42 @@
+"""What a quantization run did: plain records, filled by the pipeline, read by whoever shows or saves them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One input group of a decoder layer."""
+
+    consumers: tuple[str, ...]  # linears of the group that were quantized, names within the layer
+    producer: str | None  # what absorbed the scale; None: no fold was found, rounded without scales
+    alpha: float | None  # exponent of the winning candidate; None: the identity
+    loss_nearest: float  # mean squared output error per token, rounding to nearest
+    loss: float  # the same as quantized
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One decoder layer."""
+
+    name: str
+    groups: tuple[GroupReport, ...]
+    seconds: float
+
+    @property
+    def loss_nearest(self) -> float:
+        return sum(group.loss_nearest for group in self.groups)
+
+    @property
+    def loss(self) -> float:
+        return sum(group.loss for group in self.groups)
+
+
+@dataclass
+class QuantizationReport:
+    """The whole run."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)  # linear -> why it stays in full precision
+    tokens: int = 0  # calibration tokens that entered the statistics

@@ -1,0 +1,112 @@
+"""Sufficient statistics of a linear's input.
+
+For a weight W (out, in) and inputs X (tokens, in), the mean squared output error of any replacement Ŵ needs X only
+through its gram matrix (docs/design/001-sufficient-statistics.md):
+
+    ‖X (Ŵ - W)ᵀ‖² / tokens = tr( D G Dᵀ ),   D = Ŵ - W,   G = XᵀX / tokens
+
+One forward pass collects G; scale search, clip search and rounding never see an activation again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import NumericalError
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Second moments and mean magnitudes of one linear input over all counted calibration tokens."""
+
+    gram: Tensor  # (in, in) fp32, XᵀX / tokens
+    mean_abs: Tensor  # (in,) fp32, mean |X| per channel
+    tokens: int
+
+    def divided(
+        self,
+        scale: Tensor,  # (in,)
+    ) -> InputStatistics:
+        """The statistics of X / scale, what a linear sees once `scale` is folded into what produces X."""
+        return InputStatistics(self.gram / torch.outer(scale, scale), self.mean_abs / scale, self.tokens)
+
+
+class StatisticsCollector:
+    """Accumulates `InputStatistics` for named inputs while a decoder layer runs.
+
+    Args:
+        inputs: name of an input -> the linear whose input it is.
+        device: where the sums live.
+    """
+
+    def __init__(self, inputs: Mapping[str, nn.Linear], device: torch.device):
+        self.inputs = inputs
+        self.sums = {
+            name: (
+                torch.zeros(linear.in_features, linear.in_features, device=device),
+                torch.zeros(linear.in_features, device=device),
+            )
+            for name, linear in inputs.items()
+        }
+        self.tokens = dict.fromkeys(inputs, 0)
+        self.counted: Tensor | None = None
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Collect from every forward pass inside the context."""
+        handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.inputs.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def count_only(
+        self,
+        counted: Tensor | None,  # (batch, tokens) bool
+    ) -> None:
+        """Which tokens of the batch that comes next enter the statistics; None means all of them."""
+        self.counted = counted
+
+    def statistics(self, name: str, layer_name: str) -> InputStatistics:
+        """The statistics of one input; `layer_name` is for the error only.
+
+        Raises:
+            NumericalError: activations were NaN or infinite, or no token reached the input.
+        """
+        tokens = self.tokens[name]
+        gram, abs_sum = self.sums[name]
+        if tokens == 0:
+            raise NumericalError(f"No calibration token reached {layer_name}.{name}; give more calibration data.")
+        if not bool(torch.isfinite(gram.diagonal()).all()):
+            raise NumericalError(
+                f"The input of {layer_name}.{name} holds NaN or infinite values on the calibration data. Load the "
+                "model in a wider dtype (dtype=torch.bfloat16 or torch.float32), or check its weights."
+            )
+        return InputStatistics(gram / tokens, abs_sum / tokens, tokens)
+
+    def _hook(self, name: str):
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = _counted_rows(args[0], self.counted).float()
+            gram, abs_sum = self.sums[name]
+            gram.addmm_(rows.t(), rows)
+            abs_sum.add_(rows.abs().sum(dim=0))
+            self.tokens[name] += rows.shape[0]
+
+        return add
+
+
+def _counted_rows(
+    x: Tensor,  # (..., in)
+    counted: Tensor | None,  # (batch, tokens) bool
+) -> Tensor:
+    """Inputs of the counted tokens, (tokens, in). Inputs that are not one row per token are taken whole."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if counted is not None and rows.shape[0] == counted.numel():
+        rows = rows[counted.reshape(-1).to(rows.device)]
+    return rows
