@@ -105,7 +105,9 @@ def discover_structure(layer: nn.Module, probes: ProbeCalls, device: torch.devic
     probe = _Probe(layer, probes, device, seed)
     inputs = probe.inputs({})
     groups = []
-    for consumers, fold in zip(grouped := _group_equal_inputs(inputs), _find_folds(probe, inputs, grouped), strict=True):
+    for consumers, fold in zip(
+        grouped := _group_equal_inputs(inputs), _find_folds(probe, inputs, grouped), strict=True
+    ):
         proven = fold is not None and probe.proves([InputGroup(consumers, fold)])
         groups.append(InputGroup(consumers, fold if proven else None))
     return LayerStructure(tuple(groups), probe.without_influence_on_a_lone_token())
@@ -242,7 +244,9 @@ def absorb(
     """
     tensors = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     name = f"{fold.producer}.weight"
-    divided = {key: value.to(tensors[key].dtype) for key, value in scaled_producer(tensors, fold, 1 / row_scale).items()}
+    divided = {
+        key: value.to(tensors[key].dtype) for key, value in scaled_producer(tensors, fold, 1 / row_scale).items()
+    }
     effective = row_scale
     if fold.kind is not ProducerKind.ROWS:
         offset = 1 if fold.kind is ProducerKind.NORM_PLUS_ONE else 0
@@ -278,9 +282,7 @@ def _group_equal_inputs(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups]
 
 
-def _find_folds(
-    probe: _Probe, inputs: Mapping[str, Tensor], groups: list[tuple[str, ...]]
-) -> list[Fold | None]:
+def _find_folds(probe: _Probe, inputs: Mapping[str, Tensor], groups: list[tuple[str, ...]]) -> list[Fold | None]:
     """For every group of consumers the first producer whose rows feed all its channels, or None."""
     found: list[Fold | None] = [None] * len(groups)
     for candidate in probe.candidates():
@@ -320,7 +322,9 @@ def _rows_feeding(
             name = groups[index][0]
             digits = _factor_index(inputs[name], changed[name], factors) if name in changed else None
             if digits is not None:
-                decoded[index] = decoded.get(index, 0) + torch.where(digits < 0, -candidate.rows * place, digits * place)
+                decoded[index] = decoded.get(index, 0) + torch.where(
+                    digits < 0, -candidate.rows * place, digits * place
+                )
                 still_fed.append(index)
         remaining = still_fed
         place *= LEVELS

@@ -141,11 +141,12 @@ def _probe_calls(skeleton: Skeleton, name: str) -> ProbeCalls:
 def _structure_of(
     layer: nn.Module, probes: ProbeCalls, device: torch.device, seed: int, known: dict[object, LayerStructure]
 ) -> LayerStructure:
-    """Probed once per structure, proven on every layer before it is used."""
+    """Probed once per structure, and proven on every layer before it is used."""
     key = structure_key(layer)
-    if key not in known:
-        known[key] = discover_structure(layer, probes, device, seed)
-    return provable_structure(layer, known[key], probes, device, seed)
+    if key in known:
+        return provable_structure(layer, known[key], probes, device, seed)
+    known[key] = discover_structure(layer, probes, device, seed)
+    return known[key]
 
 
 def _advance(

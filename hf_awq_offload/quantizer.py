@@ -124,7 +124,9 @@ class AwqOffloadQuantizer(HfQuantizer):
         """Quantize `model`, whose weights are on the CPU, in place, and make its config that of an AWQ checkpoint."""
         recipe = self.quantization_config
         assert isinstance(recipe, AwqOffloadConfig)
-        device = default_execution_device() if recipe.execution_device is None else torch.device(recipe.execution_device)
+        device = (
+            default_execution_device() if recipe.execution_device is None else torch.device(recipe.execution_device)
+        )
         self._warn_of_unpackable()
         self.report = quantize_layers(model, recipe, device, self.quantizable.__contains__, self.calibration, undo)
         self.report.left_out = dict(self.left_out)

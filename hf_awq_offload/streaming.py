@@ -30,7 +30,11 @@ def onloaded(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
 def default_execution_device() -> torch.device:
     """The accelerator if the machine has one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, torch.accelerator.current_device_index())
+    return (
+        torch.device("cpu")
+        if accelerator is None
+        else torch.device(accelerator.type, torch.accelerator.current_device_index())
+    )
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
@@ -41,7 +45,11 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | Non
     """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    supported = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported
+        if dtype == torch.bfloat16
+        else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    )
     return None if supported() else torch.float32
 
 

@@ -67,9 +67,7 @@ def _search_rows(
             continue
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best = GroupRange(
-            torch.where(better, candidate.low, best.low), torch.where(better, candidate.high, best.high)
-        )
+        best = GroupRange(torch.where(better, candidate.low, best.low), torch.where(better, candidate.high, best.high))
     return best
 
 

@@ -1,0 +1,115 @@
+"""`make demo`: the main job on the model that ships with the package, as a user would do it.
+
+Quantize (rounding to nearest, then AWQ), save, load again, compare with full precision on held-out text, generate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from .config import AwqOffloadConfig
+from .evaluate import Evaluation, evaluate, token_windows
+from .streaming import default_execution_device, peak_memory_bytes
+
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny_llama"
+"""A Llama of 2.9 million parameters, trained on the documentation that comes with CPython."""
+
+PROMPT = "Return a list of"
+EVALUATION_WINDOWS = 48
+WINDOW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    method: str
+    evaluation: Evaluation
+    size_bytes: int
+    seconds: float | None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m hf_awq_offload.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="keep the quantized checkpoint in this folder")
+    options = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        run(options.out or Path(scratch) / "tiny-llama-awq", Path(scratch) / "tiny-llama-rtn")
+
+
+def run(awq_folder: Path, nearest_folder: Path) -> list[Row]:
+    """Print the demo; checkpoints are written to the two folders. Returns the table's rows."""
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED_MODEL)
+    original = load_for_evaluation(SHIPPED_MODEL)
+    token_ids = tokenizer((SHIPPED_MODEL / "heldout.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    windows = token_windows(token_ids, WINDOW_TOKENS, EVALUATION_WINDOWS)
+    print(f"Model: {SHIPPED_MODEL.name}, {original.num_parameters():,} parameters")
+    rows = [Row("full precision", evaluate(original, windows, original), folder_bytes(SHIPPED_MODEL), None)]
+    recipes = {
+        "round to nearest": (AwqOffloadConfig(n_grid=0, clip=False), nearest_folder),
+        "AWQ": (AwqOffloadConfig(), awq_folder),
+    }
+    for method, (recipe, folder) in recipes.items():
+        seconds = quantize_and_save(recipe, folder)
+        reloaded = load_for_evaluation(folder)
+        rows.append(Row(f"{method}, w4 g128", evaluate(reloaded, windows, original), folder_bytes(folder), seconds))
+    print(table(rows))
+    peak_mib = peak_memory_bytes(default_execution_device()) / 2**20
+    print(f"\nHeld-out tokens: {rows[0].evaluation.tokens}. Peak memory of this demo: {peak_mib:.0f} MiB.")
+    print(f"\n{PROMPT!r} goes on, quantized and loaded again from {awq_folder}:\n  {generate(reloaded, tokenizer)}")
+    return rows
+
+
+def quantize_and_save(recipe: AwqOffloadConfig, folder: Path) -> float:
+    """Quantize the shipped model by `recipe` into `folder`; returns the seconds that from_pretrained took."""
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        SHIPPED_MODEL, dtype="auto", device_map="auto", quantization_config=recipe
+    )
+    seconds = time.perf_counter() - start
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(SHIPPED_MODEL).save_pretrained(folder)
+    return seconds
+
+
+def load_for_evaluation(folder: Path) -> PreTrainedModel:
+    """The checkpoint in `folder`, computing in fp32: differences are then those of the weights alone."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="auto")
+
+
+def generate(model: PreTrainedModel, tokenizer) -> str:
+    """What the model makes of the prompt, greedily, on one line."""
+    inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    return " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of the weights in a checkpoint folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'':24}{'perplexity':>12}{'KL (nats)':>12}{'same top-1':>12}{'size (MB)':>12}{'seconds':>9}"]
+    for row in rows:
+        evaluation = row.evaluation
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        lines.append(
+            f"{row.method:24}{evaluation.perplexity:>12.3f}{evaluation.kl_nats:>12.5f}"
+            f"{evaluation.top1_agreement:>12.1%}{row.size_bytes / 1e6:>12.2f}{seconds:>9}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
