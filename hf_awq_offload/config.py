@@ -71,7 +71,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         seed: int = 0,
         **unknown: Any,
     ):
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers takes any registered string
         self.bits = bits
         self.group_size = group_size
         self.zero_point = zero_point
@@ -167,12 +167,11 @@ class AwqOffloadConfig(QuantizationConfigMixin):
             )
         if isinstance(self.dataset, str) and not self.dataset.strip():
             raise ConfigError("dataset is an empty string; pass 'builtin', a path or a dataset name.")
-        if self.tokenizer is not None and not isinstance(self.tokenizer, str | os.PathLike):
-            if not callable(self.tokenizer):
-                raise ConfigError(
-                    f"tokenizer is a {type(self.tokenizer).__name__}; pass a tokenizer, its name or path, or None "
-                    "for the checkpoint's own."
-                )
+        if not (self.tokenizer is None or isinstance(self.tokenizer, str | os.PathLike) or callable(self.tokenizer)):
+            raise ConfigError(
+                f"tokenizer is a {type(self.tokenizer).__name__}; pass a tokenizer, its name or path, or None for the "
+                "checkpoint's own."
+            )
 
     @property
     def needs_calibration(self) -> bool:

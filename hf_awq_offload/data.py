@@ -25,14 +25,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from .config import MIN_SEQ_LEN_TOKENS, AwqOffloadConfig
 from .data_documents import Chat, Document, Text, TokenRow, read_documents
 from .data_sources import open_source
 from .errors import CalibrationDataError
+from .logs import get_logger
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 READ_FACTOR = 4
 """Read at most so many times the tokens that are used; the surplus is what makes the choice spread."""
@@ -323,7 +323,7 @@ def _cut_text(
 
 
 def _digest(sequences: list[Tensor]) -> str:
-    """The name of data without one: "sha256:" and 16 hex digits over length and ids of each sequence (int64, little endian)."""
+    """The name of nameless data: "sha256:" and 16 hex digits over length and ids (int64, little endian) of each."""
     digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(len(sequence).to_bytes(8, "little"))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -260,7 +260,7 @@ def _optimum_rows(name: str, config: AwqOffloadConfig, tokenizer: PreTrainedToke
     def load() -> Any:
         from optimum.gptq.data import get_dataset
 
-        quiet_tokenizer = partial(tokenizer, verbose=False)  # the texts are longer than any model_max_length
+        quiet_tokenizer = partial(cast(Any, tokenizer), verbose=False)  # the texts are longer than any model_max_length
         return get_dataset(name, quiet_tokenizer, config.n_samples, config.max_seq_len, config.seed)
 
     python_state, numpy_state = random.getstate(), np.random.get_state()

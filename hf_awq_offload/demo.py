@@ -10,6 +10,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -86,7 +87,7 @@ def load_for_evaluation(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="auto")
 
 
-def generate(model: PreTrainedModel, tokenizer) -> str:
+def generate(model: Any, tokenizer: Any) -> str:
     """What the model makes of the prompt, greedily, on one line."""
     inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False)

@@ -256,7 +256,7 @@ class _Recorder:
 
 def _find_hidden(name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states among a layer's arguments: its first parameter, by position or by name."""
-    first = [parameter for parameter in signature.parameters if parameter != "self"][0]
+    first = next(parameter for parameter in signature.parameters if parameter != "self")
     hidden = args[0] if args else kwargs.get(first)
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
         raise ModelStructureError(

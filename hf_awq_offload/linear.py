@@ -47,7 +47,9 @@ class AwqLinear(nn.Linear):
         self.qweight = _frozen(torch.empty(in_features, words, dtype=torch.int32, device=device))
         self.qzeros = _frozen(torch.empty(n, words, dtype=torch.int32, device=device))
         self.scales = _frozen(torch.empty(n, out_features, dtype=SCALE_DTYPE, device=device))
-        self.bias = _frozen(torch.empty(out_features, dtype=self.dtype, device=device)) if bias else None
+        self.register_parameter(
+            "bias", _frozen(torch.empty(out_features, dtype=self.dtype, device=device)) if bias else None
+        )
 
     @classmethod
     def from_packed(

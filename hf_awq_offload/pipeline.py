@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from .folds import (
     smallest_safe_scale,
     structure_key,
 )
-from .grid import Grid, group_parameters, group_range, quantize, dequantize, resolve_group_size
+from .grid import Grid, dequantize, group_parameters, group_range, quantize, resolve_group_size
 from .layers import LayerRunner, Skeleton, candidate_layers, linears_in, record_skeleton
 from .linear import AwqLinear
 from .packing import pack_weight
@@ -45,8 +46,6 @@ CPU_BATCH_TOKENS = 4096
 """Micro-batch on a CPU: large enough for full-speed matrix products, small beside any model."""
 ACCELERATOR_MEMORY_SHARE = 0.25
 """Share of the accelerator's free memory that a micro-batch's activations may take."""
-
-logger = logging.get_logger(__name__)
 
 Undo = list[Callable[[], None]]
 """What brings the model back to what it was, to be called in reverse order."""
@@ -63,9 +62,11 @@ class LayerContext:
     undo: Undo | None
 
     def grid(self, linear_name: str) -> Grid:
-        in_features = self.layer.get_submodule(linear_name).in_features
-        group_size = resolve_group_size(self.recipe.group_size, in_features)
+        group_size = resolve_group_size(self.recipe.group_size, self.linear(linear_name).in_features)
         return Grid(self.recipe.bits, group_size, self.recipe.zero_point)
+
+    def linear(self, name: str) -> nn.Linear:
+        return cast(nn.Linear, self.layer.get_submodule(name))
 
 
 def quantize_layers(
@@ -160,7 +161,7 @@ def _advance(
     """Run the layer over all micro-batches: statistics per group (by its first linear), new hidden states in place."""
     layer = context.layer
     leaders = {
-        group.consumers[0]: layer.get_submodule(group.consumers[0])
+        group.consumers[0]: context.linear(group.consumers[0])
         for group in structure.groups
         if not context.quantizable.isdisjoint(group.consumers)
     }
@@ -261,8 +262,7 @@ def _quantize_linear(
     clip: bool,
 ) -> float:
     """Round, pack and replace one linear; returns its mean squared output error per token, 0 without data."""
-    linear = context.layer.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
+    linear = context.linear(name)
     grid = context.grid(name)
     weight = linear.weight.detach().float()
     bias = None if linear.bias is None else linear.bias.detach()

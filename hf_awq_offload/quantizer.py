@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import dispatch_model
@@ -20,7 +20,6 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
 from .config import AwqCheckpointConfig, AwqOffloadConfig
@@ -29,11 +28,12 @@ from .errors import CalibrationDataError, CheckpointError, ConfigError, ModelStr
 from .grid import Grid, resolve_group_size
 from .layers import candidate_layers, linears_in
 from .linear import AwqLinear, unpackable_reason
+from .logs import get_logger
 from .pipeline import Undo, quantize_layers
 from .report import QuantizationReport
 from .streaming import default_execution_device
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 DeviceMap = dict[str, Any]
 
@@ -56,6 +56,18 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.quantizable: frozenset[str] = frozenset()
         self.report: QuantizationReport | None = None
 
+    @property
+    def recipe(self) -> AwqOffloadConfig:
+        """The config while it is a recipe: until the model is quantized."""
+        assert isinstance(self.quantization_config, AwqOffloadConfig)
+        return self.quantization_config
+
+    @property
+    def checkpoint(self) -> AwqCheckpointConfig:
+        """The config once it is a checkpoint's: of a model that was loaded quantized, or has been quantized."""
+        assert isinstance(self.quantization_config, AwqCheckpointConfig)
+        return self.quantization_config
+
     # -- before loading ------------------------------------------------------------------------------------------
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -69,7 +81,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         return {"": "cpu"}
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        """transformers calls this again with the map that it resolved from "auto": kept, and loading sent to the CPU."""
+        """transformers calls this again with the map it resolved from "auto": kept; loading goes to the CPU."""
         if self.pre_quantized or not isinstance(device_map, dict) or self.final_device_map is not None:
             return
         if "weights_only" not in kwargs:
@@ -82,9 +94,9 @@ class AwqOffloadQuantizer(HfQuantizer):
         module_name, _, parameter = param_name.rpartition(".")
         if self.pre_quantized or parameter != "weight" or module_name not in self.quantizable:
             return super().param_element_size(model, param_name, param)
-        group_size = resolve_group_size(self.quantization_config.group_size, param.shape[-1])
-        bits_of_group = 16 + self.quantization_config.bits  # scale and zero point
-        return (self.quantization_config.bits + bits_of_group / group_size) / 8
+        group_size = resolve_group_size(self.recipe.group_size, param.shape[-1])
+        bits_of_group = 16 + self.recipe.bits  # scale and zero point
+        return (self.recipe.bits + bits_of_group / group_size) / 8
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -102,12 +114,11 @@ class AwqOffloadQuantizer(HfQuantizer):
                 f"No linear of {type(model).__name__} can be quantized with this config. Left out: "
                 f"{_list_reasons(self.left_out)}. Try another group_size, or fewer modules_to_not_convert."
             )
-        if self.quantization_config.needs_calibration:
+        if self.recipe.needs_calibration:
+            vocab_size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
             with torch.device("cpu"):  # transformers builds the model, and calls this, under the meta device
                 self.calibration = load_calibration_set(
-                    self.quantization_config,
-                    load_tokenizer=lambda: _load_tokenizer(model),
-                    vocab_size=model.get_input_embeddings().num_embeddings,
+                    self.recipe, load_tokenizer=lambda: _load_tokenizer(model), vocab_size=vocab_size
                 )
 
     # -- after loading -------------------------------------------------------------------------------------------
@@ -122,8 +133,7 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def quantize(self, model: PreTrainedModel, undo: Undo | None = None) -> None:
         """Quantize `model`, whose weights are on the CPU, in place, and make its config that of an AWQ checkpoint."""
-        recipe = self.quantization_config
-        assert isinstance(recipe, AwqOffloadConfig)
+        recipe = self.recipe
         device = (
             default_execution_device() if recipe.execution_device is None else torch.device(recipe.execution_device)
         )
@@ -134,7 +144,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.calibration = None
         self.pre_quantized = True
         model.config.quantization_config = self.quantization_config
-        model.quantization_method = QuantizationMethod.AWQ
+        cast(Any, model).quantization_method = QuantizationMethod.AWQ
 
     def is_serializable(self) -> bool:
         return True
@@ -147,9 +157,9 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def _linears_left_out(self, model: PreTrainedModel) -> dict[str, str]:
         """Every linear of the model that stays in full precision -> why."""
-        config = self.quantization_config
+        config = self.recipe
         in_layers = _linears_in_layers(model)
-        skipped = self._modules_not_converted(model)
+        skipped = self._modules_not_converted(model, config.modules_to_not_convert)
         chosen = config.modules_to_not_convert or []
         left_out = {}
         for name, linear in model.named_modules():
@@ -166,19 +176,19 @@ class AwqOffloadQuantizer(HfQuantizer):
                 left_out[name] = unpackable
         return left_out
 
-    def _modules_not_converted(self, model: PreTrainedModel) -> list[str]:
-        """Name patterns that transformers' own AWQ loader leaves in full precision too."""
+    def _modules_not_converted(self, model: PreTrainedModel, chosen: list[str] | None) -> list[str]:
+        """Name patterns that transformers' own AWQ loader leaves in full precision, `chosen` among them."""
         return self.get_modules_to_not_convert(
             model,
-            self.quantization_config.modules_to_not_convert,
+            chosen,
             getattr(model, "_keep_in_fp32_modules", None),
             add_default_skips=True,
         )
 
     def _replace_linears(self, model: PreTrainedModel) -> None:
         """Put an `AwqLinear` on the meta device wherever the checkpoint holds packed tensors."""
-        config = self.quantization_config
-        skipped = self._modules_not_converted(model)
+        config = self.checkpoint
+        skipped = self._modules_not_converted(model, config.modules_to_not_convert)
         replaced = 0
         for name, linear in list(model.named_modules()):
             if not isinstance(linear, nn.Linear) or not should_convert_module(name, skipped):
@@ -264,7 +274,7 @@ def quantize_model(
     try:
         quantizer.preprocess_model(model)
         remove_hook_from_submodules(model)
-        model.to("cpu")
+        nn.Module.to(model, "cpu")
         quantizer.quantize(model, undo)
     except BaseException:
         for step in reversed(undo):
@@ -276,7 +286,7 @@ def quantize_model(
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
-    model.hf_quantizer = quantizer
+    cast(Any, model).hf_quantizer = quantizer
     return model
 
 
@@ -303,7 +313,7 @@ def _dispatch(model: nn.Module, device_map: DeviceMap) -> None:
     """Put the model where `device_map` says: plainly on one device, by accelerate's hooks on several."""
     devices = set(device_map.values())
     if len(devices) == 1:
-        model.to(devices.pop())
+        nn.Module.to(model, devices.pop())
     else:
         dispatch_model(model, device_map=device_map, skip_keys=model._skip_keys_device_placement)
 

@@ -69,7 +69,7 @@ def scale_candidates(
     w_mean: Tensor | None,  # (rows,); None for plain scaling
     n_grid: int,
 ) -> Iterator[tuple[float, Tensor]]:
-    """(α, scale (rows,)) for α = 0, 1/n … (n-1)/n; dead channels keep 1, candidates that are not finite are left out."""
+    """(α, scale (rows,)) for α = 0, 1/n … (n-1)/n; dead channels keep 1, what is not finite is left out."""
     dead = x_mean == 0
     for step in range(n_grid):
         alpha = step / n_grid
