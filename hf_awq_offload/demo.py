@@ -51,7 +51,9 @@ def run(awq_folder: Path, nearest_folder: Path) -> list[Row]:
     """Print the demo; checkpoints are written to the two folders. Returns the table's rows."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED_MODEL)
     original = load_for_evaluation(SHIPPED_MODEL)
-    token_ids = tokenizer((SHIPPED_MODEL / "heldout.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    token_ids = tokenizer(
+        (SHIPPED_MODEL / "heldout.txt").read_text(encoding="utf-8"), return_tensors="pt", verbose=False
+    ).input_ids[0]
     windows = token_windows(token_ids, WINDOW_TOKENS, EVALUATION_WINDOWS)
     print(f"Model: {SHIPPED_MODEL.name}, {original.num_parameters():,} parameters")
     rows = [Row("full precision", evaluate(original, windows, original), folder_bytes(SHIPPED_MODEL), None)]

@@ -58,11 +58,18 @@ GROUPED: dict[str, Any] = {
     "head_dim": 64,
     "initializer_range": 0.05,
 }
+UNGATED: dict[str, Any] = {
+    **COMMON,
+    "ffn_dim": 1024,
+    "word_embed_proj_dim": 256,
+    "dropout": 0.0,
+    "init_std": 0.05,
+}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", GROUPED),
     "qwen3": ("Qwen3Config", GROUPED),
     "gemma2": ("Gemma2Config", {**GROUPED, "query_pre_attn_scalar": 64, "sliding_window": 1024}),
-    "opt": ("OPTConfig", {**COMMON, "ffn_dim": 1024, "word_embed_proj_dim": 256, "dropout": 0.0, "init_std": 0.05}),
+    "opt": ("OPTConfig", UNGATED),
 }
 
 # What `inject_outliers` rescales in a decoder layer: norm -> the linears that read it, and linear -> the
