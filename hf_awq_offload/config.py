@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from .errors import CheckpointError, ConfigError
@@ -97,7 +98,18 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         method = config_dict.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
             raise ConfigError(f"quant_method is {method!r}, AwqOffloadConfig expects {QUANT_METHOD!r}.")
-        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        config._validate()
+        return (config, unused) if return_unused_kwargs else config
+
+    def update(self, **kwargs):
+        """As the base class; the new values are validated."""
+        unused = super().update(**kwargs)
+        self._validate()
+        return unused
+
+    def __iter__(self):
+        yield from self.to_dict().items()
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values; a data set or tokenizer given as an object is described, never spelled out."""
@@ -111,7 +123,9 @@ class AwqOffloadConfig(QuantizationConfigMixin):
     def __deepcopy__(self, memo):
         # from_pretrained deep-copies the model's config. The data set is shared, not copied: it may be a
         # generator (which can't be copied) or larger than the model.
-        return copy.copy(self)
+        copied = copy.copy(self)
+        copied.modules_to_not_convert = copy.copy(self.modules_to_not_convert)
+        return copied
 
     def _reject_unknown(self, unknown: Mapping[str, Any]) -> None:
         known = [name for name in self.__dict__ if name != "quant_method"]
@@ -146,7 +160,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         self._validate_data()
         if self.modules_to_not_convert is not None:
             names = self.modules_to_not_convert
-            if isinstance(names, str) or not isinstance(names, Iterable):
+            if not isinstance(names, list | tuple | set | frozenset):
                 raise ConfigError(f"modules_to_not_convert is {names!r}; pass a list of module names.")
             self.modules_to_not_convert = list(names)
             if not all(isinstance(name, str) and name for name in self.modules_to_not_convert):
@@ -155,18 +169,20 @@ class AwqOffloadConfig(QuantizationConfigMixin):
                     "string, such as 'lm_head'."
                 )
         if self.execution_device is not None:
-            _require_device(self.execution_device)
+            self.execution_device = _available_device(self.execution_device)
 
     def _validate_data(self) -> None:
-        if self.text_column is not None and not isinstance(self.text_column, str):
+        if self.text_column is not None and not (isinstance(self.text_column, str) and self.text_column):
             raise ConfigError(f"text_column is {self.text_column!r}; pass the name of a column, or None.")
-        if self.dataset is None or isinstance(self.dataset, bool | int | float):
+        if self.dataset is None or isinstance(self.dataset, bool | int | float | complex | bytes):
             raise ConfigError(
                 f"dataset is {self.dataset!r}; pass 'builtin', a list of texts, token ids, a datasets.Dataset, a "
                 "path or a dataset name. To quantize without data, set n_grid=0 and clip=False."
             )
         if isinstance(self.dataset, str) and not self.dataset.strip():
             raise ConfigError("dataset is an empty string; pass 'builtin', a path or a dataset name.")
+        if isinstance(self.tokenizer, str) and not self.tokenizer.strip():
+            raise ConfigError("tokenizer is an empty string; pass a name or path, or None for the checkpoint's own.")
         if not (self.tokenizer is None or isinstance(self.tokenizer, str | os.PathLike) or callable(self.tokenizer)):
             raise ConfigError(
                 f"tokenizer is a {type(self.tokenizer).__name__}; pass a tokenizer, its name or path, or None for the "
@@ -198,11 +214,11 @@ def _require_int(
         raise ConfigError(f"{name} is {value!r}; pass {remedy}.")
 
 
-def _require_device(device: Any) -> None:
-    """Raise ConfigError unless torch knows `device` and the machine has it."""
-    import torch
-
+def _available_device(device: Any) -> str:
+    """`device` as torch spells it; ConfigError unless torch knows it and the machine has it."""
     try:
+        if not isinstance(device, str | int | torch.device):
+            raise TypeError(f"a {type(device).__name__}")
         parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
@@ -210,7 +226,7 @@ def _require_device(device: Any) -> None:
             "'cuda', 'cuda:1', 'xpu', 'mps', 'cpu', or None for the accelerator if there is one."
         ) from error
     if parsed.type == "cpu":
-        return
+        return str(parsed)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count() if accelerator is not None else 0
     if accelerator is None or accelerator.type != parsed.type or (parsed.index or 0) >= count:
@@ -218,9 +234,10 @@ def _require_device(device: Any) -> None:
         raise ConfigError(
             f"execution_device is {device!r}, but this machine's accelerators are: {has}. Pass 'cpu' or None."
         )
+    return str(parsed)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AwqCheckpointConfig(QuantizationConfigMixin):
     """What config.json says of a quantized checkpoint: the interchange standard, and nothing of the recipe.
 

@@ -152,7 +152,8 @@ class _Probe:
         self.layer = layer
         self.linears = linears_in(layer)
         self.runner = LayerRunner(layer, device, torch.float32)
-        self.parameters = {name: self.runner.tensors[name] for name, _ in layer.named_parameters()}
+        names = [name for name, _ in layer.named_parameters(remove_duplicate=False)]
+        self.parameters = {name: self.runner.tensors[name] for name in names}
         self.probes = probes
         self.generator = torch.Generator().manual_seed(seed)
         self.device = device
@@ -232,40 +233,48 @@ class _Probe:
         return float("inf") if not bool(torch.isfinite(change)) else float(change)
 
 
-def absorb(
+def storable_scale(
     layer: nn.Module,
     fold: Fold,
     row_scale: Tensor,  # (rows,) fp32
-) -> Tensor:
-    """Divide the producer's output channels by `row_scale`, in place, and return the scale that this amounts to.
+) -> Tensor | None:
+    """The scale that dividing the producer by `row_scale` amounts to, (rows,) fp32; None if it can't be stored.
 
-    A norm's weight is rounded to its dtype first; the returned scale, w / round(w / s), is what the consumers must be
-    multiplied by for the fold to be exact in spite of the rounding.
+    A norm's weight w is rounded to its dtype once it is divided by s. Multiplying the consumers by w / round(w / s)
+    makes the fold exact in spite of that (all but a bias, whose own rounding stays). It can't be stored where a
+    channel would overflow, vanish or change its sign.
     """
-    tensors = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    divided = _divided_producer(layer, fold, row_scale)
+    if not all(bool(torch.isfinite(value).all()) for value in divided.values()):
+        return None
+    if fold.kind is ProducerKind.ROWS:
+        return row_scale
     name = f"{fold.producer}.weight"
-    divided = {
-        key: value.to(tensors[key].dtype) for key, value in scaled_producer(tensors, fold, 1 / row_scale).items()
+    offset = 1 if fold.kind is ProducerKind.NORM_PLUS_ONE else 0
+    before = layer.get_parameter(name).detach().float() + offset
+    after = divided[name].float() + offset
+    if bool(((before != 0) & (before * after <= 0)).any()):
+        return None
+    return torch.where(before == 0, row_scale, before / after)
+
+
+def absorb(
+    layer: nn.Module,
+    fold: Fold,
+    row_scale: Tensor,  # (rows,) fp32, as `storable_scale` returned it
+) -> None:
+    """Divide the producer's output channels by `row_scale`, in place."""
+    for name, value in _divided_producer(layer, fold, row_scale).items():
+        layer.get_parameter(name).data.copy_(value)
+
+
+def _divided_producer(layer: nn.Module, fold: Fold, row_scale: Tensor) -> dict[str, Tensor]:
+    """The producer's parameters, divided by `row_scale` and rounded to their dtypes."""
+    module = layer.get_submodule(fold.producer)
+    tensors = {f"{fold.producer}.{name}": value.detach() for name, value in module.named_parameters(recurse=False)}
+    return {
+        name: value.to(tensors[name].dtype) for name, value in scaled_producer(tensors, fold, 1 / row_scale).items()
     }
-    effective = row_scale
-    if fold.kind is not ProducerKind.ROWS:
-        offset = 1 if fold.kind is ProducerKind.NORM_PLUS_ONE else 0
-        ratio = (tensors[name].float() + offset) / (divided[name].float() + offset)
-        effective = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, row_scale)
-    for key, value in divided.items():
-        layer.get_parameter(key).data.copy_(value)
-    return effective
-
-
-def smallest_safe_scale(layer: nn.Module, fold: Fold) -> Tensor:
-    """Per producer row, the scale below which its weight or bias would overflow its dtype, (rows,) fp32."""
-    largest = torch.zeros(fold.rows, device=layer.get_parameter(f"{fold.producer}.weight").device)
-    for key in ("weight", "bias"):
-        parameter = getattr(layer.get_submodule(fold.producer), key, None)
-        if parameter is not None:
-            magnitude = parameter.detach().float().abs().reshape(fold.rows, -1).amax(dim=1)
-            largest = torch.maximum(largest, (magnitude + 1) / torch.finfo(parameter.dtype).max)
-    return largest
 
 
 def _group_equal_inputs(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:

@@ -140,7 +140,7 @@ class LayerRunner:
         self.dtype = dtype
         self.tensors: dict[str, Tensor] = {}
         if dtype is not None:
-            named = [*layer.named_parameters(), *layer.named_buffers()]
+            named = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
             self.tensors = {name: self._move(tensor.detach()) for name, tensor in named}
 
     @torch.no_grad()

@@ -81,10 +81,19 @@ class AwqLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the input's dtype (under autocast, in autocast's)."""
         device_type = input.device.type
-        if torch.is_autocast_enabled(device_type):
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             input = input.to(torch.get_autocast_dtype(device_type))
         output = _DequantizedMatmul.apply(input, *self.packed)
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _apply(self, fn, recurse: bool = True):
+        """A cast (`.to(dtype)`, `.half()`) concerns the bias and the dtype of `weight`; scales stay as stored."""
+        scales = self.scales.data
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales.data = scales.to(self.scales.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
 
     def reset_parameters(self) -> None:
         """Nothing to initialize: the tensors come from a checkpoint or from quantization."""

@@ -28,7 +28,7 @@ from .folds import (
     absorb,
     discover_structure,
     provable_structure,
-    smallest_safe_scale,
+    storable_scale,
     structure_key,
 )
 from .grid import Grid, dequantize, group_parameters, group_range, quantize, resolve_group_size
@@ -219,7 +219,7 @@ def _search_group_scale(context: LayerContext, group: InputGroup, statistics: In
         duo_scaling=context.recipe.duo_scaling,
         row_of_channel=group.fold.row_of_channel,
         rows=group.fold.rows,
-        smallest=smallest_safe_scale(context.layer, group.fold),
+        storable=partial(storable_scale, context.layer, group.fold),
     )
 
 
@@ -242,7 +242,7 @@ def _fold_scales(
             row_scales[group.fold.producer] = row_scale
         else:
             _remember(context, [f"{group.fold.producer}.weight", f"{group.fold.producer}.bias"])
-            row_scale = absorb(context.layer, group.fold, row_scale)
+            absorb(context.layer, group.fold, row_scale)
         scale = group.fold.channel_scale(row_scale)
         for name in group.consumers:
             if name in context.quantizable:

@@ -18,6 +18,7 @@ def onloaded(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
 
     Modules that are put into `layer` inside the context travel back with it.
     """
+    had_own_forward = "forward" in vars(layer)
     _, handle = cpu_offload_with_hook(layer, device)
     try:
         handle.hook.pre_forward(layer)
@@ -25,6 +26,8 @@ def onloaded(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     finally:
         handle.offload()
         handle.remove()
+        if not had_own_forward:
+            vars(layer).pop("forward", None)  # accelerate puts the class's method back as an instance attribute
 
 
 def default_execution_device() -> torch.device:

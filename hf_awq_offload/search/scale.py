@@ -13,7 +13,7 @@ are pooled over them first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,17 +46,22 @@ def search_scale(
     duo_scaling: bool,
     row_of_channel: Tensor,  # (in,) int64: producer row that feeds each channel
     rows: int,
-    smallest: Tensor | None = None,  # (rows,): scales below it would overflow the producer's dtype
+    storable: Callable[[Tensor], Tensor | None] = lambda row_scale: row_scale,
 ) -> ScaleSearch:
-    """The best of `n_grid` candidates and the identity."""
+    """The best of `n_grid` candidates and the identity.
+
+    `storable` says what a candidate (rows,) amounts to once it is folded into the producer's dtype, None if it can't
+    be: candidates are judged by that, so that the scale which is used is the one that was measured.
+    """
     row_of_channel = row_of_channel.to(statistics.gram.device)
     identity = torch.ones(rows, device=statistics.gram.device)
     identity_loss = output_mse(weights, statistics.gram, grid, identity[row_of_channel])
     best = ScaleSearch(identity, None, identity_loss, identity_loss)
     x_mean = _pool(statistics.mean_abs, row_of_channel, rows)
     w_mean = _pool(mean_relative_magnitude(weights, grid), row_of_channel, rows) if duo_scaling else None
-    for alpha, row_scale in scale_candidates(x_mean, w_mean, n_grid):
-        if smallest is not None and bool((row_scale < smallest).any()):
+    for alpha, candidate in scale_candidates(x_mean, w_mean, n_grid):
+        row_scale = storable(candidate)
+        if row_scale is None:
             continue
         loss = output_mse(weights, statistics.gram, grid, row_scale[row_of_channel])
         if loss < best.loss:

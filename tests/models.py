@@ -1,0 +1,118 @@
+"""Tiny models of random weights, and random linears, that several test files build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hf_awq_offload.grid import Grid, group_parameters, group_range, quantize
+from hf_awq_offload.linear import AwqLinear
+from hf_awq_offload.packing import pack_weight
+
+VOCABULARY = 64
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_llama(**changes: Any) -> PreTrainedModel:
+    return _build(LlamaForCausalLM, LlamaConfig, **changes)
+
+
+def tiny_qwen2(**changes: Any) -> PreTrainedModel:
+    return _build(Qwen2ForCausalLM, Qwen2Config, **changes)
+
+
+def tiny_qwen3(**changes: Any) -> PreTrainedModel:
+    return _build(Qwen3ForCausalLM, Qwen3Config, **changes)
+
+
+def tiny_gemma(**changes: Any) -> PreTrainedModel:
+    return _build(GemmaForCausalLM, GemmaConfig, **changes)
+
+
+def tiny_gemma2(**changes: Any) -> PreTrainedModel:
+    """Its even layers see 8 tokens back, its odd ones all."""
+    return _build(Gemma2ForCausalLM, Gemma2Config, **{"sliding_window": 8} | changes)
+
+
+def tiny_gemma3(**changes: Any) -> PreTrainedModel:
+    """A layer that sees 8 tokens back, then one that sees all and has another rotary base."""
+    return _build(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        **{"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]} | changes,
+    )
+
+
+def _build(model_class: type[PreTrainedModel], config_class: type, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Evaluation mode, fp32; norms and biases are random too, where transformers would start from ones and zeros."""
+    torch.manual_seed(seed)
+    model = model_class(config_class(**SHAPE | changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def token_batch(sequences: int, tokens: int, seed: int = 0) -> Tensor:
+    """Random token ids, (sequences, tokens)."""
+    return torch.randint(3, VOCABULARY, (sequences, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def random_awq_linear(
+    in_features: int = 64,
+    out_features: int = 24,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    group_size: int = 32,
+    zero_point: bool = True,
+    seed: int = 0,
+) -> AwqLinear:
+    """A quantized linear of random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = Grid(4, group_size, zero_point)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    parameters = group_parameters(group_range(weight, grid), grid)
+    packed = pack_weight(quantize(weight, parameters, grid), parameters)
+    values = torch.randn(out_features, generator=generator) if bias else None
+    return AwqLinear.from_packed(packed, values, grid, dtype)
+
+
+def dense_twin(linear: AwqLinear, dtype: torch.dtype) -> nn.Linear:
+    """An ordinary linear with the weight that `linear` stands for."""
+    dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, dtype=dtype)
+    with torch.no_grad():
+        dense.weight.copy_(linear.weight)
+        if linear.bias is not None:
+            dense.bias.copy_(linear.bias)
+    return dense

@@ -1,0 +1,92 @@
+"""Quality on the model that ships with the package: against round to nearest, and against AWQ as its paper has it.
+
+Measured in fp32 on held-out text, as the mean KL divergence of the next-token distributions from the full-precision
+model. Both quantizers get the same calibration tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from references.block_search import quantize_by_block_search
+from references.metrics import compute_logits, kl_divergence, perplexity
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hf_awq_offload import AwqLinear, AwqOffloadConfig
+from hf_awq_offload.data import load_calibration_set
+
+RECIPE = {"bits": 4, "group_size": 128, "n_samples": 48, "max_seq_len": 512}
+SEQ_LEN = 512
+BATCH = 8
+HELDOUT_SEQUENCES = 48
+MIN_HELDOUT_TOKENS = 16_384
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def full(tiny_llama_dir) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def heldout(tiny_llama_dir) -> list[Tensor]:
+    """Batches of (8, 512) token ids."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    text = (tiny_llama_dir / "heldout.txt").read_text(encoding="utf-8")
+    token_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    sequences = token_ids[: token_ids.numel() // SEQ_LEN * SEQ_LEN].reshape(-1, SEQ_LEN)[:HELDOUT_SEQUENCES]
+    assert sequences.numel() >= MIN_HELDOUT_TOKENS
+    return list(sequences.split(BATCH))
+
+
+@pytest.fixture(scope="module")
+def full_logits(full, heldout) -> list[Tensor]:
+    return compute_logits(full, heldout)
+
+
+@pytest.fixture(scope="module")
+def awq(tiny_llama_dir) -> PreTrainedModel:
+    return _quantize(tiny_llama_dir)
+
+
+@pytest.fixture(scope="module")
+def awq_kl(awq, full_logits, heldout) -> float:
+    return kl_divergence(awq, full_logits, heldout)
+
+
+def test_awq_halves_the_divergence_of_round_to_nearest(tiny_llama_dir, awq_kl, full_logits, heldout):
+    nearest_kl = kl_divergence(_quantize(tiny_llama_dir, n_grid=0, clip=False), full_logits, heldout)
+    print(f"KL in nats per token: round to nearest {nearest_kl:.5f}, AWQ {awq_kl:.5f}")
+    assert awq_kl <= 0.5 * nearest_kl
+
+
+def test_no_worse_than_the_search_by_block_output(tiny_llama_dir, full, awq_kl, full_logits, heldout):
+    calibration = load_calibration_set(
+        AwqOffloadConfig(**RECIPE),
+        load_tokenizer=lambda: AutoTokenizer.from_pretrained(tiny_llama_dir),
+        vocab_size=full.config.vocab_size,
+    )
+    assert calibration.tokens == RECIPE["n_samples"] * RECIPE["max_seq_len"]
+    batches = list(torch.stack(calibration.sequences).split(BATCH))
+    reference_kl = kl_divergence(quantize_by_block_search(full, batches), full_logits, heldout)
+    print(f"KL in nats per token: search by block output {reference_kl:.5f}, AWQ {awq_kl:.5f}")
+    assert awq_kl <= 1.1 * reference_kl
+
+
+def test_perplexity_is_nearly_that_of_full_precision(full, awq, heldout):
+    full_perplexity, awq_perplexity = perplexity(full, heldout), perplexity(awq, heldout)
+    print(f"perplexity: full precision {full_perplexity:.3f}, AWQ {awq_perplexity:.3f}")
+    assert awq_perplexity <= 1.02 * full_perplexity
+
+
+def _quantize(directory: Path, **changes) -> PreTrainedModel:
+    config = AwqOffloadConfig(**{**RECIPE, **changes})
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, quantization_config=config)
+    linears = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    assert linears
+    assert all(isinstance(linear, AwqLinear) for linear in linears)
+    return model
