@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .config import AwqOffloadConfig
 from .data import CalibrationSet, micro_batches
+from .errors import NumericalError
 from .folds import (
     InputGroup,
     LayerStructure,
@@ -32,7 +33,7 @@ from .folds import (
     structure_key,
 )
 from .grid import Grid, dequantize, group_parameters, group_range, quantize, resolve_group_size
-from .layers import LayerRunner, Skeleton, candidate_layers, linears_in, record_skeleton
+from .layers import LayerRunner, Skeleton, calibration_mode, candidate_layers, linears_in, record_skeleton
 from .linear import AwqLinear
 from .packing import pack_weight
 from .report import GroupReport, LayerReport, QuantizationReport
@@ -81,6 +82,18 @@ def quantize_layers(
 
     Hidden states that the *original* weights produce are passed from layer to layer.
     """
+    with calibration_mode(model):
+        return _quantize_layers(model, recipe, device, is_quantizable, calibration, undo)
+
+
+def _quantize_layers(
+    model: nn.Module,
+    recipe: AwqOffloadConfig,
+    device: torch.device,
+    is_quantizable: Callable[[str], bool],
+    calibration: CalibrationSet | None,
+    undo: Undo | None,
+) -> QuantizationReport:
     report = QuantizationReport()
     skeleton, batches, counted, probes = None, [], [], 0
     if calibration is not None:
@@ -265,6 +278,11 @@ def _quantize_linear(
     linear = context.linear(name)
     grid = context.grid(name)
     weight = linear.weight.detach().float()
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericalError(
+            f"The weight of {context.name}.{name} holds NaN or infinite values; expected finite ones. Repair the "
+            "checkpoint, or name the module in modules_to_not_convert."
+        )
     bias = None if linear.bias is None else linear.bias.detach()
     if channel_scale is not None:
         weight = weight * channel_scale
