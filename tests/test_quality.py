@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hf_awq_offload import AwqLinear, AwqOffloadConfig
 from hf_awq_offload.data import load_calibration_set
 
-RECIPE = {"bits": 4, "group_size": 128, "n_samples": 48, "max_seq_len": 512}
+RECIPE = {"bits": 4, "group_size": 128, "n_samples": 48, "max_seq_len": 512, "rounding": "nearest"}
 SEQ_LEN = 512
 BATCH = 8
 HELDOUT_SEQUENCES = 48
@@ -80,6 +80,12 @@ def test_no_worse_than_the_search_by_block_output(tiny_llama_dir, full, awq_kl, 
     print(f"KL in nats per token: search by block output {reference_kl:.5f}, AWQ {awq_kl:.5f}")
     assert reference_kl <= 0.5 * nearest_kl, "the reference itself is broken"
     assert awq_kl <= 1.1 * reference_kl
+
+
+def test_error_feedback_more_than_halves_what_is_left(tiny_llama_dir, awq_kl, full_logits, heldout):
+    feedback_kl = kl_divergence(_quantize(tiny_llama_dir, rounding="error_feedback"), full_logits, heldout)
+    print(f"KL in nats per token: AWQ to the nearest {awq_kl:.5f}, with error feedback {feedback_kl:.5f}")
+    assert feedback_kl <= 0.5 * awq_kl
 
 
 def test_perplexity_is_nearly_that_of_full_precision(full, awq, heldout):
