@@ -56,9 +56,7 @@ def test_equals_optimal_brain_quantization_without_the_tricks(seed):
     codes = round_with_feedback(weight, feedback_order(gram), parameters, GRID)
     expected = reference_feedback(weight, gram, parameters).float()
     assert float((codes == expected).float().mean()) > 0.98
-    mse, expected_mse = (
-        row_mse(dequantize(c, parameters, GRID) - weight, gram).sum() for c in (codes, expected)
-    )
+    mse, expected_mse = (row_mse(dequantize(c, parameters, GRID) - weight, gram).sum() for c in (codes, expected))
     assert float(mse) == pytest.approx(float(expected_mse), rel=0.02)
 
 

@@ -33,7 +33,9 @@ def main(step: str, checkpoint: str) -> None:
     ours = load_file(expected)["logits"]
     kl = torch.nn.functional.kl_div(logits.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="sum")
     difference = float((logits - ours).abs().max() / ours.abs().max())
-    print(f"largest logit difference {difference:.2e} of the largest logit, KL {float(kl) / input_ids.numel():.2e} nats")
+    print(
+        f"largest logit difference {difference:.2e} of the largest logit, KL {float(kl) / input_ids.numel():.2e} nats"
+    )
 
 
 if __name__ == "__main__":
