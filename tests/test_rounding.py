@@ -29,7 +29,7 @@ def random_weight(seed: int) -> tuple[Tensor, GroupParameters]:
 
 
 def reference_feedback(weight: Tensor, gram: Tensor, parameters: GroupParameters) -> Tensor:
-    """Optimal brain quantization, column by column: after each one the rest is re-fitted by the inverse of what is left.
+    """Optimal brain quantization, column by column: after each one, what is left is re-fitted by its inverse.
 
     The update that minimizes tr(D G Dᵀ) once channel i is fixed is δ = -e · (H⁻¹)_i / (H⁻¹)_ii with H restricted to the
     channels that are not fixed yet (Frantar et al. 2022, arXiv:2208.11580); in fp64, without any factorization trick.

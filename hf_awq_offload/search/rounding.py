@@ -1,15 +1,14 @@
 """Rounding to the grid: to the nearest integer, or with the error fed back into what is still to be rounded.
 
-Error feedback is GPTQ's update (Frantar et al. 2023, arXiv:2210.17323, section 3) on the gram matrix that the scale search has already.
-Input channels are rounded one after another; what rounding channel i does to the output is taken out of the channels
-after it, as far as their inputs are correlated with its own:
+Error feedback is GPTQ's update (Frantar et al. 2023, arXiv:2210.17323, section 3) on the gram matrix that the scale
+search has already. Input channels are rounded one after another; what rounding channel i does to the output is taken
+out of the channels after it, as far as their inputs are correlated with its own:
 
     e_i = (w_i - ŵ_i) / U_ii,   w_j ← w_j - e_i U_ij  for j > i,   UᵀU = (G + λI)⁻¹,  U upper triangular
 
-Channels are taken in the order of falling G_ii: errors of the loud ones can then still be made up for. The grid of every
-group is fixed beforehand, from the weights as they are, so that the order leaves no trace in the checkpoint, which
-stays a standard one ("static groups" in GPTQ implementations). Taking each group's grid when it is reached, in natural
-order, was measured to be worse (docs/log.md).
+Channels are taken in the order of falling G_ii: errors of the loud ones can then still be made up for (natural order is
+worse, docs/design/002). The grid of every group is fixed beforehand, from the weights as they are, so that the order
+leaves no trace in the checkpoint, which stays a standard one ("static groups" in GPTQ implementations).
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ def feedback_order(
                 return FeedbackOrder(channels, factor)
         damping *= 10
     raise NumericalError(
-        f"A gram matrix of {gram.shape[0]} channels can't be factorized even with damping {LARGEST_DAMPING:g}; expected "
-        "finite calibration activations. Use other calibration data, or rounding='nearest'."
+        f"A gram matrix of {gram.shape[0]} channels can't be factorized even with damping {LARGEST_DAMPING:g}; "
+        "expected finite calibration activations. Use other calibration data, or rounding='nearest'."
     )
 
 
