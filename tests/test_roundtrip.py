@@ -34,7 +34,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from hf_awq_offload import AwqLinear, AwqOffloadConfig, ConfigError, NumericalError, quantize_model
+from hf_awq_offload import (
+    AwqLinear,
+    AwqOffloadConfig,
+    ConfigError,
+    ModelStructureError,
+    NumericalError,
+    quantize_model,
+)
 
 VOCABULARY = 320
 N_SAMPLES, SEQ_LEN = 4, 40
