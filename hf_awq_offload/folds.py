@@ -157,7 +157,7 @@ class _Probe:
         self.probes = probes
         self.generator = torch.Generator().manual_seed(seed)
         self.device = device
-        self.reference = self.runner(*probes.several)
+        self.reference = self.runner.observe(*probes.several)
 
     def inputs(self, overrides: dict[str, Tensor]) -> dict[str, Tensor]:
         """Input of every linear that ran, (tokens, in) fp32, in the order of their calls."""
@@ -168,7 +168,7 @@ class _Probe:
 
         handles = [module.register_forward_pre_hook(remember(name)) for name, module in self.linears.items()]
         try:
-            self.runner(*self.probes.several, overrides)
+            self.runner.observe(*self.probes.several, overrides)
         finally:
             for handle in handles:
                 handle.remove()
@@ -208,29 +208,34 @@ class _Probe:
             scaled.update(scaled_producer(scaled, group.fold, 1 / row_scale))
             channel_scale = group.fold.channel_scale(row_scale)
             compensation.update({f"{consumer}.weight": channel_scale for consumer in group.consumers})
-        uncompensated = self._change(self.runner(*self.probes.several, scaled), self.reference)
+        uncompensated = self._change(self.runner.observe(*self.probes.several, scaled), self.reference)
         scaled.update({name: scaled[name] * channel_scale for name, channel_scale in compensation.items()})
-        compensated = self._change(self.runner(*self.probes.several, scaled), self.reference)
+        compensated = self._change(self.runner.observe(*self.probes.several, scaled), self.reference)
         allowed = max(PROOF_TOLERANCE * uncompensated, ROUNDING_CHANGE)
         return uncompensated >= PROOF_SENSITIVITY and compensated <= allowed
 
     def without_influence_on_a_lone_token(self) -> frozenset[str]:
         """Linears whose weights a single token's output does not depend on: a softmax over one token is constant."""
-        reference = self.runner(*self.probes.single)
+        reference = self.runner.observe(*self.probes.single)
         names = []
         for name in self.linears:
             weight = self.parameters[f"{name}.weight"]
             factor = 1.5 + torch.rand(weight.shape[0], generator=self.generator).to(self.device)
-            output = self.runner(*self.probes.single, {f"{name}.weight": weight * factor.unsqueeze(1)})
-            if torch.equal(output, reference):  # exactly: the softmax of a single logit is 1.0
+            output = self.runner.observe(*self.probes.single, {f"{name}.weight": weight * factor.unsqueeze(1)})
+            if all(map(torch.equal, output, reference)):  # exactly: the softmax of a single logit is 1.0
                 names.append(name)
         return frozenset(names)
 
     @staticmethod
-    def _change(output: Tensor, reference: Tensor) -> float:
-        """‖output - reference‖ / ‖reference‖, infinite where that is not a number."""
-        change = (output - reference).norm() / reference.norm().clamp(min=torch.finfo(reference.dtype).tiny)
-        return float("inf") if not bool(torch.isfinite(change)) else float(change)
+    def _change(outputs: list[Tensor], references: list[Tensor]) -> float:
+        """The largest ‖output - reference‖ / ‖reference‖ of all outputs, infinite where that is not a number."""
+        largest = 0.0
+        for output, reference in zip(outputs, references, strict=True):
+            if output.shape != reference.shape:
+                return float("inf")
+            change = (output - reference).norm() / reference.norm().clamp(min=torch.finfo(reference.dtype).tiny)
+            largest = max(largest, float(change) if bool(torch.isfinite(change)) else float("inf"))
+        return largest
 
 
 def storable_scale(

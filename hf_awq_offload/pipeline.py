@@ -9,10 +9,11 @@ only brings them together and decides nothing about numbers.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers.utils import logging
 
 from .config import AwqOffloadConfig
 from .data import CalibrationSet, micro_batches
+from .feeds import PROBES, Feed, open_feed
 from .folds import (
     InputGroup,
     LayerStructure,
@@ -32,7 +34,7 @@ from .folds import (
     structure_key,
 )
 from .grid import Grid, dequantize, group_parameters, group_range, quantize, resolve_group_size
-from .layers import LayerRunner, Skeleton, candidate_layers, linears_in, record_skeleton
+from .layers import LayerRunner, candidate_layers, linears_in
 from .linear import AwqLinear
 from .packing import pack_weight
 from .report import GroupReport, LayerReport, QuantizationReport
@@ -82,36 +84,70 @@ def quantize_layers(
     Hidden states that the *original* weights produce are passed from layer to layer.
     """
     report = QuantizationReport()
-    skeleton, batches, counted, probes = None, [], [], 0
-    if calibration is not None:
-        report.tokens = calibration.tokens
-        first = calibration.sequences[0]
-        probe_batches = [first[:PROBE_TOKENS].unsqueeze(0), first[:1].unsqueeze(0)]
-        probes = len(probe_batches)
-        batch_tokens = recipe.batch_tokens or default_batch_tokens(model, device)
-        indices = micro_batches(calibration, batch_tokens)
-        batches = [torch.stack([calibration.sequences[i] for i in batch]) for batch in indices]
-        counted = [_stack_counted(calibration, batch) for batch in indices]
-        skeleton = record_skeleton(model, probe_batches + batches)
-    names = skeleton.layer_names if skeleton is not None else list(candidate_layers(model))
+    if calibration is None:
+        for name in logging.tqdm(list(candidate_layers(model)), desc="Quantizing", unit="layer"):
+            context = _context(model, name, recipe, is_quantizable, undo)
+            with onloaded(context.layer, device):
+                report.layers.append(LayerReport(name, tuple(_quantize_without_data(context)), 0.0))
+        return report
+    report.tokens = calibration.tokens
+    first = calibration.sequences[0]
+    probe_batches = [first[:PROBE_TOKENS].unsqueeze(0), first[:1].unsqueeze(0)]
+    indices = micro_batches(calibration, recipe.batch_tokens or default_batch_tokens(model, device))
+    batches = [torch.stack([calibration.sequences[i] for i in batch]) for batch in indices]
+    counted = [None] * len(probe_batches) + [_stack_counted(calibration, batch) for batch in indices]
     structures: dict[object, LayerStructure] = {}
-    progress = logging.tqdm(names, desc="Quantizing", unit="layer")
-    for name in progress:
-        start = time.perf_counter()
-        layer = model.get_submodule(name)
-        quantizable = frozenset(part for part in linears_in(layer) if is_quantizable(f"{name}.{part}"))
-        context = LayerContext(name, layer, quantizable, recipe, undo)
-        with onloaded(layer, device):
-            if skeleton is None:
-                groups = _quantize_without_data(context)
-            else:
-                structure = _structure_of(layer, _probe_calls(skeleton, name), device, recipe.seed, structures)
-                statistics = _advance(context, structure, skeleton, device, counted, probes)
-                groups = _quantize_with_statistics(context, structure, statistics)
-        layer_report = LayerReport(name, tuple(groups), time.perf_counter() - start)
-        report.layers.append(layer_report)
-        progress.set_postfix_str(_progress_text(layer_report, device))
+    collectors: dict[str, StatisticsCollector] = {}
+    found: dict[str, LayerStructure] = {}
+    seconds: dict[str, float] = defaultdict(float)
+    with open_feed(model, probe_batches + batches, partial(_run_layer, model, device)) as feed:
+        progress = logging.tqdm(total=len(feed.layer_names), desc="Quantizing", unit="layer")
+        for visit in feed.visits():
+            name = visit.name
+            start = time.perf_counter()
+            context = _context(model, name, recipe, is_quantizable, undo)
+            with onloaded(context.layer, device):
+                if name not in found:
+                    found[name] = _structure_of(context.layer, feed.probes(name), device, recipe.seed, structures)
+                    collectors[name] = _collector(context, found[name], device)
+                _advance(context, feed, collectors[name], device, counted)
+                groups = []
+                if visit.is_last:
+                    statistics = collectors.pop(name).all_statistics(name)
+                    groups = _quantize_with_statistics(context, found[name], statistics)
+            seconds[name] += time.perf_counter() - start
+            if visit.is_last:
+                layer_report = LayerReport(name, tuple(groups), seconds[name])
+                report.layers.append(layer_report)
+                report.left_out |= _not_reached(context, found[name])
+                progress.update()
+                progress.set_postfix_str(_progress_text(layer_report, device))
+        progress.close()
+    for name in candidate_layers(model):
+        if name not in found:
+            for part in _context(model, name, recipe, is_quantizable, undo).quantizable:
+                report.left_out[f"{name}.{part}"] = "does not run on text alone: not part of the decoder"
     return report
+
+
+def _context(
+    model: nn.Module, name: str, recipe: AwqOffloadConfig, is_quantizable: Callable[[str], bool], undo: Undo | None
+) -> LayerContext:
+    layer = model.get_submodule(name)
+    quantizable = frozenset(part for part in linears_in(layer) if is_quantizable(f"{name}.{part}"))
+    return LayerContext(name, layer, quantizable, recipe, undo)
+
+
+def _run_layer(model: nn.Module, device: torch.device, name: str, use: Callable[[LayerRunner], Any]) -> Any:
+    layer = model.get_submodule(name)
+    with onloaded(layer, device):
+        return use(LayerRunner(layer, device, compute_dtype(device, next(layer.parameters()).dtype)))
+
+
+def _not_reached(context: LayerContext, structure: LayerStructure) -> dict[str, str]:
+    """Linears of the layer that no calibration token reached, and what is said of them."""
+    reached = {name for group in structure.groups for name in group.consumers}
+    return {f"{context.name}.{name}": "did not run in calibration" for name in context.quantizable - reached}
 
 
 def default_batch_tokens(model: nn.Module, device: torch.device) -> int:
@@ -134,11 +170,6 @@ def _stack_counted(calibration: CalibrationSet, indices: list[int]) -> Tensor | 
     return torch.stack([ones if mask is None else mask for mask in masks])
 
 
-def _probe_calls(skeleton: Skeleton, name: str) -> ProbeCalls:
-    several, single = ((skeleton.calls[name][index], skeleton.hidden[index]) for index in (0, 1))
-    return ProbeCalls(several, single)
-
-
 def _structure_of(
     layer: nn.Module, probes: ProbeCalls, device: torch.device, seed: int, known: dict[object, LayerStructure]
 ) -> LayerStructure:
@@ -150,31 +181,31 @@ def _structure_of(
     return known[key]
 
 
-def _advance(
-    context: LayerContext,
-    structure: LayerStructure,
-    skeleton: Skeleton,
-    device: torch.device,
-    counted: list[Tensor | None],  # per micro-batch
-    probes: int,  # batches at the front of the skeleton that are probes, not data
-) -> dict[str, InputStatistics]:
-    """Run the layer over all micro-batches: statistics per group (by its first linear), new hidden states in place."""
-    layer = context.layer
+def _collector(context: LayerContext, structure: LayerStructure, device: torch.device) -> StatisticsCollector:
+    """Statistics per group, by its first linear."""
     leaders = {
         group.consumers[0]: context.linear(group.consumers[0])
         for group in structure.groups
         if not context.quantizable.isdisjoint(group.consumers)
     }
-    collector = StatisticsCollector(leaders, device)
-    dtype = next(layer.parameters()).dtype
-    run = LayerRunner(layer, device, compute_dtype(device, dtype))
-    calls, hidden = skeleton.calls[context.name], skeleton.hidden
+    return StatisticsCollector(leaders, device)
+
+
+def _advance(
+    context: LayerContext,
+    feed: Feed,
+    collector: StatisticsCollector,
+    device: torch.device,
+    counted: list[Tensor | None],  # per batch, the probes included
+) -> None:
+    """Run the layer over all batches: statistics from those that are data, and its outputs handed on."""
+    layer = context.layer
+    run = LayerRunner(layer, device, compute_dtype(device, next(layer.parameters()).dtype))
+    feed.run_probes(run)
     with collector.collecting():
-        for index in range(probes, len(hidden)):
-            collector.count_only(counted[index - probes])
-            output = run(calls[index], hidden[index])
-            hidden[index] = output.to(device=hidden[index].device, dtype=hidden[index].dtype)
-    return {name: collector.statistics(name, context.name) for name in leaders}
+        for index in range(PROBES, len(counted)):
+            collector.count_only(counted[index])
+            feed.run(run, context.name, index)
 
 
 def _quantize_with_statistics(

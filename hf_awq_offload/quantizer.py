@@ -139,6 +139,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         )
         self._warn_of_unpackable()
         self.report = quantize_layers(model, recipe, device, self.quantizable.__contains__, self.calibration, undo)
+        self.left_out |= self.report.left_out
         self.report.left_out = dict(self.left_out)
         self.quantization_config = AwqCheckpointConfig.from_recipe(recipe, sorted(self.left_out), self._meta(recipe))
         self.calibration = None

@@ -90,6 +90,10 @@ class StatisticsCollector:
             )
         return InputStatistics(gram / tokens, abs_sum / tokens, tokens)
 
+    def all_statistics(self, layer_name: str) -> dict[str, InputStatistics]:
+        """The statistics of every input by its name; raises as `statistics` does."""
+        return {name: self.statistics(name, layer_name) for name in self.inputs}
+
     def _hook(self, name: str):
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = _counted_rows(args[0], self.counted).float()

@@ -14,7 +14,7 @@ MAX_LINES = 450
 
 LEVELS = {
     0: ["errors", "config", "grid", "packing", "report", "logs"],
-    1: ["search", "search.*", "linear", "layers", "folds", "data", "data_*", "statistics"],
+    1: ["search", "search.*", "linear", "layers", "halted", "feeds", "folds", "data", "data_*", "statistics"],
     2: ["streaming"],
     3: ["pipeline"],
     4: ["quantizer", "registration", "evaluate", "demo", "demo.*", "__init__", "__main__"],
