@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -277,8 +277,13 @@ def output_hidden(output: Any) -> Tensor:
 
 
 def linears_in(layer: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear inside `layer` by its name there, in the order of definition."""
-    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    """Every linear inside `layer` by its name there, in the order of definition."""
+    return {name: module for name, module in layer.named_modules() if is_linear(module)}
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module` computes x Wᵀ + b: an nn.Linear, and no subclass that computes something else."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 class _Recorder:
@@ -337,12 +342,21 @@ class _Recorder:
             self.called.append(name)
             call = self._store(name, hidden, args, kwargs)
             self.skeleton.calls.setdefault(name, []).append(call)
-            learned = self.learned_outputs[type(layer)]
             # A tensor of its own, so that what the layer was given is not mistaken for what it returns.
-            self.last_hidden = hidden.detach().requires_grad_() * 1 if self.trace else hidden.view_as(hidden)
-            return self.last_hidden if isinstance(learned, Tensor) else (self.last_hidden, *learned[1:])
+            self.last_hidden = self._traced(hidden) if self.trace else hidden.view_as(hidden)
+            learned = self.learned_outputs[type(layer)]
+            if isinstance(learned, Tensor):
+                return self.last_hidden
+            others = map_leaves(learned[1:], self._traced) if self.trace else learned[1:]
+            return (self.last_hidden, *others)
 
         return record
+
+    @staticmethod
+    def _traced(leaf: Any) -> Any:
+        """`leaf`; a floating-point tensor so that what is computed from it requires a gradient."""
+        is_floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.detach().requires_grad_() * 1 if is_floating else leaf
 
     def _store(self, name: str, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
         position = 0

@@ -26,7 +26,7 @@ from .config import AwqCheckpointConfig, AwqOffloadConfig
 from .data import CalibrationSet, load_calibration_set
 from .errors import CalibrationDataError, CheckpointError, ConfigError, ModelStructureError
 from .grid import Grid, resolve_group_size
-from .layers import candidate_layers, linears_in
+from .layers import candidate_layers, is_linear, linears_in
 from .linear import AwqLinear, unpackable_reason
 from .logs import get_logger
 from .pipeline import Undo, quantize_layers
@@ -169,6 +169,8 @@ class AwqOffloadQuantizer(HfQuantizer):
             unpackable = unpackable_reason(linear.in_features, linear.out_features, config.group_size)
             if not should_convert_module(name, chosen):
                 left_out[name] = "named in modules_to_not_convert"
+            elif not is_linear(linear):
+                left_out[name] = f"a {type(linear).__name__}, which computes more than a product"
             elif name not in in_layers:
                 left_out[name] = "outside the decoder layers"
             elif not should_convert_module(name, skipped):
