@@ -3,9 +3,9 @@
 Letters: E experts, H hidden size, I intermediate size, T tokens, k experts per token.
 
 transformers 5 holds the experts of a layer in 3-D parameters, `gate_up_proj` (E, 2I, H), or `up_proj` (E, I, H) without
-a gate, and `down_proj` (E, H, I), on modules that say by flags how to read them: `has_gate`, `has_bias`, `is_transposed`
-((E, H, 2I) and (E, I, H)), `is_concatenated` (gate rows first, else gate and up rows take turns). Whatever carries
-these flags is unfused, under the names that the per-expert weights have in the original checkpoint.
+a gate, and `down_proj` (E, H, I), on modules that say by flags how to read them: `has_gate`, `has_bias`,
+`is_transposed` ((E, H, 2I) and (E, I, H)), `is_concatenated` (gate rows first, else gate and up rows take turns).
+Whatever carries these flags is unfused, under the names that the per-expert weights have in the original checkpoint.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelStructureError
-from .folds import ProbeCalls
 from .halted import HaltedForward, halted_forwards, layer_at
 from .layers import LayerRunner, NotAChainError, Skeleton, candidate_layers, record_skeleton
 from .logs import get_logger
+from .probing import ProbeCalls
 
 logger = get_logger(__name__)
 
@@ -153,9 +153,7 @@ def open_feed(
         yield HaltedFeed(passes, order, type(model).__name__)
 
 
-def _order_of_layers(
-    model: nn.Module, layers: dict[str, nn.Module], batch: Tensor, run_layer: RunLayer
-) -> list[str]:
+def _order_of_layers(model: nn.Module, layers: dict[str, nn.Module], batch: Tensor, run_layer: RunLayer) -> list[str]:
     """Names of the decoder layers as a forward pass runs them, with repetitions."""
     order: list[str] = []
     with halted_forwards(model, layers, [batch]) as passes:

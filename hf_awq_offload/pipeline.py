@@ -22,21 +22,12 @@ from transformers.utils import logging
 from .config import AwqOffloadConfig
 from .data import CalibrationSet, micro_batches
 from .feeds import PROBES, Feed, open_feed
-from .folds import (
-    InputGroup,
-    LayerStructure,
-    ProbeCalls,
-    ProducerKind,
-    absorb,
-    discover_structure,
-    provable_structure,
-    storable_scale,
-    structure_key,
-)
+from .folds import InputGroup, LayerStructure, ProducerKind, absorb, storable_scale, structure_key
 from .grid import Grid, dequantize, group_parameters, group_range, quantize, resolve_group_size
 from .layers import LayerRunner, candidate_layers, linears_in
 from .linear import AwqLinear
 from .packing import pack_weight
+from .probing import ProbeCalls, discover_structure, provable_structure
 from .report import GroupReport, LayerReport, QuantizationReport
 from .search.clip import search_clip
 from .search.scale import ScaleSearch, output_mse, row_mse, search_scale
