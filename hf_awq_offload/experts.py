@@ -111,8 +111,9 @@ def unfused(module: nn.Module, names: Projections | None = None) -> UnfusedExper
     """
     names = names or Projections("gate_proj" if cast(Any, module).has_gate else "", "up_proj", "down_proj")
     result = copy.copy(module)
-    result.__class__ = _unfused_class(type(module))
+    result.__class__ = UnfusedExperts
     assert isinstance(result, UnfusedExperts)
+    result.fused_class = type(module)
     first, second = fused_names(module)
     fused = [name for name in module._parameters if name.removesuffix("_bias") in (first, second)]
     result._parameters = {name: value for name, value in module._parameters.items() if name not in fused}
@@ -153,11 +154,13 @@ def _one_expert(module: nn.Module, expert: int, names: Projections) -> nn.Module
 
 
 class UnfusedExperts(nn.Module):
-    """Mixed into the class of the fused experts, whose gate, activation and norm stay in use.
+    """Experts taken apart: expert e is the submodule named "e". Made by `unfused`.
 
-    Made by `unfused`; expert e is the submodule named "e".
+    It has the attributes that the fused experts had, and their gate, activation and norm stay in use; but it is no
+    instance of their class, whose initialization wants the fused parameters.
     """
 
+    fused_class: type[nn.Module]
     projections: Projections
     was_fused: tuple[str, ...]
     routing: Routing
@@ -165,8 +168,8 @@ class UnfusedExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """(T, H) hidden states, (T, k) int64 experts of every token, (T, k) their weights -> (T, H)."""
-        bound = inspect.signature(_fused_forward(type(self))).bind(self, *args, **kwargs)
-        _, hidden_states, top_k_index, top_k_weights = bound.args
+        signature = inspect.signature(self.fused_class.forward)
+        _, hidden_states, top_k_index, top_k_weights = signature.bind(self, *args, **kwargs).args
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         top_k_index = top_k_index.reshape(x.shape[0], -1)
         top_k_weights = top_k_weights.reshape(x.shape[0], -1)
@@ -185,6 +188,16 @@ class UnfusedExperts(nn.Module):
             output += (self._compute(expert, x) * weight).to(output.dtype)
         return output.view_as(hidden_states)
 
+    def __getattr__(self, name: str) -> Any:
+        """Methods of the fused experts, on this module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            method = getattr(self.__dict__.get("fused_class"), name, None)
+            if not inspect.isfunction(method):
+                raise
+            return functools.partial(method, self)
+
     def _compute(self, expert: int, x: Tensor) -> Tensor:
         """(t, H) -> (t, H) through one expert."""
         flags, linears = cast(Any, self), cast(Any, self.get_submodule(str(expert)))
@@ -199,15 +212,6 @@ class UnfusedExperts(nn.Module):
         return flags.post_expert_norm(output) if getattr(flags, "has_post_expert_norm", False) else output
 
 
-@functools.cache
-def _unfused_class(fused_class: type[nn.Module]) -> type[UnfusedExperts]:
-    return type(f"Unfused{fused_class.__name__}", (UnfusedExperts, fused_class), {})
-
-
-def _fused_forward(unfused_class: type[UnfusedExperts]) -> Any:
-    return unfused_class.__mro__[2].forward
-
-
 @contextmanager
 def routed(layer: nn.Module, routing: Routing) -> Iterator[None]:
     """Every expert module of `layer` routes its tokens in this way inside."""
@@ -220,6 +224,22 @@ def routed(layer: nn.Module, routing: Routing) -> Iterator[None]:
     finally:
         for module, value in zip(modules, before, strict=True):
             module.routing = value
+
+
+def router_linears(layer: nn.Module) -> set[str]:
+    """Linears within `layer` that choose experts: beside the experts, with an output for each of them."""
+    found = set()
+    for name, module in layer.named_modules():
+        counts = {value.shape[0] for value in module.parameters(recurse=False) if value.ndim == 3}
+        if isinstance(module, UnfusedExperts):
+            counts.add(module.experts_total)
+        block_name, _, _ = name.rpartition(".")
+        for part, linear in layer.get_submodule(block_name).named_modules() if counts and name else []:
+            full_name = f"{block_name}.{part}" if block_name else part
+            is_inside = full_name.startswith(f"{name}.")
+            if isinstance(linear, nn.Linear) and linear.out_features in counts and not is_inside:
+                found.add(full_name)
+    return found
 
 
 class ExpertPart(NamedTuple):

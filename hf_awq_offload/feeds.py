@@ -29,6 +29,10 @@ RunLayer = Callable[[str, Callable[[LayerRunner], Any]], Any]
 """Name of a decoder layer and what to do with its runner -> what that returned; puts the layer on its device."""
 
 
+TRIAL_TOKENS = 8
+"""Length of a forward pass that only shows which layers run."""
+
+
 @dataclass(frozen=True)
 class Visit:
     """One run of one decoder layer over all batches."""
@@ -151,6 +155,15 @@ def open_feed(
     layers = {name: layers[name] for name in set(order)}
     with halted_forwards(model, layers, batches) as passes:
         yield HaltedFeed(passes, order, type(model).__name__)
+
+
+def layers_that_run(model: nn.Module, run_layer: RunLayer) -> list[str]:
+    """Decoder layers that run on a few tokens of text, in the model's order, each once."""
+    batch = torch.arange(TRIAL_TOKENS).unsqueeze(0)
+    try:
+        return record_skeleton(model, [batch]).layer_names
+    except Exception:  # see open_feed
+        return list(dict.fromkeys(_order_of_layers(model, candidate_layers(model), batch, run_layer)))
 
 
 def _order_of_layers(model: nn.Module, layers: dict[str, nn.Module], batch: Tensor, run_layer: RunLayer) -> list[str]:

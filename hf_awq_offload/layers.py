@@ -23,7 +23,6 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import ModelStructureError
 
-
 PRODUCT_TOLERANCE = 1e-4
 """Relative deviation that fp32 rounding may cause between two ways to compute a matrix product."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -21,8 +21,9 @@ from transformers.utils import logging
 
 from .config import AwqOffloadConfig
 from .data import CalibrationSet, micro_batches
-from .feeds import PROBES, Feed, open_feed
+from .feeds import PROBES, Feed, layers_that_run, open_feed
 from .folds import InputGroup, LayerStructure, ProducerKind, absorb, storable_scale, structure_key
+from .gathering import GatheredStatistics, LayerStatistics
 from .grid import Grid, dequantize, group_parameters, group_range, quantize, resolve_group_size
 from .layers import LayerRunner, candidate_layers, linears_in
 from .linear import AwqLinear
@@ -31,7 +32,7 @@ from .probing import ProbeCalls, discover_structure, provable_structure
 from .report import GroupReport, LayerReport, QuantizationReport
 from .search.clip import search_clip
 from .search.scale import ScaleSearch, output_mse, row_mse, search_scale
-from .statistics import InputStatistics, StatisticsCollector
+from .statistics import InputStatistics
 from .streaming import compute_dtype, onloaded, peak_memory_bytes
 
 PROBE_TOKENS = 32
@@ -76,11 +77,12 @@ def quantize_layers(
     """
     report = QuantizationReport()
     if calibration is None:
-        for name in logging.tqdm(list(candidate_layers(model)), desc="Quantizing", unit="layer"):
+        run_layer = partial(_run_layer, model, device)
+        for name in logging.tqdm(layers_that_run(model, run_layer), desc="Quantizing", unit="layer"):
             context = _context(model, name, recipe, is_quantizable, undo)
             with onloaded(context.layer, device):
                 report.layers.append(LayerReport(name, tuple(_quantize_without_data(context)), 0.0))
-        return report
+        return _with_layers_left_out(report, model, is_quantizable)
     report.tokens = calibration.tokens
     first = calibration.sequences[0]
     probe_batches = [first[:PROBE_TOKENS].unsqueeze(0), first[:1].unsqueeze(0)]
@@ -88,7 +90,7 @@ def quantize_layers(
     batches = [torch.stack([calibration.sequences[i] for i in batch]) for batch in indices]
     counted = [None] * len(probe_batches) + [_stack_counted(calibration, batch) for batch in indices]
     structures: dict[object, LayerStructure] = {}
-    collectors: dict[str, StatisticsCollector] = {}
+    collectors: dict[str, LayerStatistics] = {}
     found: dict[str, LayerStructure] = {}
     seconds: dict[str, float] = defaultdict(float)
     with open_feed(model, probe_batches + batches, partial(_run_layer, model, device)) as feed:
@@ -100,23 +102,34 @@ def quantize_layers(
             with onloaded(context.layer, device):
                 if name not in found:
                     found[name] = _structure_of(context.layer, feed.probes(name), device, recipe.seed, structures)
-                    collectors[name] = _collector(context, found[name], device)
+                    collectors[name] = LayerStatistics(
+                        context.layer, found[name], context.quantizable, device, recipe.all_experts
+                    )
                 _advance(context, feed, collectors[name], device, counted)
-                groups = []
+                groups, starved = [], {}
                 if visit.is_last:
-                    statistics = collectors.pop(name).all_statistics(name)
+                    statistics = collectors.pop(name).gathered(name, recipe.min_expert_tokens)
+                    starved = statistics.starved()
                     groups = _quantize_with_statistics(context, found[name], statistics)
             seconds[name] += time.perf_counter() - start
             if visit.is_last:
-                layer_report = LayerReport(name, tuple(groups), seconds[name])
+                layer_report = LayerReport(name, tuple(groups), seconds[name], starved)
                 report.layers.append(layer_report)
                 report.left_out |= _not_reached(context, found[name])
                 progress.update()
                 progress.set_postfix_str(_progress_text(layer_report, device))
         progress.close()
-    for name in candidate_layers(model):
-        if name not in found:
-            for part in _context(model, name, recipe, is_quantizable, undo).quantizable:
+    return _with_layers_left_out(report, model, is_quantizable)
+
+
+def _with_layers_left_out(
+    report: QuantizationReport, model: nn.Module, is_quantizable: Callable[[str], bool]
+) -> QuantizationReport:
+    """`report`, and what is said of layers that did not run."""
+    ran = {layer.name for layer in report.layers}
+    for name, layer in candidate_layers(model).items():
+        for part in linears_in(layer) if name not in ran else []:
+            if is_quantizable(f"{name}.{part}"):
                 report.left_out[f"{name}.{part}"] = "does not run on text alone: not part of the decoder"
     return report
 
@@ -172,20 +185,10 @@ def _structure_of(
     return known[key]
 
 
-def _collector(context: LayerContext, structure: LayerStructure, device: torch.device) -> StatisticsCollector:
-    """Statistics per group, by its first linear."""
-    leaders = {
-        group.consumers[0]: context.linear(group.consumers[0])
-        for group in structure.groups
-        if not context.quantizable.isdisjoint(group.consumers)
-    }
-    return StatisticsCollector(leaders, device)
-
-
 def _advance(
     context: LayerContext,
     feed: Feed,
-    collector: StatisticsCollector,
+    collector: LayerStatistics,
     device: torch.device,
     counted: list[Tensor | None],  # per batch, the probes included
 ) -> None:
@@ -200,26 +203,26 @@ def _advance(
 
 
 def _quantize_with_statistics(
-    context: LayerContext, structure: LayerStructure, statistics: Mapping[str, InputStatistics]
+    context: LayerContext, structure: LayerStructure, statistics: GatheredStatistics
 ) -> list[GroupReport]:
     """Scales for every group, folded; then clip, round and pack every linear."""
     searched = [
-        (group, statistics[group.consumers[0]], _search_group_scale(context, group, statistics[group.consumers[0]]))
+        (group, _search_group_scale(context, group, group_statistics))
         for group in structure.groups
-        if group.consumers[0] in statistics
+        if (group_statistics := statistics.of_group(group)) is not None
     ]
     row_scales, channel_scales = _fold_scales(context, searched)
     reports = []
-    for group, group_statistics, search in searched:
+    for group, search in searched:
         loss = 0.0
-        scale = channel_scales.get(group.consumers[0])
-        scaled = group_statistics if scale is None else group_statistics.divided(scale)
-        for name in group.consumers:
-            if name in context.quantizable:
-                clip = context.recipe.clip and name not in structure.softmax_only
-                loss += _quantize_linear(context, name, scale, row_scales.get(name), scaled.gram, clip)
-        producer = group.fold.producer if group.fold is not None else None
         quantized = tuple(name for name in group.consumers if name in context.quantizable)
+        for name in quantized:
+            scale = channel_scales.get(name)
+            own = statistics.of_linear(group, name)
+            scaled = own if scale is None else own.divided(scale)
+            clip = context.recipe.clip and name not in structure.softmax_only
+            loss += _quantize_linear(context, name, scale, row_scales.get(name), scaled.gram, clip)
+        producer = group.fold.producer if group.fold is not None else None
         reports.append(GroupReport(quantized, producer, search.alpha, search.identity_loss, loss))
     return reports
 
@@ -246,7 +249,7 @@ def _search_group_scale(context: LayerContext, group: InputGroup, statistics: In
 
 
 def _fold_scales(
-    context: LayerContext, searched: list[tuple[InputGroup, InputStatistics, ScaleSearch]]
+    context: LayerContext, searched: list[tuple[InputGroup, ScaleSearch]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Fold every winner into its producer; returns what is left to do in fp32 when linears are rounded.
 
@@ -256,12 +259,13 @@ def _fold_scales(
     """
     row_scales: dict[str, Tensor] = {}
     channel_scales: dict[str, Tensor] = {}
-    for group, _, search in searched:
+    for group, search in searched:
         if group.fold is None or search.alpha is None:
             continue
         row_scale = search.row_scale
         if group.fold.kind is ProducerKind.ROWS and group.fold.producer in context.quantizable:
-            row_scales[group.fold.producer] = row_scale
+            # Two groups may divide different rows of one fused linear.
+            row_scales[group.fold.producer] = row_scale * row_scales.get(group.fold.producer, 1.0)
         else:
             _remember(context, [f"{group.fold.producer}.weight", f"{group.fold.producer}.bias"])
             absorb(context.layer, group.fold, row_scale)
@@ -272,6 +276,12 @@ def _fold_scales(
             else:
                 _remember(context, [f"{name}.weight"])
                 context.layer.get_parameter(f"{name}.weight").data.mul_(scale)
+        for reader in group.readers:
+            _remember(context, [reader.parameter])
+            parameter = context.layer.get_parameter(reader.parameter)
+            shape = [1] * parameter.ndim
+            shape[reader.axis] = -1
+            parameter.data.mul_(scale.view(shape))
     return row_scales, channel_scales
 
 
