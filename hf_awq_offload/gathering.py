@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .experts import ExpertPart, Routing, expert_parts, routed
 from .folds import InputGroup, LayerStructure
-from .layers import linears_in
+from .linears import linears_in
 from .statistics import InputStatistics, StatisticsCollector, blended, pooled
 
 

@@ -13,8 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,6 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ModelStructureError
-
-PRODUCT_TOLERANCE = 1e-4
-"""Relative deviation that fp32 rounding may cause between two ways to compute a matrix product."""
 
 
 class _Hidden:
@@ -278,49 +274,6 @@ def output_hidden(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def linears_in(layer: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear inside `layer` by its name there, in the order of definition."""
-    return {name: module for name, module in layer.named_modules() if is_linear(module)}
-
-
-def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `module` computes x Wᵀ + b: an nn.Linear, or of a subclass that computes nothing else."""
-    if not isinstance(module, nn.Linear):
-        return False
-    if type(module).forward is nn.Linear.forward:
-        return True
-    known = _PRODUCTS.setdefault(type(module), {})
-    shape = (module.in_features, module.out_features, module.bias is not None)
-    if shape not in known:
-        known[shape] = _computes_product(module)
-    return known[shape]
-
-
-_PRODUCTS: WeakKeyDictionary[type, dict[tuple[int, int, bool], bool]] = WeakKeyDictionary()
-"""Subclass of nn.Linear -> (in, out, has bias) -> whether it computes x Wᵀ + b."""
-
-
-def _computes_product(linear: nn.Linear) -> bool:
-    """Try it, on random weights."""
-    generator = torch.Generator().manual_seed(0)
-    twin = copy.copy(linear)
-    with torch.device("cpu"), torch.no_grad():
-        tensors = {
-            name: torch.randn(value.shape, generator=generator)
-            for name, value in linear.named_parameters(recurse=False)
-        }
-        twin._parameters = linear._parameters | {name: nn.Parameter(value) for name, value in tensors.items()}
-        x = torch.randn(2, 3, linear.in_features, generator=generator) * 10
-        try:
-            output = type(linear).forward(twin, x)
-        except Exception:  # of any kind: it wants another input, so it is something else
-            return False
-        expected = nn.functional.linear(x, tensors["weight"], tensors.get("bias"))
-        if not isinstance(output, Tensor) or output.shape != expected.shape:
-            return False
-        return bool((output - expected).norm() <= PRODUCT_TOLERANCE * expected.norm())
-
-
 class _Recorder:
     """Builds a `Skeleton` from the calls that reach the stubs."""
 
@@ -336,6 +289,7 @@ class _Recorder:
         self.called = []
         self.last_hidden: Tensor | None = None
         self.state: dict[int, tuple[Any, str]] = {}
+        self.handed_out: dict[int, Tensor] = {}  # what layers returned beside hidden states, by id
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def end_batch(self, model_name: str) -> None:
@@ -383,6 +337,7 @@ class _Recorder:
             if isinstance(learned, Tensor):
                 return self.last_hidden
             others = map_leaves(learned[1:], self._traced) if self.trace else learned[1:]
+            self.handed_out |= {id(tensor): tensor for tensor in tensors_in(others)}
             return (self.last_hidden, *others)
 
         return record
@@ -409,7 +364,7 @@ class _Recorder:
                 return HIDDEN
             if not isinstance(leaf, Tensor):
                 return leaf
-            if leaf.requires_grad:
+            if leaf.requires_grad or id(leaf) in self.handed_out:
                 raise NotAChainError(
                     f"Decoder layer {name} receives something beside its hidden states that is computed from those of "
                     "an earlier layer."

@@ -25,8 +25,9 @@ from .feeds import PROBES, Feed, layers_that_run, open_feed
 from .folds import InputGroup, LayerStructure, ProducerKind, absorb, storable_scale, structure_key
 from .gathering import GatheredStatistics, LayerStatistics
 from .grid import Grid, dequantize, group_parameters, group_range, quantize, resolve_group_size
-from .layers import LayerRunner, candidate_layers, linears_in
+from .layers import LayerRunner, candidate_layers
 from .linear import AwqLinear
+from .linears import linears_in
 from .packing import pack_weight
 from .probing import ProbeCalls, discover_structure, provable_structure
 from .report import GroupReport, LayerReport, QuantizationReport

@@ -19,13 +19,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 
 from .experts import Routing, UnfusedExperts, expert_parts, routed
 from .folds import Fold, InputGroup, LayerStructure, ProducerKind, Reader, scaled_producer
-from .layers import LayerCall, LayerRunner, is_linear, linears_in
+from .layers import LayerCall, LayerRunner
+from .linears import is_linear, linears_in
 from .rowmaps import LEVELS, complete_row_map, factor_index, level_factors, row_subsets
 
 PROOF_SENSITIVITY = 1e-4
@@ -34,6 +36,11 @@ PROOF_TOLERANCE = 1e-3
 """… and compensation undoes the change to this fraction of it, or to fp32 rounding."""
 ROUNDING_CHANGE = 3e-6
 """Relative change of a layer's output that fp32 rounding alone may cause."""
+
+CURVATURE = 0.01
+"""Second difference of the output, relative to the first, from which on a linear's output acts not linearly."""
+MAX_PAIRED = 4
+"""Among more linears that read one input, no pairs are tried."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ def discover_structure(layer: nn.Module, probes: ProbeCalls, device: torch.devic
         ]
         found = _find_folds(probe, inputs, groups)
         softmax_only = probe.without_influence_on_a_lone_token()
+        softmax_only |= probe.factors_of_a_softmax([group.consumers for group in groups], softmax_only)
     groups = [InputGroup(group.consumers, fold, group.readers) for group, fold in zip(groups, found, strict=True)]
     return provable_structure(layer, LayerStructure(tuple(groups), softmax_only), probes, device, seed)
 
@@ -207,6 +215,37 @@ class _Probe:
             if all(map(torch.equal, output, reference)):  # exactly: the softmax of a single logit is 1.0
                 found += names
         return frozenset(found)
+
+    def factors_of_a_softmax(self, groups: Sequence[tuple[str, ...]], known: frozenset[str]) -> frozenset[str]:
+        """Pairs of linears with one input of which the layer sees only the product, and that not linearly.
+
+        Where attention has a sink, the softmax of a lone token is not constant; but q·c and k/c are still q and k.
+        """
+        found: set[str] = set()
+        for consumers in groups:
+            names = [name for name in consumers if name not in known and name not in self.experts]
+            for first, second in combinations(names if len(names) <= MAX_PAIRED else [], 2):
+                opposed = self._multiplied(first, 2.0) | self._multiplied(second, 0.5)
+                doubled = self._multiplied(first, 2.0)
+                changed = self._change(doubled)
+                if changed < PROOF_SENSITIVITY or self._change(opposed) > max(
+                    PROOF_TOLERANCE * changed, ROUNDING_CHANGE
+                ):
+                    continue
+                once, twice = (
+                    self.runner.observe(*self.probes.several, self._multiplied(first, c)) for c in (2.0, 3.0)
+                )
+                bent = sum((b - 2 * a + r).norm() for r, a, b in zip(self.reference, once, twice, strict=True))
+                if float(bent) > CURVATURE * sum(
+                    float((a - r).norm()) for r, a in zip(self.reference, once, strict=True)
+                ):
+                    found |= {first, second}
+        return frozenset(found)
+
+    def _multiplied(self, name: str, factor: float) -> dict[str, Tensor]:
+        """A linear's parameters times `factor`."""
+        names = [key for key in (f"{name}.weight", f"{name}.bias") if key in self.parameters]
+        return {key: self.parameters[key] * factor for key in names}
 
     def _change(self, overrides: dict[str, Tensor]) -> float:
         """The largest ‖output - reference‖ / ‖reference‖ of all outputs, infinite where that is not a number."""

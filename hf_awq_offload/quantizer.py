@@ -34,8 +34,9 @@ from .experts import (
     unfused,
 )
 from .grid import Grid, resolve_group_size
-from .layers import candidate_layers, is_linear, linears_in
+from .layers import candidate_layers
 from .linear import AwqLinear, unpackable_reason
+from .linears import is_linear, linears_in
 from .logs import get_logger
 from .pipeline import Undo, quantize_layers
 from .report import QuantizationReport

@@ -100,7 +100,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
-    "dots3_note_vision": {"adapter_in_dim": 64},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 64},
     "dots3_note_text": {"swa_qk_nope_head_dim": 16, "swa_qk_rope_head_dim": 8, "swa_q_lora_rank": 32,
                         "swa_kv_lora_rank": 32, "swa_head_dim": 24},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16},
