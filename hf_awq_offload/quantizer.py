@@ -38,6 +38,7 @@ from .layers import candidate_layers
 from .linear import AwqLinear, unpackable_reason
 from .linears import is_linear, linears_in
 from .logs import get_logger
+from .names import Renaming
 from .pipeline import Undo, quantize_layers
 from .report import QuantizationReport
 from .streaming import default_execution_device
@@ -204,6 +205,9 @@ class AwqOffloadQuantizer(HfQuantizer):
             for layer_name, layer in candidate_layers(model).items()
             for name in router_linears(layer)
         }
+        renaming = Renaming(
+            self.update_weight_conversions(get_model_conversion_mapping(model, add_legacy=False), model)
+        )
         left_out = {}
         for name, linear in model.named_modules():
             if not isinstance(linear, nn.Linear):
@@ -217,6 +221,8 @@ class AwqOffloadQuantizer(HfQuantizer):
                 left_out[name] = f"a {type(linear).__name__}, which computes more than a product"
             elif name not in in_layers:
                 left_out[name] = "outside the decoder layers"
+            elif not renaming.keeps(name):
+                left_out[name] = "its name does not survive transformers' renaming of weights"
             elif not should_convert_module(name, skipped):
                 left_out[name] = "tied, last, or kept in fp32 by the model"
             elif unpackable is not None:

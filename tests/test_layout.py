@@ -16,7 +16,7 @@ LEVELS = {
     0: ["errors", "config", "grid", "packing", "report", "logs"],
     1: [
         *("search", "search.*", "statistics", "linear", "data", "data_*"),
-        *("layers", "linears", "halted", "feeds", "folds", "probing", "rowmaps", "experts", "gathering"),
+        *("layers", "linears", "names", "halted", "feeds", "folds", "probing", "rowmaps", "experts", "gathering"),
     ],
     2: ["streaming"],
     3: ["pipeline"],

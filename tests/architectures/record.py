@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import torch
 from behaviour import check
@@ -20,19 +23,30 @@ from unsupported import CAUSAL_LM
 HERE = Path(__file__).parent
 
 
-def main(chosen: list[str]) -> None:
+def check_type(model_type: str) -> dict[str, Any]:
+    """In a process of its own pool: what the suite finds of one type."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        return check(tiny_causal_lm(model_type), Path(folder))
+
+
+def main(chosen: list[str]) -> None:
     path = HERE / "causal_lm.json"
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - CAUSAL_LM.keys()
     recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    recorded = {name: found for name, found in recorded.items() if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
-    for model_type in chosen or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        if model_type in CAUSAL_LM:
-            recorded.pop(model_type, None)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            recorded[model_type] = check(tiny_causal_lm(model_type), Path(folder))
-        print(model_type, recorded[model_type]["scaled"], "of", recorded[model_type]["quantized"], flush=True)
-        path.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n", encoding="utf-8")
+    recorded = {name: found for name, found in recorded.items() if name in known}
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        running = {pool.submit(check_type, name): name for name in sorted(set(chosen or known) & known)}
+        for done in as_completed(running):
+            name = running[done]
+            try:
+                recorded[name] = done.result()
+            except Exception as error:  # of any kind; the suite will show it whole
+                print(name, "failed:", repr(error)[:300], flush=True)
+                continue
+            print(name, recorded[name]["scaled"], "of", recorded[name]["quantized"], flush=True)
+            path.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n", encoding="utf-8")
     (HERE.parents[1] / "docs" / "architectures.md").write_text(render(recorded), encoding="utf-8")
 
 
