@@ -24,6 +24,8 @@ QUANT_METHOD = "awq_offload"
 GROUP_SIZES = (-1, 32, 64, 128)
 """Group sizes that AWQ kernels serve; -1 is one group per output row."""
 
+ROUNDINGS = ("nearest", "error_feedback")
+
 MIN_SEQ_LEN_TOKENS = 8
 
 
@@ -47,6 +49,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         min_expert_tokens: an expert of a mixture of experts that sees fewer calibration tokens is given the layer's
             pooled statistics for those that it lacks.
         all_experts: send every calibration token through every expert; slower, and no expert goes without.
+        rounding: "nearest", or "error_feedback" (GPTQ's update on the same statistics, within the same format).
         modules_to_not_convert: names (suffixes, prefixes or regular expressions, as transformers matches them)
             of linears that stay in full precision.
         execution_device: where a decoder layer is processed; by default the accelerator, else the CPU.
@@ -72,6 +75,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         clip: bool = True,
         min_expert_tokens: int = 256,
         all_experts: bool = False,
+        rounding: str = "error_feedback",
         modules_to_not_convert: list[str] | None = None,
         execution_device: Any = None,
         seed: int = 0,
@@ -92,6 +96,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         self.clip = clip
         self.min_expert_tokens = min_expert_tokens
         self.all_experts = all_experts
+        self.rounding = rounding
         self.modules_to_not_convert = modules_to_not_convert
         self.execution_device = execution_device
         self.seed = seed
@@ -165,6 +170,8 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         _require_int("n_grid", self.n_grid, "a number of candidates such as 20, or 0 for no scale search", minimum=0)
         _require_int("min_expert_tokens", self.min_expert_tokens, "a number of tokens such as 256, or 0", minimum=0)
         _require_int("seed", self.seed, "an integer from 0 to 2**63 - 1", minimum=0, maximum=2**63 - 1)
+        if self.rounding not in ROUNDINGS:
+            raise ConfigError(f"rounding is {self.rounding!r}; pass one of {', '.join(map(repr, ROUNDINGS))}.")
         self._validate_data()
         if self.modules_to_not_convert is not None:
             names = self.modules_to_not_convert
@@ -185,7 +192,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         if self.dataset is None or isinstance(self.dataset, bool | int | float | complex | bytes):
             raise ConfigError(
                 f"dataset is {self.dataset!r}; pass 'builtin', a list of texts, token ids, a datasets.Dataset, a "
-                "path or a dataset name. To quantize without data, set n_grid=0 and clip=False."
+                "path or a dataset name. To quantize without data, set n_grid=0, clip=False and rounding='nearest'."
             )
         if isinstance(self.dataset, str) and not self.dataset.strip():
             raise ConfigError("dataset is an empty string; pass 'builtin', a path or a dataset name.")
@@ -200,7 +207,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
     @property
     def needs_calibration(self) -> bool:
         """Whether any step reads activations; without one the data set is not loaded at all."""
-        return self.n_grid > 0 or self.clip
+        return self.n_grid > 0 or self.clip or self.rounding == "error_feedback"
 
 
 def _require_int(

@@ -294,7 +294,8 @@ class AwqOffloadQuantizer(HfQuantizer):
             }
         if self.fused:
             meta["unfused_experts"] = True  # they are loaded one by one, also where the original holds them fused
-        return meta | {"n_grid": recipe.n_grid, "duo_scaling": recipe.duo_scaling, "clip": recipe.clip}
+        search = {name: getattr(recipe, name) for name in ("n_grid", "duo_scaling", "clip", "rounding")}
+        return meta | search
 
 
 def quantize_model(
