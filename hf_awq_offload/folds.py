@@ -6,7 +6,7 @@ that is, `probing.py` finds by measuring; here is what it may be, and how it is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -84,6 +84,21 @@ def structure_key(layer: nn.Module) -> tuple[object, ...]:
         shapes = tuple((key_, tuple(tensor.shape)) for key_, tensor in module.named_parameters(recurse=False))
         key.append((name, type(module), settings, shapes))
     return tuple(key)
+
+
+def without_folds_of(
+    structure: LayerStructure,
+    parameters: Collection[str],  # names within the layer
+) -> LayerStructure:
+    """`structure` less the folds that would change one of `parameters`, as producer or as consumer."""
+
+    def touches(group: InputGroup) -> bool:
+        modules = group.consumers if group.fold is None else (*group.consumers, group.fold.producer)
+        names = {f"{module}.{name}" for module in modules for name in ("weight", "bias")}
+        return not names.union(reader.parameter for reader in group.readers).isdisjoint(parameters)
+
+    kept = [InputGroup(group.consumers, None) if touches(group) else group for group in structure.groups]
+    return LayerStructure(tuple(kept), structure.softmax_only)
 
 
 def scaled_producer(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -130,6 +131,25 @@ def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
             f"{holds} Expected a decoder whose layers stand in an nn.ModuleList."
         )
     return found
+
+
+def shared_parameters(model: nn.Module) -> dict[str, set[str]]:
+    """Decoder layer -> names, within it, of parameters that another layer or the rest of the model uses too."""
+    users: dict[int, set[str]] = defaultdict(set)
+    named: dict[str, dict[str, nn.Parameter]] = {}
+    inside: set[str] = set()
+    for layer_name, layer in candidate_layers(model).items():
+        named[layer_name] = dict(layer.named_parameters(remove_duplicate=False))
+        inside.update(f"{layer_name}.{name}" for name in named[layer_name])
+        for parameter in named[layer_name].values():
+            users[id(parameter)].add(layer_name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in inside:
+            users[id(parameter)].add("")
+    return {
+        layer_name: {name for name, parameter in parameters.items() if len(users[id(parameter)]) > 1}
+        for layer_name, parameters in named.items()
+    }
 
 
 def _has_conv1d(model: nn.Module) -> bool:

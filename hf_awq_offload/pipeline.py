@@ -23,10 +23,10 @@ from .config import AwqOffloadConfig
 from .data import CalibrationSet, micro_batches
 from .errors import NumericalError
 from .feeds import PROBES, Feed, layers_that_run, open_feed
-from .folds import InputGroup, LayerStructure, ProducerKind, absorb, storable_scale, structure_key
+from .folds import InputGroup, LayerStructure, ProducerKind, absorb, storable_scale, structure_key, without_folds_of
 from .gathering import GatheredStatistics, LayerStatistics
 from .grid import Grid, group_parameters, group_range, quantize, resolve_group_size
-from .layers import LayerRunner, calibration_mode, candidate_layers
+from .layers import LayerRunner, calibration_mode, candidate_layers, shared_parameters
 from .linear import AwqLinear
 from .linears import linears_in
 from .packing import pack_weight
@@ -105,6 +105,7 @@ def _quantize_layers(
     batches = [torch.stack([calibration.sequences[i] for i in batch]) for batch in indices]
     counted = [None] * len(probe_batches) + [_stack_counted(calibration, batch) for batch in indices]
     structures: dict[object, LayerStructure] = {}
+    shared = shared_parameters(model)
     collectors: dict[str, LayerStatistics] = {}
     found: dict[str, LayerStructure] = {}
     seconds: dict[str, float] = defaultdict(float)
@@ -116,7 +117,8 @@ def _quantize_layers(
             context = _context(model, name, recipe, is_quantizable, undo)
             with onloaded(context.layer, device):
                 if name not in found:
-                    found[name] = _structure_of(context.layer, feed.probes(name), device, recipe.seed, structures)
+                    structure = _structure_of(context.layer, feed.probes(name), device, recipe.seed, structures)
+                    found[name] = without_folds_of(structure, shared[name])
                     collectors[name] = LayerStatistics(
                         context.layer, found[name], context.quantizable, device, recipe.all_experts
                     )

@@ -42,6 +42,9 @@ CURVATURE = 0.01
 MAX_PAIRED = 4
 """Among more linears that read one input, no pairs are tried."""
 
+MAX_READER_CHOICES = 8
+"""Sets of parameters that are tried as a group's readers."""
+
 
 @dataclass(frozen=True)
 class ProbeCalls:
@@ -64,10 +67,9 @@ def discover_structure(layer: nn.Module, probes: ProbeCalls, device: torch.devic
             InputGroup(consumers, None, _readers_of(inputs[consumers[0]], reads))
             for consumers in _group_equal_inputs(inputs)
         ]
-        found = _find_folds(probe, inputs, groups)
+        groups = _with_folds(probe, inputs, groups)
         softmax_only = probe.without_influence_on_a_lone_token()
         softmax_only |= probe.factors_of_a_softmax([group.consumers for group in groups], softmax_only)
-    groups = [InputGroup(group.consumers, fold, group.readers) for group, fold in zip(groups, found, strict=True)]
     return provable_structure(layer, LayerStructure(tuple(groups), softmax_only), probes, device, seed)
 
 
@@ -288,44 +290,65 @@ def _group_equal_inputs(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups]
 
 
-def _find_folds(probe: _Probe, inputs: Mapping[str, Tensor], groups: Sequence[InputGroup]) -> list[Fold | None]:
-    """For every group the first producer whose rows feed all its channels, and that passes the proof; or None."""
-    found: list[Fold | None] = [None] * len(groups)
+def _with_folds(
+    probe: _Probe,
+    inputs: Mapping[str, Tensor],
+    groups: Sequence[InputGroup],  # with everything that may be a reader
+) -> list[InputGroup]:
+    """Every group with the first producer whose rows feed all its channels and that passes the proof, if any."""
+    found = list(groups)
 
     def try_rows(candidate: Candidate, inputs: Mapping[str, Tensor], rows: Tensor | None, lone: bool) -> None:
-        open_groups = {
+        members = {
             index: member
-            for index, group in enumerate(groups)
-            if found[index] is None and (member := _member_for(probe, candidate, group)) is not None
+            for index, group in enumerate(found)
+            if group.fold is None and (member := _member_for(probe, candidate, group)) is not None
         }
-        if not open_groups:
+        if not members:
             return
-        fed = _rows_feeding(probe, candidate, inputs, groups, list(open_groups), rows, lone)
-        folds = {
-            index: Fold(open_groups[index].producer, candidate[0].kind, row_of_channel, candidate[0].rows)
+        fed = _rows_feeding(probe, candidate, inputs, found, list(members), rows, lone)
+        proposed = {
+            index: InputGroup(
+                found[index].consumers,
+                Fold(members[index].producer, candidate[0].kind, row_of_channel, candidate[0].rows),
+                found[index].readers,
+            )
             for index, row_of_channel in fed.items()
         }
-        proposed = [InputGroup(groups[i].consumers, fold, groups[i].readers) for i, fold in folds.items()]
-        for family in probe.families(proposed):
-            if probe.proves(family):
-                proven = {group.consumers: group.fold for group in family}
-                for index in folds:
-                    found[index] = proven.get(groups[index].consumers, found[index])
+        for family in probe.families(list(proposed.values())):
+            proven = _proven(probe, family)
+            for index, group in proposed.items():
+                found[index] = proven.get(group.consumers, found[index])
 
     candidates = probe.candidates()
     for candidate in candidates:
         try_rows(candidate, inputs, None, lone=False)
-    if all(fold is not None for fold in found):
-        return found
-    lone_inputs = probe.inputs({}, lone=True)
-    widths = {inputs[group.consumers[0]].shape[1] for group, fold in zip(groups, found, strict=True) if fold is None}
+    widths = {inputs[group.consumers[0]].shape[1] for group in found if group.fold is None}
+    lone_inputs = probe.inputs({}, lone=True) if widths else {}
     for candidate in candidates:
         rows = candidate[0].rows
-        if candidate[0].kind is ProducerKind.ROWS and rows > min(widths):
+        if candidate[0].kind is ProducerKind.ROWS and any(rows > width for width in widths):
             try_rows(candidate, lone_inputs, None, lone=True)
             for subset in row_subsets(rows) if any(rows == 2 * width for width in widths) else []:
                 try_rows(candidate, inputs, subset.to(probe.device), lone=False)
     return found
+
+
+def _proven(probe: _Probe, family: Sequence[InputGroup]) -> dict[tuple[str, ...], InputGroup]:
+    """Groups of a family by their consumers, with those readers that make the proof succeed; empty if none do.
+
+    A parameter that fits an input by its shape need not multiply it.
+    """
+    most = max(len(group.readers) for group in family)
+    kept = [range(most), *(chosen for size in range(most) for chosen in combinations(range(most), size))]
+    for chosen in kept[:MAX_READER_CHOICES]:
+        groups = [
+            InputGroup(group.consumers, group.fold, tuple(r for i, r in enumerate(group.readers) if i in chosen))
+            for group in family
+        ]
+        if probe.proves(groups):
+            return {group.consumers: group for group in groups}
+    return {}
 
 
 def _member_for(probe: _Probe, candidate: Candidate, group: InputGroup) -> Fold | None:
