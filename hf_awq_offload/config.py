@@ -46,6 +46,9 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         n_grid: number of candidates for the exponent of the scale search; 0 switches the search off.
         duo_scaling: let the candidates depend on the weights too (AWQ's `duo_scaling`).
         clip: search for a clipping range per group.
+        min_expert_tokens: an expert of a mixture of experts that sees fewer calibration tokens is given the layer's
+            pooled statistics for those that it lacks.
+        all_experts: send every calibration token through every expert; slower, and no expert goes without.
         rounding: "nearest", or "error_feedback" (GPTQ's update on the same statistics, within the same format).
         modules_to_not_convert: names (suffixes, prefixes or regular expressions, as transformers matches them)
             of linears that stay in full precision.
@@ -70,6 +73,8 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         n_grid: int = 20,
         duo_scaling: bool = True,
         clip: bool = True,
+        min_expert_tokens: int = 256,
+        all_experts: bool = False,
         rounding: str = "error_feedback",
         modules_to_not_convert: list[str] | None = None,
         execution_device: Any = None,
@@ -89,6 +94,8 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         self.n_grid = n_grid
         self.duo_scaling = duo_scaling
         self.clip = clip
+        self.min_expert_tokens = min_expert_tokens
+        self.all_experts = all_experts
         self.rounding = rounding
         self.modules_to_not_convert = modules_to_not_convert
         self.execution_device = execution_device
@@ -148,7 +155,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
             "128 (the usual), 64, 32, or -1 for one group per row",
             allowed=GROUP_SIZES,
         )
-        for name in ("zero_point", "duo_scaling", "clip"):
+        for name in ("zero_point", "duo_scaling", "clip", "all_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; pass True or False.")
         _require_int("n_samples", self.n_samples, "a positive number of sequences, such as 128", minimum=1)
@@ -161,6 +168,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         if self.batch_tokens is not None:
             _require_int("batch_tokens", self.batch_tokens, "a positive number of tokens, or None", minimum=1)
         _require_int("n_grid", self.n_grid, "a number of candidates such as 20, or 0 for no scale search", minimum=0)
+        _require_int("min_expert_tokens", self.min_expert_tokens, "a number of tokens such as 256, or 0", minimum=0)
         _require_int("seed", self.seed, "an integer from 0 to 2**63 - 1", minimum=0, maximum=2**63 - 1)
         if self.rounding not in ROUNDINGS:
             raise ConfigError(f"rounding is {self.rounding!r}; pass one of {', '.join(map(repr, ROUNDINGS))}.")

@@ -8,15 +8,18 @@ nothing about layer 1. Modules keep their class and attributes; only `forward` i
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from .errors import ModelStructureError
 
@@ -31,6 +34,10 @@ class _Hidden:
 HIDDEN = _Hidden()
 
 
+class NotAChainError(ModelStructureError):
+    """The decoder layers do not simply hand their hidden states on; `feeds.py` then halts real forward passes."""
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """Arguments of one call of a decoder layer; `HIDDEN` marks the place of the hidden states."""
@@ -38,15 +45,58 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def bind(self, hidden: Tensor, move: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with `hidden` in its place; `move` is applied to every tensor (device, dtype)."""
+    def bind(
+        self, hidden: Tensor, move: Callable[[Tensor], Tensor], share_state: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with `hidden` in its place; `move` is applied to every tensor (device, dtype).
 
-        def fill(leaf: Any) -> Any:
-            if leaf is HIDDEN:
+        Containers that a layer may write to (dicts, lists and objects of other kinds) are copied, so that a call
+        leaves no trace in them; with `share_state` they are passed on themselves, their tensors moved in place.
+        """
+
+        def fill(value: Any) -> Any:
+            if value is HIDDEN:
                 return move(hidden)
-            return move(leaf) if isinstance(leaf, Tensor) else leaf
+            return move(value) if isinstance(value, Tensor) else value
 
-        return tree_map(fill, (self.args, self.kwargs))
+        args = tuple(map_leaves(value, fill, share_state) for value in self.args)
+        return args, {name: map_leaves(value, fill, share_state) for name, value in self.kwargs.items()}
+
+
+def map_leaves(value: Any, fill: Callable[[Any], Any], in_place: bool = False) -> Any:
+    """`value` with `fill` applied to everything that is no container; mutable containers copied, unless `in_place`."""
+    if isinstance(value, tuple):
+        items = [map_leaves(item, fill, in_place) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, MutableMapping):
+        target = value if in_place else copy.copy(value)
+        for key in list(value):
+            target[key] = map_leaves(value[key], fill, in_place)
+        return target
+    if isinstance(value, list):
+        items = [map_leaves(item, fill, in_place) for item in value]
+        if not in_place:
+            return items
+        value[:] = items
+        return value
+    if is_state(value) and not in_place:
+        return copy.deepcopy(value)
+    return fill(value)
+
+
+def is_state(value: Any) -> bool:
+    """Whether layers could pass something on by writing it into `value`."""
+    if isinstance(value, MutableMapping | list):
+        return True
+    plain = (Tensor, str, bytes, int, float, complex, tuple, frozenset, torch.dtype, torch.device, nn.Module, _Hidden)
+    return not (value is None or isinstance(value, (*plain, PreTrainedConfig, slice)) or callable(value))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested containers, in their order."""
+    found: list[Tensor] = []
+    map_leaves(value, lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None)
+    return found
 
 
 @dataclass
@@ -62,20 +112,48 @@ class Skeleton:
 
 
 def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Elements of the outermost module lists that hold linears: what may turn out to be decoder layers."""
+    """Elements of the outermost module lists that hold linears: what may turn out to be decoder layers.
+
+    A linear that itself stands in a list is a projection, not a layer.
+    """
     found: dict[str, nn.Module] = {}
     for list_name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(list_name.startswith(f"{name}.") for name in found):
             continue
         for name, element in module.named_children():
-            if any(isinstance(part, nn.Linear) for part in element.modules()):
+            is_layer = not isinstance(element, nn.Linear | nn.ModuleList | nn.ModuleDict)
+            if is_layer and any(isinstance(part, nn.Linear) for part in element.modules()):
                 found[f"{list_name}.{name}" if list_name else name] = element
     if not found:
+        holds = " Its projections are Conv1D modules, which no AWQ loader knows." if _has_conv1d(model) else ""
         raise ModelStructureError(
-            f"{type(model).__name__} has no list of layers that hold nn.Linear modules; there is nothing to quantize. "
-            "Expected a decoder whose layers stand in an nn.ModuleList."
+            f"{type(model).__name__} has no list of layers that hold nn.Linear modules; there is nothing to quantize."
+            f"{holds} Expected a decoder whose layers stand in an nn.ModuleList."
         )
     return found
+
+
+def shared_parameters(model: nn.Module) -> dict[str, set[str]]:
+    """Decoder layer -> names, within it, of parameters that another layer or the rest of the model uses too."""
+    users: dict[int, set[str]] = defaultdict(set)
+    named: dict[str, dict[str, nn.Parameter]] = {}
+    inside: set[str] = set()
+    for layer_name, layer in candidate_layers(model).items():
+        named[layer_name] = dict(layer.named_parameters(remove_duplicate=False))
+        inside.update(f"{layer_name}.{name}" for name in named[layer_name])
+        for parameter in named[layer_name].values():
+            users[id(parameter)].add(layer_name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in inside:
+            users[id(parameter)].add("")
+    return {
+        layer_name: {name for name, parameter in parameters.items() if len(users[id(parameter)]) > 1}
+        for layer_name, parameters in named.items()
+    }
+
+
+def _has_conv1d(model: nn.Module) -> bool:
+    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def record_skeleton(
@@ -87,8 +165,12 @@ def record_skeleton(
     Args that are equal from batch to batch, or shared between layers, are stored once. A layer's own forward runs
     once per layer class, on the first batch, to learn what form of output the model expects: make it a short one.
 
+    On the first batch gradients tell what depends on the hidden states of an earlier layer.
+
     Raises:
-        ModelStructureError: no decoder layer ran, a layer ran twice in a pass, or its hidden states can't be told.
+        NotAChainError: a layer runs twice in a pass, or takes anything from earlier layers beside the hidden states
+            that the last one returned (something computed between the layers, shared state).
+        ModelStructureError: no decoder layer ran, or the hidden states can't be told.
     """
     layers = candidate_layers(model)
     skeleton = Skeleton()
@@ -97,11 +179,13 @@ def record_skeleton(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(calibration_mode(model))
+        stack.enter_context(_frozen(model))
         for name, layer in layers.items():
-            stack.enter_context(_shadowed_forward(layer, recorder.stub(name, layer)))
-        for batch in batches:
-            recorder.next_batch()
-            decoder(input_ids=batch, use_cache=False)
+            stack.enter_context(shadowed_forward(layer, recorder.stub(name, layer)))
+        for index, batch in enumerate(batches):
+            recorder.next_batch(trace=index == 0)
+            with torch.set_grad_enabled(index == 0):
+                decoder(input_ids=batch, use_cache=False)
             recorder.end_batch(type(model).__name__)
     return skeleton
 
@@ -125,6 +209,19 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
             config.use_cache = value
         for name, module in model.named_modules():
             module.training = training[name]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 class LayerRunner:
@@ -154,12 +251,41 @@ class LayerRunner:
         overrides: dict[str, Tensor] | None = None,  # parameter name -> tensor used in its place
     ) -> Tensor:
         """The layer's output hidden states, (batch, tokens, hidden), on `device`."""
-        args, kwargs = call.bind(hidden, self._move)
+        return output_hidden(self.run(call.bind(hidden, self._move), overrides))
+
+    @torch.no_grad()
+    def observe(
+        self,
+        call: LayerCall,
+        hidden: Tensor,  # (batch, tokens, hidden)
+        overrides: dict[str, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Every floating-point tensor that the call yields: in what the layer returns, and in state it writes to."""
+        bound = call.bind(hidden, self._move)
+        yielded = (self.run(bound, overrides), [value for value in (*bound[0], *bound[1].values()) if is_state(value)])
+        return [tensor for tensor in tensors_in(yielded) if tensor.is_floating_point()]
+
+    @torch.no_grad()
+    def hand_on(self, call: LayerCall, like: Tensor | None) -> Any:
+        """Whatever the layer returns, its tensors on `like`'s device and, if they are not integers, in its dtype.
+
+        State among the call's arguments is written to.
+        """
+        output = self.run(call.bind(torch.empty(0), self._move, share_state=True))
+
+        def back(leaf: Any) -> Any:
+            if like is None or not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(device=like.device, dtype=like.dtype if leaf.is_floating_point() else None)
+
+        return map_leaves(output, back, in_place=True)
+
+    def run(self, bound: tuple[tuple[Any, ...], dict[str, Any]], overrides: dict[str, Tensor] | None = None) -> Any:
+        """What the layer returns for arguments that are bound already."""
+        args, kwargs = bound
         if self.tensors or overrides:
-            output = torch.func.functional_call(self.layer, {**self.tensors, **(overrides or {})}, args, kwargs)
-        else:
-            output = self.layer(*args, **kwargs)
-        return output_hidden(output)
+            return torch.func.functional_call(self.layer, {**self.tensors, **(overrides or {})}, args, kwargs)
+        return self.layer(*args, **kwargs)
 
     def _move(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if tensor.is_floating_point() else None
@@ -171,11 +297,6 @@ def output_hidden(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def linears_in(layer: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear inside `layer` by its name there, in the order of definition."""
-    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-
-
 class _Recorder:
     """Builds a `Skeleton` from the calls that reach the stubs."""
 
@@ -185,9 +306,13 @@ class _Recorder:
         self.stored: dict[tuple[str, int], Tensor] = {}
         self.called: list[str] = []
 
-    def next_batch(self) -> None:
+    def next_batch(self, trace: bool = False) -> None:
+        """`trace`: let what is computed from a layer's output require a gradient."""
+        self.trace = trace
         self.called = []
         self.last_hidden: Tensor | None = None
+        self.state: dict[int, tuple[Any, str]] = {}
+        self.handed_out: dict[int, Tensor] = {}  # what layers returned beside hidden states, by id
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def end_batch(self, model_name: str) -> None:
@@ -211,31 +336,50 @@ class _Recorder:
 
         def record(*args: Any, **kwargs: Any) -> Any:
             if name in self.called:
-                raise ModelStructureError(
+                raise NotAChainError(
                     f"Decoder layer {name} runs twice in one forward pass; layers that are shared in depth are not "
                     "supported."
                 )
             hidden = _find_hidden(name, signature, args, kwargs)
             if type(layer) not in self.learned_outputs:
-                self.learned_outputs[type(layer)] = forward(*args, **kwargs)
+                with torch.no_grad():
+                    self.learned_outputs[type(layer)] = forward(*args, **kwargs)
             if not self.called:
                 self.skeleton.hidden.append(hidden)
             elif hidden is not self.last_hidden:
-                raise ModelStructureError(
+                raise NotAChainError(
                     f"Decoder layer {name} does not receive what {self.called[-1]} returned: the model computes "
                     "something between its layers, which is not supported."
                 )
-            self.last_hidden = hidden
             self.called.append(name)
             call = self._store(name, hidden, args, kwargs)
             self.skeleton.calls.setdefault(name, []).append(call)
+            # A tensor of its own, so that what the layer was given is not mistaken for what it returns.
+            self.last_hidden = self._traced(hidden) if self.trace else hidden.view_as(hidden)
             learned = self.learned_outputs[type(layer)]
-            return hidden if isinstance(learned, Tensor) else (hidden, *learned[1:])
+            if isinstance(learned, Tensor):
+                return self.last_hidden
+            others = map_leaves(learned[1:], self._traced) if self.trace else learned[1:]
+            self.handed_out |= {id(tensor): tensor for tensor in tensors_in(others)}
+            return (self.last_hidden, *others)
 
         return record
 
+    @staticmethod
+    def _traced(leaf: Any) -> Any:
+        """`leaf`; a floating-point tensor so that what is computed from it requires a gradient."""
+        is_floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.detach().requires_grad_() * 1 if is_floating else leaf
+
     def _store(self, name: str, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
         position = 0
+
+        for value in (*args, *kwargs.values()):
+            if is_state(value) and self.state.setdefault(id(value), (value, name))[1] != name:
+                raise NotAChainError(
+                    f"Decoder layer {name} receives a {type(value).__name__} that layer {self.state[id(value)][1]} "
+                    "received too; layers can pass state on in it."
+                )
 
         def keep(leaf: Any) -> Any:
             nonlocal position
@@ -243,6 +387,11 @@ class _Recorder:
                 return HIDDEN
             if not isinstance(leaf, Tensor):
                 return leaf
+            if leaf.requires_grad or id(leaf) in self.handed_out:
+                raise NotAChainError(
+                    f"Decoder layer {name} receives something beside its hidden states that is computed from those of "
+                    "an earlier layer."
+                )
             position += 1
             if id(leaf) not in self.seen:
                 # Without padding, masks and positions depend on a batch's shape alone: mostly the last one's serve.
@@ -253,8 +402,8 @@ class _Recorder:
             self.stored[name, position] = kept
             return kept
 
-        stored_args, stored_kwargs = tree_map(keep, (args, kwargs))
-        return LayerCall(stored_args, stored_kwargs)
+        stored_args = tuple(map_leaves(value, keep) for value in args)
+        return LayerCall(stored_args, {key: map_leaves(value, keep) for key, value in kwargs.items()})
 
 
 def _find_hidden(name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -270,7 +419,7 @@ def _find_hidden(name: str, signature: inspect.Signature, args: tuple[Any, ...],
 
 
 @contextmanager
-def _shadowed_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def shadowed_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let `forward` stand in for the module's own (an instance attribute, or accelerate's wrapper, survives)."""
     original = module.__dict__.get("forward")
     module.forward = forward

@@ -9,10 +9,11 @@ only brings them together and decides nothing about numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +22,20 @@ from transformers.utils import logging
 from .config import AwqOffloadConfig
 from .data import CalibrationSet, micro_batches
 from .errors import NumericalError
-from .folds import (
-    InputGroup,
-    LayerStructure,
-    ProbeCalls,
-    ProducerKind,
-    absorb,
-    discover_structure,
-    provable_structure,
-    storable_scale,
-    structure_key,
-)
+from .feeds import PROBES, Feed, layers_that_run, open_feed
+from .folds import InputGroup, LayerStructure, ProducerKind, absorb, storable_scale, structure_key, without_folds_of
+from .gathering import GatheredStatistics, LayerStatistics
 from .grid import Grid, group_parameters, group_range, quantize, resolve_group_size
-from .layers import LayerRunner, Skeleton, calibration_mode, candidate_layers, linears_in, record_skeleton
+from .layers import LayerRunner, calibration_mode, candidate_layers, shared_parameters
 from .linear import AwqLinear
+from .linears import linears_in
 from .packing import pack_weight
+from .probing import ProbeCalls, discover_structure, provable_structure
 from .report import GroupReport, LayerReport, QuantizationReport
 from .search.clip import search_clip
 from .search.rounding import FeedbackOrder, feedback_order, round_weight
 from .search.scale import ScaleSearch, output_mse, search_scale
-from .statistics import InputStatistics, StatisticsCollector
+from .statistics import InputStatistics
 from .streaming import compute_dtype, onloaded, peak_memory_bytes
 
 PROBE_TOKENS = 32
@@ -96,36 +91,84 @@ def _quantize_layers(
     undo: Undo | None,
 ) -> QuantizationReport:
     report = QuantizationReport()
-    skeleton, batches, counted, probes = None, [], [], 0
-    if calibration is not None:
-        report.tokens = calibration.tokens
-        first = calibration.sequences[0]
-        probe_batches = [first[:PROBE_TOKENS].unsqueeze(0), first[:1].unsqueeze(0)]
-        probes = len(probe_batches)
-        batch_tokens = recipe.batch_tokens or default_batch_tokens(model, device)
-        indices = micro_batches(calibration, batch_tokens)
-        batches = [torch.stack([calibration.sequences[i] for i in batch]) for batch in indices]
-        counted = [_stack_counted(calibration, batch) for batch in indices]
-        skeleton = record_skeleton(model, probe_batches + batches)
-    names = skeleton.layer_names if skeleton is not None else list(candidate_layers(model))
+    if calibration is None:
+        run_layer = partial(_run_layer, model, device)
+        for name in logging.tqdm(layers_that_run(model, run_layer), desc="Quantizing", unit="layer"):
+            context = _context(model, name, recipe, is_quantizable, undo)
+            with onloaded(context.layer, device):
+                report.layers.append(LayerReport(name, tuple(_quantize_without_data(context)), 0.0))
+        return _with_layers_left_out(report, model, is_quantizable)
+    report.tokens = calibration.tokens
+    first = calibration.sequences[0]
+    probe_batches = [first[:PROBE_TOKENS].unsqueeze(0), first[:1].unsqueeze(0)]
+    indices = micro_batches(calibration, recipe.batch_tokens or default_batch_tokens(model, device))
+    batches = [torch.stack([calibration.sequences[i] for i in batch]) for batch in indices]
+    counted = [None] * len(probe_batches) + [_stack_counted(calibration, batch) for batch in indices]
     structures: dict[object, LayerStructure] = {}
-    progress = logging.tqdm(names, desc="Quantizing", unit="layer")
-    for name in progress:
-        start = time.perf_counter()
-        layer = model.get_submodule(name)
-        quantizable = frozenset(part for part in linears_in(layer) if is_quantizable(f"{name}.{part}"))
-        context = LayerContext(name, layer, quantizable, recipe, undo)
-        with onloaded(layer, device):
-            if skeleton is None:
-                groups = _quantize_without_data(context)
-            else:
-                structure = _structure_of(layer, _probe_calls(skeleton, name), device, recipe.seed, structures)
-                statistics = _advance(context, structure, skeleton, device, counted, probes)
-                groups = _quantize_with_statistics(context, structure, statistics)
-        layer_report = LayerReport(name, tuple(groups), time.perf_counter() - start)
-        report.layers.append(layer_report)
-        progress.set_postfix_str(_progress_text(layer_report, device))
+    shared = shared_parameters(model)
+    collectors: dict[str, LayerStatistics] = {}
+    found: dict[str, LayerStructure] = {}
+    seconds: dict[str, float] = defaultdict(float)
+    with open_feed(model, probe_batches + batches, partial(_run_layer, model, device)) as feed:
+        progress = logging.tqdm(total=len(feed.layer_names), desc="Quantizing", unit="layer")
+        for visit in feed.visits():
+            name = visit.name
+            start = time.perf_counter()
+            context = _context(model, name, recipe, is_quantizable, undo)
+            with onloaded(context.layer, device):
+                if name not in found:
+                    structure = _structure_of(context.layer, feed.probes(name), device, recipe.seed, structures)
+                    found[name] = without_folds_of(structure, shared[name])
+                    collectors[name] = LayerStatistics(
+                        context.layer, found[name], context.quantizable, device, recipe.all_experts
+                    )
+                _advance(context, feed, collectors[name], device, counted)
+                groups, starved = [], {}
+                if visit.is_last:
+                    statistics = collectors.pop(name).gathered(name, recipe.min_expert_tokens)
+                    starved = statistics.starved()
+                    groups = _quantize_with_statistics(context, found[name], statistics)
+            seconds[name] += time.perf_counter() - start
+            if visit.is_last:
+                layer_report = LayerReport(name, tuple(groups), seconds[name], starved)
+                report.layers.append(layer_report)
+                report.left_out |= _not_reached(context, found[name])
+                progress.update()
+                progress.set_postfix_str(_progress_text(layer_report, device))
+        progress.close()
+    return _with_layers_left_out(report, model, is_quantizable)
+
+
+def _with_layers_left_out(
+    report: QuantizationReport, model: nn.Module, is_quantizable: Callable[[str], bool]
+) -> QuantizationReport:
+    """`report`, and what is said of layers that did not run."""
+    ran = {layer.name for layer in report.layers}
+    for name, layer in candidate_layers(model).items():
+        for part in linears_in(layer) if name not in ran else []:
+            if is_quantizable(f"{name}.{part}"):
+                report.left_out[f"{name}.{part}"] = "does not run on text alone: not part of the decoder"
     return report
+
+
+def _context(
+    model: nn.Module, name: str, recipe: AwqOffloadConfig, is_quantizable: Callable[[str], bool], undo: Undo | None
+) -> LayerContext:
+    layer = model.get_submodule(name)
+    quantizable = frozenset(part for part in linears_in(layer) if is_quantizable(f"{name}.{part}"))
+    return LayerContext(name, layer, quantizable, recipe, undo)
+
+
+def _run_layer(model: nn.Module, device: torch.device, name: str, use: Callable[[LayerRunner], Any]) -> Any:
+    layer = model.get_submodule(name)
+    with onloaded(layer, device):
+        return use(LayerRunner(layer, device, compute_dtype(device, next(layer.parameters()).dtype)))
+
+
+def _not_reached(context: LayerContext, structure: LayerStructure) -> dict[str, str]:
+    """Linears of the layer that no calibration token reached, and what is said of them."""
+    reached = {name for group in structure.groups for name in group.consumers}
+    return {f"{context.name}.{name}": "did not run in calibration" for name in context.quantizable - reached}
 
 
 def default_batch_tokens(model: nn.Module, device: torch.device) -> int:
@@ -148,11 +191,6 @@ def _stack_counted(calibration: CalibrationSet, indices: list[int]) -> Tensor | 
     return torch.stack([ones if mask is None else mask for mask in masks])
 
 
-def _probe_calls(skeleton: Skeleton, name: str) -> ProbeCalls:
-    several, single = ((skeleton.calls[name][index], skeleton.hidden[index]) for index in (0, 1))
-    return ProbeCalls(several, single)
-
-
 def _structure_of(
     layer: nn.Module, probes: ProbeCalls, device: torch.device, seed: int, known: dict[object, LayerStructure]
 ) -> LayerStructure:
@@ -166,51 +204,47 @@ def _structure_of(
 
 def _advance(
     context: LayerContext,
-    structure: LayerStructure,
-    skeleton: Skeleton,
+    feed: Feed,
+    collector: LayerStatistics,
     device: torch.device,
-    counted: list[Tensor | None],  # per micro-batch
-    probes: int,  # batches at the front of the skeleton that are probes, not data
-) -> dict[str, InputStatistics]:
-    """Run the layer over all micro-batches: statistics per group (by its first linear), new hidden states in place."""
+    counted: list[Tensor | None],  # per batch, the probes included
+) -> None:
+    """Run the layer over all batches: statistics from those that are data, and its outputs handed on."""
     layer = context.layer
-    leaders = {
-        group.consumers[0]: context.linear(group.consumers[0])
-        for group in structure.groups
-        if not context.quantizable.isdisjoint(group.consumers)
-    }
-    collector = StatisticsCollector(leaders, device)
-    dtype = next(layer.parameters()).dtype
-    run = LayerRunner(layer, device, compute_dtype(device, dtype))
-    calls, hidden = skeleton.calls[context.name], skeleton.hidden
+    run = LayerRunner(layer, device, compute_dtype(device, next(layer.parameters()).dtype))
+    feed.run_probes(run)
     with collector.collecting():
-        for index in range(probes, len(hidden)):
-            collector.count_only(counted[index - probes])
-            output = run(calls[index], hidden[index])
-            hidden[index] = output.to(device=hidden[index].device, dtype=hidden[index].dtype)
-    return {name: collector.statistics(name, context.name) for name in leaders}
+        for index in range(PROBES, len(counted)):
+            collector.count_only(counted[index])
+            feed.run(run, context.name, index)
 
 
 def _quantize_with_statistics(
-    context: LayerContext, structure: LayerStructure, statistics: Mapping[str, InputStatistics]
+    context: LayerContext, structure: LayerStructure, statistics: GatheredStatistics
 ) -> list[GroupReport]:
     """Scales for every group, folded; then clip, round and pack every linear."""
     searched = [
-        (group, statistics[group.consumers[0]], _search_group_scale(context, group, statistics[group.consumers[0]]))
+        (group, _search_group_scale(context, group, group_statistics))
         for group in structure.groups
-        if group.consumers[0] in statistics
+        if (group_statistics := statistics.of_group(group)) is not None
     ]
     row_scales, channel_scales = _fold_scales(context, searched)
     reports = []
-    for group, group_statistics, search in searched:
+    for group, search in searched:
         quantized = tuple(name for name in group.consumers if name in context.quantizable)
-        scale = channel_scales.get(quantized[0])
-        gram = group_statistics.gram if scale is None else group_statistics.divided(scale).gram
-        order = feedback_order(gram) if context.recipe.rounding == "error_feedback" else None
+        grams: dict[str, tuple[Tensor, FeedbackOrder | None]] = {}  # by whose input it is: experts have their own
         loss = 0.0
         for name in quantized:
+            scale = channel_scales.get(name)
+            leader = statistics.leader_of[name]
+            if leader not in grams:
+                own = statistics.of_linear(group, name)
+                gram = own.gram if scale is None else own.divided(scale).gram
+                grams[leader] = gram, feedback_order(gram) if context.recipe.rounding == "error_feedback" else None
             clip = context.recipe.clip and name not in structure.softmax_only
-            loss += _quantize_linear(context, name, scale, row_scales.get(name), gram, clip, order)
+            loss += _quantize_linear(
+                context, name, scale, row_scales.get(name), grams[leader][0], clip, grams[leader][1]
+            )
         producer = group.fold.producer if group.fold is not None else None
         reports.append(GroupReport(quantized, producer, search.alpha, search.identity_loss, loss))
     return reports
@@ -238,7 +272,7 @@ def _search_group_scale(context: LayerContext, group: InputGroup, statistics: In
 
 
 def _fold_scales(
-    context: LayerContext, searched: list[tuple[InputGroup, InputStatistics, ScaleSearch]]
+    context: LayerContext, searched: list[tuple[InputGroup, ScaleSearch]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Fold every winner into its producer; returns what is left to do in fp32 when linears are rounded.
 
@@ -248,12 +282,13 @@ def _fold_scales(
     """
     row_scales: dict[str, Tensor] = {}
     channel_scales: dict[str, Tensor] = {}
-    for group, _, search in searched:
+    for group, search in searched:
         if group.fold is None or search.alpha is None:
             continue
         row_scale = search.row_scale
         if group.fold.kind is ProducerKind.ROWS and group.fold.producer in context.quantizable:
-            row_scales[group.fold.producer] = row_scale
+            # Two groups may divide different rows of one fused linear.
+            row_scales[group.fold.producer] = row_scale * row_scales.get(group.fold.producer, 1.0)
         else:
             _remember(context, [f"{group.fold.producer}.weight", f"{group.fold.producer}.bias"])
             absorb(context.layer, group.fold, row_scale)
@@ -264,6 +299,12 @@ def _fold_scales(
             else:
                 _remember(context, [f"{name}.weight"])
                 context.layer.get_parameter(f"{name}.weight").data.mul_(scale)
+        for reader in group.readers:
+            _remember(context, [reader.parameter])
+            parameter = context.layer.get_parameter(reader.parameter)
+            shape = [1] * parameter.ndim
+            shape[reader.axis] = -1
+            parameter.data.mul_(scale.view(shape))
     return row_scales, channel_scales
 
 

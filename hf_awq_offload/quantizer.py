@@ -18,6 +18,7 @@ from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
@@ -25,10 +26,19 @@ from transformers.utils.quantization_config import QuantizationMethod
 from .config import AwqCheckpointConfig, AwqOffloadConfig
 from .data import CalibrationSet, load_calibration_set
 from .errors import CalibrationDataError, CheckpointError, ConfigError, ModelStructureError
+from .experts import (
+    conversions_without_merging,
+    is_fused_experts,
+    original_projections,
+    router_linears,
+    unfused,
+)
 from .grid import Grid, resolve_group_size
-from .layers import candidate_layers, linears_in
+from .layers import candidate_layers
 from .linear import AwqLinear, unpackable_reason
+from .linears import is_linear, linears_in
 from .logs import get_logger
+from .names import Renaming
 from .pipeline import Undo, quantize_layers
 from .report import QuantizationReport
 from .streaming import default_execution_device
@@ -55,6 +65,9 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.left_out: dict[str, str] = {}
         self.quantizable: frozenset[str] = frozenset()
         self.report: QuantizationReport | None = None
+        self.model: PreTrainedModel | None = None
+        self.fused: dict[str, nn.Module] = {}
+        """Experts modules that were taken apart, by name, as they were."""
 
     @property
     def recipe(self) -> AwqOffloadConfig:
@@ -99,7 +112,9 @@ class AwqOffloadQuantizer(HfQuantizer):
         return (self.recipe.bits + bits_of_group / group_size) / 8
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.model = model
         if self.pre_quantized:
+            self._unfuse_experts(model, all_kinds=bool(self.checkpoint.meta.get("unfused_experts")))
             self._replace_linears(model)
             return
         if getattr(model.config, "is_encoder_decoder", False):
@@ -107,9 +122,9 @@ class AwqOffloadQuantizer(HfQuantizer):
                 f"{type(model).__name__} is an encoder-decoder model; supported are decoder-only models "
                 "(AutoModelForCausalLM)."
             )
-        self.left_out = self._linears_left_out(model)
-        self.quantizable = frozenset(name for name in _linears_in_layers(model) if name not in self.left_out)
-        if not self.quantizable:
+        self._unfuse_experts(model, all_kinds=False)
+        self._choose_linears(model)
+        if not self.quantizable and not any(map(is_fused_experts, model.modules())):
             raise ModelStructureError(
                 f"No linear of {type(model).__name__} can be quantized with this config. Left out: "
                 f"{_list_reasons(self.left_out)}. Try another group_size, or fewer modules_to_not_convert."
@@ -133,12 +148,15 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def quantize(self, model: PreTrainedModel, undo: Undo | None = None) -> None:
         """Quantize `model`, whose weights are on the CPU, in place, and make its config that of an AWQ checkpoint."""
+        self._unfuse_experts(model, all_kinds=True)
+        self._choose_linears(model)
         recipe = self.recipe
         device = (
             default_execution_device() if recipe.execution_device is None else torch.device(recipe.execution_device)
         )
         self._warn_of_unpackable()
         self.report = quantize_layers(model, recipe, device, self.quantizable.__contains__, self.calibration, undo)
+        self.left_out |= self.report.left_out
         self.report.left_out = dict(self.left_out)
         self.quantization_config = AwqCheckpointConfig.from_recipe(recipe, sorted(self.left_out), self._meta(recipe))
         self.calibration = None
@@ -153,7 +171,28 @@ class AwqOffloadQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
+        """Per-expert weights are loaded and saved one by one; transformers 5.17 does not pass the model."""
+        model = model or self.model
+        return weight_conversions if model is None else conversions_without_merging(weight_conversions, model)
+
+    def _unfuse_experts(self, model: PreTrainedModel, all_kinds: bool) -> None:
+        """Take fused experts apart where the checkpoint holds them one by one; with `all_kinds`, also where not."""
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        for name, module in list(model.named_modules()):
+            if is_fused_experts(module):
+                projections = original_projections(name, module, conversions)
+                if projections is not None or all_kinds:
+                    self.fused[name] = module
+                    model.set_submodule(name, unfused(module, projections))
+        if getattr(model, "_weight_conversions", None):
+            cast(Any, model)._weight_conversions = self.update_weight_conversions(model._weight_conversions, model)
+
     # -- which linears -------------------------------------------------------------------------------------------
+
+    def _choose_linears(self, model: PreTrainedModel) -> None:
+        self.left_out = self._linears_left_out(model)
+        self.quantizable = frozenset(name for name in _linears_in_layers(model) if name not in self.left_out)
 
     def _linears_left_out(self, model: PreTrainedModel) -> dict[str, str]:
         """Every linear of the model that stays in full precision -> why."""
@@ -161,6 +200,14 @@ class AwqOffloadQuantizer(HfQuantizer):
         in_layers = _linears_in_layers(model)
         skipped = self._modules_not_converted(model, config.modules_to_not_convert)
         chosen = config.modules_to_not_convert or []
+        routers = {
+            f"{layer_name}.{name}"
+            for layer_name, layer in candidate_layers(model).items()
+            for name in router_linears(layer)
+        }
+        renaming = Renaming(
+            self.update_weight_conversions(get_model_conversion_mapping(model, add_legacy=False), model)
+        )
         left_out = {}
         for name, linear in model.named_modules():
             if not isinstance(linear, nn.Linear):
@@ -168,8 +215,14 @@ class AwqOffloadQuantizer(HfQuantizer):
             unpackable = unpackable_reason(linear.in_features, linear.out_features, config.group_size)
             if not should_convert_module(name, chosen):
                 left_out[name] = "named in modules_to_not_convert"
+            elif name in routers:
+                left_out[name] = "chooses experts"
+            elif not is_linear(linear):
+                left_out[name] = f"a {type(linear).__name__}, which computes more than a product"
             elif name not in in_layers:
                 left_out[name] = "outside the decoder layers"
+            elif not renaming.keeps(name):
+                left_out[name] = "its name does not survive transformers' renaming of weights"
             elif not should_convert_module(name, skipped):
                 left_out[name] = "tied, last, or kept in fp32 by the model"
             elif unpackable is not None:
@@ -239,6 +292,8 @@ class AwqOffloadQuantizer(HfQuantizer):
                 "max_seq_len": recipe.max_seq_len,
                 "calibration_tokens": self.calibration.tokens,
             }
+        if self.fused:
+            meta["unfused_experts"] = True  # they are loaded one by one, also where the original holds them fused
         search = {name: getattr(recipe, name) for name in ("n_grid", "duo_scaling", "clip", "rounding")}
         return meta | search
 
@@ -273,6 +328,7 @@ def quantize_model(
         recipe.tokenizer = tokenizer
     quantizer = AwqOffloadQuantizer(recipe, pre_quantized=False)
     device_map = getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
+    conversions = getattr(model, "_weight_conversions", None)
     undo: Undo = []
     try:
         quantizer.preprocess_model(model)
@@ -282,6 +338,9 @@ def quantize_model(
     except BaseException:
         for step in reversed(undo):
             step()
+        for name, module in quantizer.fused.items():
+            model.set_submodule(name, module)
+        cast(Any, model)._weight_conversions = conversions
         quantizer.remove_quantization_config(model)
         raise
     finally:

@@ -23,6 +23,8 @@ class LayerReport:
     name: str
     groups: tuple[GroupReport, ...]
     seconds: float
+    starved_experts: dict[str, int] = field(default_factory=dict)
+    """Experts that saw fewer tokens than the config's `min_expert_tokens` -> how many."""
 
     @property
     def loss_nearest(self) -> float:

@@ -10,7 +10,7 @@ One forward pass collects G; scale search, clip search and rounding never see an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,6 +34,25 @@ class InputStatistics:
     ) -> InputStatistics:
         """The statistics of X / scale, what a linear sees once `scale` is folded into what produces X."""
         return InputStatistics(self.gram / torch.outer(scale, scale), self.mean_abs / scale, self.tokens)
+
+
+def pooled(statistics: Sequence[InputStatistics]) -> InputStatistics:
+    """The statistics over the tokens of all together; of inputs of equal width, not empty."""
+    tokens = sum(each.tokens for each in statistics)
+    gram, mean_abs = torch.zeros_like(statistics[0].gram), torch.zeros_like(statistics[0].mean_abs)
+    for each in statistics:
+        gram += each.gram * (each.tokens / max(tokens, 1))
+        mean_abs += each.mean_abs * (each.tokens / max(tokens, 1))
+    return InputStatistics(gram, mean_abs, tokens)
+
+
+def blended(own: InputStatistics, pool: InputStatistics, min_tokens: int) -> InputStatistics:
+    """`own`, or where it counts fewer than `min_tokens` tokens, filled up to so many from `pool`."""
+    if own.tokens >= min_tokens:
+        return own
+    share = own.tokens / min_tokens
+    gram = own.gram * share + pool.gram * (1 - share)
+    return InputStatistics(gram, own.mean_abs * share + pool.mean_abs * (1 - share), min_tokens)
 
 
 class StatisticsCollector:
@@ -73,14 +92,16 @@ class StatisticsCollector:
         """Which tokens of the batch that comes next enter the statistics; None means all of them."""
         self.counted = counted
 
-    def statistics(self, name: str, layer_name: str) -> InputStatistics:
-        """The statistics of one input; `layer_name` is for the error only.
+    def statistics(self, name: str, layer_name: str, may_be_empty: bool = False) -> InputStatistics:
+        """The statistics of one input, zeros if no token reached it; `layer_name` is for the error only.
 
         Raises:
-            NumericalError: activations were NaN or infinite, or no token reached the input.
+            NumericalError: activations were NaN or infinite, or no token reached an input that may not be empty.
         """
         tokens = self.tokens[name]
         gram, abs_sum = self.sums[name]
+        if tokens == 0 and may_be_empty:
+            return InputStatistics(gram, abs_sum, 0)
         if tokens == 0:
             raise NumericalError(f"No calibration token reached {layer_name}.{name}; give more calibration data.")
         if not bool(torch.isfinite(gram.diagonal()).all()):

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from hf_awq_offload.folds import (
     Fold,
     LayerStructure,
-    ProbeCalls,
     ProducerKind,
     absorb,
-    discover_structure,
-    provable_structure,
     storable_scale,
     structure_key,
 )
 from hf_awq_offload.layers import HIDDEN, LayerCall, LayerRunner, record_skeleton
+from hf_awq_offload.probing import ProbeCalls, discover_structure, provable_structure
 
 CPU = torch.device("cpu")
 Q, K, V, O = (f"self_attn.{part}_proj" for part in "qkvo")  # noqa: E741

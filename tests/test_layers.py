@@ -23,10 +23,10 @@ from hf_awq_offload.layers import (
     Skeleton,
     calibration_mode,
     candidate_layers,
-    linears_in,
     output_hidden,
     record_skeleton,
 )
+from hf_awq_offload.linears import linears_in
 
 CPU = torch.device("cpu")
 BUILDERS = [tiny_llama, tiny_qwen2, tiny_qwen3, tiny_gemma, tiny_gemma2, tiny_gemma3]

@@ -14,7 +14,10 @@ MAX_LINES = 450
 
 LEVELS = {
     0: ["errors", "config", "grid", "packing", "report", "logs"],
-    1: ["search", "search.*", "linear", "layers", "folds", "data", "data_*", "statistics"],
+    1: [
+        *("search", "search.*", "statistics", "linear", "data", "data_*"),
+        *("layers", "linears", "names", "halted", "feeds", "folds", "probing", "rowmaps", "experts", "gathering"),
+    ],
     2: ["streaming"],
     3: ["pipeline"],
     4: ["quantizer", "registration", "evaluate", "demo", "demo.*", "__init__", "__main__"],

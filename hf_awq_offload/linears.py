@@ -1,0 +1,56 @@
+"""Which modules are linears: x Wᵀ + b and nothing else, whatever their class is called."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeGuard
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+PRODUCT_TOLERANCE = 1e-4
+"""Relative deviation that fp32 rounding may cause between two ways to compute a matrix product."""
+
+
+def linears_in(layer: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear inside `layer` by its name there, in the order of definition."""
+    return {name: module for name, module in layer.named_modules() if is_linear(module)}
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module` computes x Wᵀ + b: an nn.Linear, or of a subclass that computes nothing else."""
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    known = _PRODUCTS.setdefault(type(module), {})
+    shape = (module.in_features, module.out_features, module.bias is not None)
+    if shape not in known:
+        known[shape] = _computes_product(module)
+    return known[shape]
+
+
+_PRODUCTS: WeakKeyDictionary[type, dict[tuple[int, int, bool], bool]] = WeakKeyDictionary()
+"""Subclass of nn.Linear -> (in, out, has bias) -> whether it computes x Wᵀ + b."""
+
+
+def _computes_product(linear: nn.Linear) -> bool:
+    """Try it, on random weights."""
+    generator = torch.Generator().manual_seed(0)
+    twin = copy.copy(linear)
+    with torch.device("cpu"), torch.no_grad():
+        tensors = {
+            name: torch.randn(value.shape, generator=generator)
+            for name, value in linear.named_parameters(recurse=False)
+        }
+        twin._parameters = linear._parameters | {name: nn.Parameter(value) for name, value in tensors.items()}
+        x = torch.randn(2, 3, linear.in_features, generator=generator) * 10
+        try:
+            output = type(linear).forward(twin, x)
+        except Exception:  # of any kind: it wants another input, so it is something else
+            return False
+        expected = nn.functional.linear(x, tensors["weight"], tensors.get("bias"))
+        if not isinstance(output, Tensor) or output.shape != expected.shape:
+            return False
+        return bool((output - expected).norm() <= PRODUCT_TOLERANCE * expected.norm())

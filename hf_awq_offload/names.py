@@ -1,0 +1,51 @@
+"""Whether the names of packed tensors survive transformers' renaming of weights between checkpoint and model.
+
+The rules are regular expressions written for `….weight`; some are so loose that they change `….qweight` on saving and
+do not bring it back on loading. A linear of such a name has to stay in full precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+PACKED_TENSORS = ("qweight", "qzeros", "scales")
+
+
+class Renaming:
+    """The renaming rules of one model, in both directions.
+
+    Args:
+        conversions: as transformers' `get_model_conversion_mapping` gives them.
+    """
+
+    def __init__(self, conversions: Sequence[Any]):
+        reverse = [each.reverse_transform() for each in reversed(conversions)]
+        self.on_loading, self.on_saving = list(conversions), reverse
+
+    def keeps(
+        self,
+        name: str,  # of a linear in the model
+    ) -> bool:
+        """Whether tensors beside the linear's `weight` are found again after saving and loading."""
+        return all(self._comes_back(f"{name}.{tensor}") for tensor in PACKED_TENSORS)
+
+    def _comes_back(self, key: str) -> bool:
+        if _is_converted(key, self.on_saving):
+            return False
+        loaded = _renamed(_renamed(key, self.on_saving), self.on_loading)
+        return loaded == key and not _is_converted(loaded, self.on_loading)
+
+
+def _renamed(key: str, conversions: Sequence[Any]) -> str:
+    for each in conversions:
+        if isinstance(each, WeightRenaming):
+            key, _ = each.rename_source_key(key)
+    return key
+
+
+def _is_converted(key: str, conversions: Sequence[Any]) -> bool:
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    return any(each.rename_source_key(key)[1] is not None for each in converters)

@@ -1,0 +1,62 @@
+"""Reading off which producer row feeds which input channel, from inputs before and after the rows were scaled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEVELS = 32
+"""Distinct factors of one probe: 1.25 … 5, about 4.6 % apart; a row's index is read as digits in this base."""
+RATIO_TOLERANCE = 1e-3
+"""Largest relative deviation of a channel from an exact multiple; fp32 rounding stays well below it."""
+
+
+def level_factors(device: torch.device) -> Tensor:
+    """What a row is multiplied by for each digit, (LEVELS,) fp32."""
+    return torch.logspace(0, 1, LEVELS, base=4.0, device=device) * 1.25
+
+
+def row_subsets(rows: int) -> list[Tensor]:
+    """Halves of the rows of a linear that computes two things: (rows,) bool each; last, first, odd, even."""
+    row = torch.arange(rows)
+    return [row >= rows // 2, row < rows // 2, row % 2 == 1, row % 2 == 0]
+
+
+def factor_index(
+    before: Tensor,  # (tokens, in)
+    after: Tensor,  # (tokens, in)
+    factors: Tensor,  # (LEVELS,)
+) -> Tensor | None:
+    """Which factor every channel was multiplied by, (in,) int64; -1 for channels that are zero throughout.
+
+    None when some channel changed in any other way: not at all, by another factor, or differently from token to token.
+    """
+    if before.shape != after.shape:
+        return None
+    energy = before.square().sum(dim=0)
+    alive = energy > 0
+    if not bool(alive.any()):
+        return None
+    ratio = (before * after).sum(dim=0) / energy.clamp(min=torch.finfo(energy.dtype).tiny)
+    residual = (after - ratio * before).norm(dim=0)
+    index = (ratio.unsqueeze(1).log() - factors.log()).abs().nan_to_num(nan=torch.inf).argmin(dim=1)
+    deviation = (ratio / factors[index] - 1).abs()
+    linear = (residual <= RATIO_TOLERANCE * after.norm(dim=0)) & (deviation <= RATIO_TOLERANCE)
+    if not bool((linear | ~alive).all()):
+        return None
+    return torch.where(alive, index, -1)
+
+
+def complete_row_map(
+    row_of_channel: Tensor,  # (in,) int64, negative where the probe saw only zeros
+    rows: int,
+) -> Tensor | None:
+    """Fill in channels that were zero on the probe when all others say "row c feeds channel c"; else None."""
+    known = row_of_channel >= 0
+    channels = torch.arange(row_of_channel.shape[0], device=row_of_channel.device)
+    if bool((row_of_channel[known] >= rows).any()):
+        return None
+    if bool(known.all()):
+        return row_of_channel
+    identity = row_of_channel.shape[0] == rows and bool((row_of_channel == channels)[known].all())
+    return channels if identity else None

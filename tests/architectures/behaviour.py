@@ -1,0 +1,139 @@
+"""What every architecture is held to, and what it turned out to fold: one behaviour, run over every model type."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from shrink import text_ids
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_awq_offload import AwqLinear, AwqOffloadConfig, pipeline
+
+GROUP_SIZE = 32
+SAME_WEIGHTS_TOLERANCE = 1e-5
+"""The same between two models of equal weights: kernels differ in the last bit with the alignment of memory."""
+IDENTITY_TOLERANCE = 2e-4
+"""Relative deviation of logits that fp32 rounding may cause in a model whose weights are only rescaled."""
+
+
+def recipe(**changes: Any) -> AwqOffloadConfig:
+    """Few short sequences and few candidates: what is tested is the structure, not the quality."""
+    tokens = [row.tolist() for row in text_ids(4, 32)]
+    defaults = {"dataset": tokens, "group_size": GROUP_SIZE, "n_samples": 4, "max_seq_len": 32, "n_grid": 4}
+    return AwqOffloadConfig(**defaults | changes)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -> Tensor:
+    """On one fixed text; (1, tokens, vocabulary)."""
+    return model(**(inputs or {"input_ids": text_ids(1, 24, seed=5)}), use_cache=False).logits
+
+
+def load(model_class: type[PreTrainedModel], path: Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model in fp32, and what transformers says of missing, unexpected and mismatched weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **kwargs)
+
+
+def save(model: PreTrainedModel, path: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(path)
+    return path
+
+
+def assert_all_loaded(info: dict[str, Any]) -> None:
+    wrong = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
+    assert not wrong, wrong
+
+
+def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:
+    """Every parameter and buffer that is saved, bit for bit."""
+    tensors, others = model.state_dict(), other.state_dict()
+    assert tensors.keys() == others.keys()
+    differing = [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])]
+    assert not differing, differing[:5]
+
+
+@contextmanager
+def no_rounding() -> Iterator[None]:
+    """The identity quantizer: scales are folded as ever, but linears stay dense."""
+
+    def keep_dense(
+        context: Any, name: str, channel_scale: Tensor | None, row_scale: Tensor | None, *args: Any, **kwargs: Any
+    ) -> float:
+        linear = context.linear(name)
+        if channel_scale is not None:
+            linear.weight.data.mul_(channel_scale)
+        if row_scale is not None:
+            linear.weight.data.div_(row_scale.unsqueeze(1))
+            if linear.bias is not None:
+                linear.bias.data.div_(row_scale)
+        return 0.0
+
+    with mock.patch.object(pipeline, "_quantize_linear", keep_dense):
+        yield
+
+
+def relative_change(output: Tensor, reference: Tensor) -> float:
+    return float((output - reference).norm() / reference.norm())
+
+
+def check(model: PreTrainedModel, folder: Path, inputs: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """Quantize `model` from a checkpoint, save, reload, compare; and once more without rounding. Returns `summary`."""
+    model_class = type(model)
+    original = logits(model, inputs)
+    source = save(model, folder / "original")
+    del model
+
+    quantized, _ = load(model_class, source, quantization_config=recipe())
+    found = summary(quantized)
+    assert found["quantized"] > 0
+    output = logits(quantized, inputs)
+    assert torch.isfinite(output).all()
+    assert not torch.equal(output, original)
+    saved = save(quantized, folder / "quantized")
+    reloaded, info = load(model_class, saved)
+    assert_all_loaded(info)
+    assert sum(isinstance(module, AwqLinear) for module in reloaded.modules()) == found["quantized"]
+    assert_same_tensors(quantized, reloaded)
+    assert relative_change(logits(reloaded, inputs), output) < SAME_WEIGHTS_TOLERANCE
+
+    with no_rounding():
+        folded, _ = load(model_class, source, quantization_config=recipe())
+    assert relative_change(logits(folded, inputs), original) < IDENTITY_TOLERANCE
+    return found
+
+
+def summary(model: PreTrainedModel) -> dict[str, Any]:
+    """What was quantized and folded: per layer class, consumers -> producer; experts and layers by a star."""
+    report = model.hf_quantizer.report
+    folds: dict[str, dict[str, str | None]] = {}
+    for layer in report.layers:
+        of_class = folds.setdefault(type(model.get_submodule(layer.name)).__name__, {})
+        for group in layer.groups:
+            consumers = ", ".join(dict.fromkeys(map(_starred, group.consumers)))
+            of_class[consumers] = None if group.producer is None else _starred(group.producer)
+    groups = [group for layer in report.layers for group in layer.groups]
+    left_out: dict[str, set[str]] = {}
+    for name, reason in report.left_out.items():
+        left_out.setdefault(reason, set()).add(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+    return {
+        "folds": {name: dict(sorted(of_class.items())) for name, of_class in sorted(folds.items())},
+        "quantized": sum(len(group.consumers) for group in groups),
+        "scaled": sum(len(group.consumers) for group in groups if group.producer is not None),
+        "left_out": {reason: sorted(names) for reason, names in sorted(left_out.items())},
+    }
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"(?<=experts)\.\d+\.", ".*.", name)

@@ -1,0 +1,73 @@
+"""docs/architectures.md from what the suite recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unsupported import CAUSAL_LM
+
+HEAD = """# Architectures
+
+Written by `python tests/architectures/record.py`; the suite in `tests/architectures` fails when it no longer holds.
+
+Nothing in the package names an architecture: decoder layers, input groups and folds are measured on the model
+([how it works](how-it-works.md)). Each of the {types} causal language model types below is built as a tiny random
+model and goes through `from_pretrained`, `save_pretrained` and loading again; without rounding, the folded model has
+the logits of the original.
+
+*Linears* counts the linears of the decoder layers that are quantized in that model, *with scales* those whose input has
+a proven fold. The others are rounded without scales; clipping and rounding apply to them too. What can't have a fold:
+the inputs of layers that normalize *after* adding to the residual stream (BERT, OLMo 2), the output of a GELU, SiLU or
+Mamba's scan (a scale does not pass them), attention whose values are shared with later layers.
+
+| model type | linears | with scales | share | left in full precision |
+|---|---|---|---|---|
+"""
+
+UNSUPPORTED_HEAD = """
+## What does not work
+
+| model type | where it fails | why |
+|---|---|---|
+"""
+
+NOTES = """
+## Notes
+
+- **Mixture of experts.** Experts are taken apart into one linear per expert and projection, and stand in the checkpoint
+  under the names that the original checkpoint gives them (`experts.0.w1`, `experts.0.gate_proj`; where the original
+  holds them fused, `experts.0.gate_proj`, `up_proj`, `down_proj`). Routers stay in full precision. Stock transformers
+  keeps experts fused and can't load them quantized; vLLM and this package load the names of the original.
+- **Fused experts without transformers' experts interface** stay in full precision.
+- **`Conv1D`** (GPT-2) stays in full precision: stock transformers replaces `nn.Linear` only, so a checkpoint with
+  packed `Conv1D` weights would load there with random ones.
+- **Cross-attention** of decoders that are used without their encoder does not run in calibration and stays in full
+  precision.
+"""
+
+HIDDEN_REASONS = ("outside the decoder layers",)
+
+
+def render(recorded: dict[str, dict[str, Any]]) -> str:
+    """The whole page."""
+    lines = [HEAD.format(types=len(recorded))]
+    for model_type, found in sorted(recorded.items()):
+        share = found["scaled"] / found["quantized"]
+        left_out = [
+            f"{', '.join(f'`{name}`' for name in _short(names))}: {reason}"
+            for reason, names in found["left_out"].items()
+            if reason not in HIDDEN_REASONS
+        ]
+        lines.append(
+            f"| {model_type} | {found['quantized']} | {found['scaled']} | {share:.0%} | {'; '.join(left_out)} |\n"
+        )
+    lines.append(UNSUPPORTED_HEAD)
+    stages = {"build": "transformers can't build it", "quantize": "refused with an error"}
+    lines += [f"| {name} | {stages[each.stage]} | {each.reason} |\n" for name, each in sorted(CAUSAL_LM.items())]
+    return "".join(lines) + NOTES
+
+
+def _short(names: list[str], most: int = 3) -> list[str]:
+    """The last parts of names, at most so many of them."""
+    short = list(dict.fromkeys(".".join(name.rsplit(".", 2)[-2:]) for name in names))
+    return [*short[:most], *(["…"] if len(short) > most else [])]
