@@ -208,7 +208,7 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         for config, value in use_cache:
             config.use_cache = value
         for name, module in model.named_modules():
-            module.training = training[name]
+            module.training = training.get(name, module.training)
 
 
 @contextmanager

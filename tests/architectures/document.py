@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from baselines import AUTOAWQ, LLM_COMPRESSOR, shares
 from unsupported import CAUSAL_LM
 
 HEAD = """# Architectures
@@ -29,6 +30,18 @@ UNSUPPORTED_HEAD = """
 
 | model type | where it fails | why |
 |---|---|---|
+"""
+
+COMPARISON_HEAD = """
+## Beside the mappings of other tools
+
+Share of the decoder layers' linears that get scales, on the same shrunk configs (grouped queries as the type's default
+config has them), for types that AutoAWQ or llm-compressor has a mapping for. Theirs are counted from the mappings as
+published, not from a run. AutoAWQ reaches linears after a GELU by a module of its own around the activation; an AWQ
+checkpoint without it can't.
+
+| model type | here | AutoAWQ | llm-compressor |
+|---|---|---|---|
 """
 
 NOTES = """
@@ -64,6 +77,11 @@ def render(recorded: dict[str, dict[str, Any]]) -> str:
     lines.append(UNSUPPORTED_HEAD)
     stages = {"build": "transformers can't build it", "quantize": "refused with an error"}
     lines += [f"| {name} | {stages[each.stage]} | {each.reason} |\n" for name, each in sorted(CAUSAL_LM.items())]
+    lines.append(COMPARISON_HEAD)
+    for model_type in sorted(set(AUTOAWQ) | set(LLM_COMPRESSOR)):
+        found = recorded[model_type]
+        theirs = ["-" if share is None else f"{share:.0%}" for share in shares(model_type)]
+        lines.append(f"| {model_type} | {found['scaled'] / found['quantized']:.0%} | {' | '.join(theirs)} |\n")
     return "".join(lines) + NOTES
 
 
