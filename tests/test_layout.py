@@ -13,7 +13,7 @@ PACKAGE = Path(hf_awq_offload.__file__).parent
 MAX_LINES = 450
 
 LEVELS = {
-    0: ["errors", "config", "grid", "packing", "report", "logs"],
+    0: ["errors", "config", "grid", "packing", "report", "logs", "ops", "ops.*"],
     1: ["search", "search.*", "linear", "layers", "folds", "data", "data_*", "statistics"],
     2: ["streaming"],
     3: ["pipeline"],
