@@ -138,7 +138,8 @@ class AwqLinear(nn.Linear):
                 return
             packed = PackedWeight(qweight, self.qzeros, self.scales)
             ops.check_packed(*packed)
-            native = backend.pack(packed)  # type: ignore[attr-defined]
+            with ops.without_autocast(input.device.type):
+                native = backend.pack(packed)  # type: ignore[attr-defined]
             self.native_words, self.native_parameters = _frozen(native.words), _frozen(native.parameters)
             self._native_source = source
             del self._parameters["qweight"]
@@ -152,7 +153,7 @@ class AwqLinear(nn.Linear):
                 return
             backend = ops.native_backend(self._native_source[0])
             words = backend.unpack(self.native_words, self.in_features, self.out_features)
-            # First, as in a state dict of the format. The dict is replaced in one step: other threads may be reading it.
+            # First, as in state dicts of the format. Replaced in one step: other threads may be reading the dict.
             self.__dict__["_parameters"] = {"qweight": _frozen(words)} | self._parameters
             self.native_words = self.native_parameters = self._native_source = None
 

@@ -2,7 +2,7 @@
 
 from .backend import Case, NativeBackend, NativeWeight
 from .dispatch import BACKENDS, ENVIRONMENT_VARIABLE, choose
-from .schema import check_packed, dequantize, dequantize_native, linear, linear_native, native_backend
+from .schema import check_packed, dequantize, dequantize_native, linear, linear_native, native_backend, without_autocast
 
 __all__ = [
     "BACKENDS",
@@ -17,4 +17,5 @@ __all__ = [
     "linear",
     "linear_native",
     "native_backend",
+    "without_autocast",
 ]

@@ -11,6 +11,8 @@ checked before a kernel sees a pointer: AWQ tensors come from files.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,9 @@ def _linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, backend:
     rows = x.reshape(-1, x.shape[-1])
     if not rows.shape[0]:
         return _output_like(x, scales)
-    return chosen.linear(rows, PackedWeight(qweight, qzeros, scales)).view(*x.shape[:-1], scales.shape[1])
+    with without_autocast(x.device.type):
+        output = chosen.linear(rows, PackedWeight(qweight, qzeros, scales))
+    return output.view(*x.shape[:-1], scales.shape[1])
 
 
 def _linear_native(
@@ -55,7 +59,8 @@ def _linear_native(
     rows = x.reshape(-1, x.shape[-1])
     if not rows.shape[0]:
         return _output_like(x, scales)
-    output = chosen.linear(rows, NativeWeight(words, parameters), qzeros, scales)
+    with without_autocast(x.device.type):
+        output = chosen.linear(rows, NativeWeight(words, parameters), qzeros, scales)
     return output.view(*x.shape[:-1], scales.shape[1])
 
 
@@ -114,6 +119,12 @@ def native_backend(name: str) -> NativeBackend:
     backend = backend_named(name)
     assert isinstance(backend, NativeBackend), name
     return backend
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Inside, ops compute in the dtypes that they are given; a backend chooses its own."""
+    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
