@@ -101,6 +101,19 @@ class AwqLinear(nn.Linear):
         name = self._native_source[0]  # type: ignore[index]
         return ops.dequantize_native(words, self.qzeros, self.scales, self.in_features, self.dtype, name)
 
+    def to_dense(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary linear with the same weight and bias in `dtype`, on the same device; it can be trained."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
+        weight = ops.dequantize(self.packed, dtype)
+        dense.weight = nn.Parameter(weight.contiguous())
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return dense.train(self.training)
+
+    def set_scale_dtype(self, dtype: torch.dtype) -> None:
+        """Before loading: hold scales as the checkpoint does, where that is not fp16."""
+        self.scales = _frozen(torch.empty_like(self.scales, dtype=dtype))
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the input's dtype (under autocast, in autocast's)."""
         device_type = input.device.type
@@ -159,7 +172,8 @@ class AwqLinear(nn.Linear):
 
     def _is_offloaded(self) -> bool:
         """Whether accelerate brings the tensors in for each forward pass: packing them would be for that one."""
-        return bool(getattr(getattr(self, "_hf_hook", None), "offload", False))
+        hook = getattr(self, "_hf_hook", None)
+        return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
     def __getattr__(self, name: str) -> Any:
         if name == "qweight" and self.__dict__.get("_native_source") is not None:

@@ -10,24 +10,27 @@ Two jobs behind one class, told apart by `pre_quantized`:
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any, cast
 
 import torch
 from accelerate import dispatch_model
-from accelerate.hooks import remove_hook_from_submodules
+from accelerate.hooks import add_hook_to_module, remove_hook_from_submodules
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
+from .checkpoint import LinearShape, TensorHeader, check_linear, packed_prefixes, read_headers
 from .config import AwqCheckpointConfig, AwqOffloadConfig
 from .data import CalibrationSet, load_calibration_set
 from .errors import CalibrationDataError, CheckpointError, ConfigError, ModelStructureError
 from .grid import Grid, resolve_group_size
 from .layers import candidate_layers, linears_in
 from .linear import AwqLinear, unpackable_reason
+from .loading import ToGemm, names_in_model, to_gemm_converter
 from .logs import get_logger
 from .pipeline import Undo, quantize_layers
 from .report import QuantizationReport
@@ -100,7 +103,7 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
-            self._replace_linears(model)
+            self._replace_linears(model, read_headers(kwargs.get("checkpoint_files")))
             return
         if getattr(model.config, "is_encoder_decoder", False):
             raise ModelStructureError(
@@ -125,6 +128,7 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
+            self._finish_loading(model)
             return model
         self.quantize(model)
         if self.final_device_map is not None:
@@ -140,13 +144,52 @@ class AwqOffloadQuantizer(HfQuantizer):
         self._warn_of_unpackable()
         self.report = quantize_layers(model, recipe, device, self.quantizable.__contains__, self.calibration, undo)
         self.report.left_out = dict(self.left_out)
+        for module in model.modules():
+            if isinstance(module, AwqLinear):
+                module.backend = recipe.backend
         self.quantization_config = AwqCheckpointConfig.from_recipe(recipe, sorted(self.left_out), self._meta(recipe))
         self.calibration = None
         self.pre_quantized = True
         model.config.quantization_config = self.quantization_config
         cast(Any, model).quantization_method = QuantizationMethod.AWQ
 
+    def get_weight_conversions(self) -> list[Any]:
+        """Other layouts than GEMM are converted while they load."""
+        if not self.pre_quantized or self.checkpoint.version == "gemm":
+            return []
+        return [to_gemm_converter(self.checkpoint.version, self)]
+
+    def _finish_loading(self, model: PreTrainedModel) -> None:
+        """The model in memory is in the GEMM layout, and is saved as that."""
+        self.checkpoint.version = "gemm"
+        conversions = getattr(model, "_weight_conversions", None) or []
+        kept = [entry for entry in conversions if not any(isinstance(op, ToGemm) for op in _operations(entry))]
+        cast(Any, model)._weight_conversions = kept
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Put plain linears in the place of the quantized ones, where they are."""
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
+        offloaded = next((name for name, linear in linears.items() if linear.scales.is_meta), None)
+        if offloaded is not None:
+            raise ConfigError(
+                f"{offloaded} is offloaded to the CPU or the disk. Load the model with a device_map without offload, "
+                'such as "cpu", to dequantize it.'
+            )
+        for name, linear in linears.items():
+            dense = linear.to_dense(dtype or linear.dtype)
+            if hasattr(linear, "_hf_hook"):
+                add_hook_to_module(dense, linear._hf_hook)
+            model.set_submodule(name, dense)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+        return model
+
     def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
         return True
 
     @property
@@ -185,13 +228,21 @@ class AwqOffloadQuantizer(HfQuantizer):
             add_default_skips=True,
         )
 
-    def _replace_linears(self, model: PreTrainedModel) -> None:
-        """Put an `AwqLinear` on the meta device wherever the checkpoint holds packed tensors."""
+    def _replace_linears(self, model: PreTrainedModel, headers: dict[str, TensorHeader] | None) -> None:
+        """Put an `AwqLinear` on the meta device wherever the checkpoint holds packed tensors.
+
+        Where the files' headers are known, they say which linears those are, and are checked. Else config.json does.
+        """
         config = self.checkpoint
         skipped = self._modules_not_converted(model, config.modules_to_not_convert)
+        prefixes = {} if headers is None else names_in_model(model, packed_prefixes(headers))
+        stored = {name: prefix for prefix, name in prefixes.items()}
+        dense = set() if headers is None else set(names_in_model(model, _weights(headers)).values())
         replaced = 0
         for name, linear in list(model.named_modules()):
-            if not isinstance(linear, nn.Linear) or not should_convert_module(name, skipped):
+            if not isinstance(linear, nn.Linear):
+                continue
+            if name not in stored and (name in dense or not should_convert_module(name, skipped)):
                 continue
             reason = unpackable_reason(linear.in_features, linear.out_features, config.group_size)
             if reason is not None:
@@ -203,6 +254,10 @@ class AwqOffloadQuantizer(HfQuantizer):
             bias = linear.bias is not None
             dtype = linear.weight.dtype
             packed = AwqLinear(linear.in_features, linear.out_features, bias, grid, dtype, device="meta")
+            if headers is not None:
+                shape = LinearShape(linear.in_features, linear.out_features, bias)
+                scale_dtype = check_linear(stored.get(name, name), shape, headers, config.version, grid.group_size)
+                packed.set_scale_dtype(scale_dtype)
             model.set_submodule(name, packed)
             replaced += 1
         if not replaced:
@@ -297,6 +352,16 @@ def _linears_in_layers(model: nn.Module) -> dict[str, nn.Linear]:
         for layer_name, layer in candidate_layers(model).items()
         for name, linear in linears_in(layer).items()
     }
+
+
+def _weights(names: Iterable[str]) -> list[str]:
+    """Names of the modules that have a full-precision weight."""
+    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+
+
+def _operations(conversion: Any) -> list[Any]:
+    """Of a converter; a renaming has none."""
+    return getattr(conversion, "operations", [])
 
 
 def _load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:

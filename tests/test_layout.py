@@ -13,11 +13,11 @@ PACKAGE = Path(hf_awq_offload.__file__).parent
 MAX_LINES = 450
 
 LEVELS = {
-    0: ["errors", "config", "grid", "packing", "report", "logs", "ops", "ops.*"],
-    1: ["search", "search.*", "linear", "layers", "folds", "data", "data_*", "statistics"],
+    0: ["errors", "config", "grid", "packing", "report", "logs", "formats", "ops", "ops.*"],
+    1: ["search", "search.*", "linear", "layers", "folds", "data", "data_*", "statistics", "checkpoint"],
     2: ["streaming"],
     3: ["pipeline"],
-    4: ["quantizer", "registration", "evaluate", "demo", "demo.*", "__init__", "__main__"],
+    4: ["quantizer", "loading", "registration", "evaluate", "demo", "demo.*", "__init__", "__main__"],
 }
 
 PUBLIC_NAMES = [
