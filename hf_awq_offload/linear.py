@@ -12,7 +12,8 @@ from . import ops
 from .grid import SCALE_DTYPE, Grid, resolve_group_size
 from .packing import COLUMNS_PER_WORD, PackedWeight
 
-_LAYOUT_LOCK = threading.Lock()
+_LAYOUT_LOCK = threading.RLock()
+"""Held while a linear changes its layout, and while one must not change."""
 
 
 class AwqLinear(nn.Linear):
@@ -176,32 +177,38 @@ class AwqLinear(nn.Linear):
         return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "qweight" and self.__dict__.get("_native_source") is not None:
-            self._restore_words()
-            return self._parameters["qweight"]
+        if name == "qweight":
+            with _LAYOUT_LOCK:
+                if self.__dict__.get("_native_source") is not None:
+                    self._restore_words()
+                return super().__getattr__(name)
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: another machine may have another layout."""
-        self._restore_words()
-        return self.__dict__.copy()
+        with _LAYOUT_LOCK:
+            self._restore_words()
+            return self.__dict__ | {"_parameters": dict(self._parameters)}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self._restore_words()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with _LAYOUT_LOCK:
+            self._restore_words()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._restore_words()
-        super()._load_from_state_dict(*args, **kwargs)
+        with _LAYOUT_LOCK:
+            self._restore_words()
+            super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse: bool = True):
         """A cast (`.to(dtype)`, `.half()`) concerns the bias and the dtype of `weight`; scales stay as stored."""
-        self._restore_words()
-        scales = self.scales.data
-        super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales.data = scales.to(self.scales.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        with _LAYOUT_LOCK:
+            self._restore_words()
+            scales = self.scales.data
+            super()._apply(fn, recurse)
+            if self.scales.dtype != scales.dtype:
+                self.scales.data = scales.to(self.scales.device)
+            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
     def reset_parameters(self) -> None:
