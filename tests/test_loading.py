@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig, CheckpointError, ConfigError, quantize_model
 
-INTEROP = Path(__file__).parent / "data" / "interop"
+CHECKPOINTS = Path(__file__).parent / "data" / "checkpoints"
 MAKERS = ["autoawq-gemm", "autoawq-gemv", "autoawq-gemv-fast", "gptqmodel-gemm"]
 GEMM_OF = {"autoawq-gemv": "autoawq-gemm", "autoawq-gemv-fast": "autoawq-gemm", "llm-awq": "autoawq-gemm"}
 """Checkpoint -> one in the GEMM layout, which the independent reader knows, with the same weights."""
@@ -34,7 +34,7 @@ def load(directory: Path, **kwargs) -> PreTrainedModel:
 
 
 def copy_of(name: str, directory: Path) -> Path:
-    return Path(shutil.copytree(INTEROP / name, directory / name))
+    return Path(shutil.copytree(CHECKPOINTS / name, directory / name))
 
 
 def edit_config(directory: Path, **changes) -> None:
@@ -55,7 +55,7 @@ def edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], None]) -> 
 def checkpoint(request, tmp_path) -> tuple[str, Path]:
     """llm-awq's is AutoAWQ's gemv_fast with the zero points under llm-awq's name."""
     if request.param != "llm-awq":
-        return request.param, INTEROP / request.param
+        return request.param, CHECKPOINTS / request.param
     directory = copy_of("autoawq-gemv-fast", tmp_path)
     edit_config(directory, version="llm-awq")
 
@@ -83,7 +83,7 @@ class TestMakersAndVersions:
     def test_weights_and_logits_are_those_of_an_independent_reader(self, checkpoint):
         name, directory = checkpoint
         model = load(directory)
-        reference = INTEROP / GEMM_OF.get(name, name)
+        reference = CHECKPOINTS / GEMM_OF.get(name, name)
         assert_weights(model, read_state_dict(reference))
         torch.testing.assert_close(logits(model), logits(read_model(reference)))
 
@@ -94,7 +94,7 @@ class TestMakersAndVersions:
         model.save_pretrained(tmp_path / "saved")
         stored = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
         assert (stored["quant_method"], stored["version"]) == ("awq", "gemm")
-        expected = load_file(INTEROP / GEMM_OF.get(name, name) / "model.safetensors")
+        expected = load_file(CHECKPOINTS / GEMM_OF.get(name, name) / "model.safetensors")
         saved = load_file(tmp_path / "saved" / "model.safetensors")
         assert saved.keys() == expected.keys()
         assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items() if "scales" not in key)
@@ -104,7 +104,7 @@ class TestMakersAndVersions:
         name, directory = checkpoint
         model = load(directory, device_map=ALL_BUT_ONE_ON_DISK, offload_folder=tmp_path / "offload")
         assert model.get_submodule(Q_PROJ).scales.is_meta
-        expected = logits(read_model(INTEROP / GEMM_OF.get(name, name)))
+        expected = logits(read_model(CHECKPOINTS / GEMM_OF.get(name, name)))
         for _ in range(2):
             torch.testing.assert_close(logits(model), expected)
         with pytest.raises(ConfigError, match="offloaded"):
@@ -114,7 +114,7 @@ class TestMakersAndVersions:
         name, directory = checkpoint
         load(directory).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
         assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-        assert_weights(load(tmp_path / "shards"), read_state_dict(INTEROP / GEMM_OF.get(name, name)))
+        assert_weights(load(tmp_path / "shards"), read_state_dict(CHECKPOINTS / GEMM_OF.get(name, name)))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
     def test_a_dtype_stays_what_was_asked_for(self, checkpoint, dtype):
@@ -131,12 +131,12 @@ class TestMakersAndVersions:
         plain = model.dequantize(torch.float32)
         assert {type(module) for module in plain.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
         assert not hasattr(plain.config, "quantization_config")
-        state = read_state_dict(INTEROP / GEMM_OF.get(name, name))
+        state = read_state_dict(CHECKPOINTS / GEMM_OF.get(name, name))
         assert torch.equal(plain.get_submodule(Q_PROJ).weight, state[f"{Q_PROJ}.weight"])
         torch.testing.assert_close(logits(plain), expected)
 
     def test_a_plain_model_saves_and_loads_as_one(self, tmp_path):
-        model = load(INTEROP / "autoawq-gemm")
+        model = load(CHECKPOINTS / "autoawq-gemm")
         model.dequantize().save_pretrained(tmp_path)
         again = load(tmp_path)
         assert not any(isinstance(module, AwqLinear) for module in again.modules())
@@ -165,7 +165,7 @@ class TestWhichLinears:
         model = load(directory)
         assert type(model.get_submodule(Q_PROJ)) is nn.Linear
         assert sum(isinstance(module, AwqLinear) for module in model.modules()) == 6
-        torch.testing.assert_close(logits(model), logits(read_model(INTEROP / "autoawq-gemm")))
+        torch.testing.assert_close(logits(model), logits(read_model(CHECKPOINTS / "autoawq-gemm")))
 
     def test_a_packed_output_head_loads_packed(self, tmp_path):
         directory = copy_of("autoawq-gemm", tmp_path)
@@ -186,7 +186,7 @@ class TestWhichLinears:
         directory = copy_of("autoawq-gemm", tmp_path)
         torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
         (directory / "model.safetensors").unlink()
-        assert_weights(load(directory, use_safetensors=False), read_state_dict(INTEROP / "autoawq-gemm"))
+        assert_weights(load(directory, use_safetensors=False), read_state_dict(CHECKPOINTS / "autoawq-gemm"))
 
 
 def replaced(name: str, edit: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
@@ -269,7 +269,7 @@ class TestBrokenCheckpoints:
 class TestInMemory:
     @pytest.fixture
     def model(self) -> PreTrainedModel:
-        return load(INTEROP / "autoawq-gemm", dtype=torch.bfloat16)
+        return load(CHECKPOINTS / "autoawq-gemm", dtype=torch.bfloat16)
 
     def test_the_memory_footprint_is_what_the_tensors_take(self, model):
         def resident() -> int:
@@ -294,7 +294,7 @@ class TestInMemory:
         model.to(dtype)
         linear = model.get_submodule(Q_PROJ)
         assert (model.dtype, linear.dtype, linear.scales.dtype) == (dtype, dtype, torch.float16)
-        reference = read_model(INTEROP / "autoawq-gemm")
+        reference = read_model(CHECKPOINTS / "autoawq-gemm")
         assert torch.equal(linear.weight, reference.get_submodule(Q_PROJ).weight.to(dtype))
         error = (logits(model).float() - logits(reference)).norm() / logits(reference).norm()
         assert error < 1e-2
@@ -327,7 +327,7 @@ class TestInMemory:
 
 
 def test_the_recipe_chooses_the_backend():
-    model = load(INTEROP / "autoawq-gemm").dequantize()
+    model = load(CHECKPOINTS / "autoawq-gemm").dequantize()
     quantize_model(model, AwqOffloadConfig(n_grid=0, clip=False, backend="torch"))
     logits(model)
     linear = model.get_submodule(Q_PROJ)
@@ -340,7 +340,7 @@ def test_a_backend_that_there_is_not():
 
 
 def test_symmetric_checkpoints_load(tmp_path):
-    model = load(INTEROP / "autoawq-gemm").dequantize()
+    model = load(CHECKPOINTS / "autoawq-gemm").dequantize()
     quantize_model(model, AwqOffloadConfig(n_grid=0, clip=False, zero_point=False))
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
