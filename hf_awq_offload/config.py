@@ -26,6 +26,8 @@ QUANT_METHOD = "awq_offload"
 GROUP_SIZES = (-1, 32, 64, 128)
 """Group sizes that AWQ kernels serve; -1 is one group per output row."""
 
+ROUNDINGS = ("nearest", "error_feedback")
+
 MIN_SEQ_LEN_TOKENS = 8
 
 
@@ -46,6 +48,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         n_grid: number of candidates for the exponent of the scale search; 0 switches the search off.
         duo_scaling: let the candidates depend on the weights too (AWQ's `duo_scaling`).
         clip: search for a clipping range per group.
+        rounding: "nearest", or "error_feedback" (GPTQ's update on the same statistics, within the same format).
         modules_to_not_convert: names (suffixes, prefixes or regular expressions, as transformers matches them)
             of linears that stay in full precision.
         execution_device: where a decoder layer is processed; by default the accelerator, else the CPU.
@@ -72,6 +75,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         n_grid: int = 20,
         duo_scaling: bool = True,
         clip: bool = True,
+        rounding: str = "error_feedback",
         modules_to_not_convert: list[str] | None = None,
         execution_device: Any = None,
         seed: int = 0,
@@ -91,6 +95,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         self.n_grid = n_grid
         self.duo_scaling = duo_scaling
         self.clip = clip
+        self.rounding = rounding
         self.modules_to_not_convert = modules_to_not_convert
         self.execution_device = execution_device
         self.seed = seed
@@ -166,6 +171,8 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         _require_int("seed", self.seed, "an integer from 0 to 2**63 - 1", minimum=0, maximum=2**63 - 1)
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend is {self.backend!r}; pass one of {', '.join(map(repr, BACKENDS))}.")
+        if self.rounding not in ROUNDINGS:
+            raise ConfigError(f"rounding is {self.rounding!r}; pass one of {', '.join(map(repr, ROUNDINGS))}.")
         self._validate_data()
         if self.modules_to_not_convert is not None:
             names = self.modules_to_not_convert
@@ -186,7 +193,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         if self.dataset is None or isinstance(self.dataset, bool | int | float | complex | bytes):
             raise ConfigError(
                 f"dataset is {self.dataset!r}; pass 'builtin', a list of texts, token ids, a datasets.Dataset, a "
-                "path or a dataset name. To quantize without data, set n_grid=0 and clip=False."
+                "path or a dataset name. To quantize without data, set n_grid=0, clip=False and rounding='nearest'."
             )
         if isinstance(self.dataset, str) and not self.dataset.strip():
             raise ConfigError("dataset is an empty string; pass 'builtin', a path or a dataset name.")
@@ -201,7 +208,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
     @property
     def needs_calibration(self) -> bool:
         """Whether any step reads activations; without one the data set is not loaded at all."""
-        return self.n_grid > 0 or self.clip
+        return self.n_grid > 0 or self.clip or self.rounding == "error_feedback"
 
 
 def _require_int(

@@ -58,7 +58,7 @@ def run(awq_folder: Path, nearest_folder: Path) -> list[Row]:
     print(f"Model: {SHIPPED_MODEL.name}, {original.num_parameters():,} parameters")
     rows = [Row("full precision", evaluate(original, windows, original), folder_bytes(SHIPPED_MODEL), None)]
     recipes = {
-        "round to nearest": (AwqOffloadConfig(n_grid=0, clip=False), nearest_folder),
+        "round to nearest": (AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest"), nearest_folder),
         "AWQ": (AwqOffloadConfig(), awq_folder),
     }
     for method, (recipe, folder) in recipes.items():

@@ -108,8 +108,11 @@ def record_skeleton(
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no KV cache, restored afterwards, whatever happens inside."""
-    training = {module: module.training for module in model.modules()}
+    """Evaluation mode and no KV cache, restored afterwards, whatever happens inside.
+
+    A module that is replaced inside the context leaves its mode to the one in its place.
+    """
+    training = {name: module.training for name, module in model.named_modules()}
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
     use_cache = [(config, config.use_cache) for config in configs if getattr(config, "use_cache", None) is not None]
     model.eval()
@@ -120,8 +123,8 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for config, value in use_cache:
             config.use_cache = value
-        for module, mode in training.items():
-            module.training = mode
+        for name, module in model.named_modules():
+            module.training = training[name]
 
 
 class LayerRunner:

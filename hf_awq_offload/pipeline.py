@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .config import AwqOffloadConfig
 from .data import CalibrationSet, micro_batches
+from .errors import NumericalError
 from .folds import (
     InputGroup,
     LayerStructure,
@@ -31,13 +32,14 @@ from .folds import (
     storable_scale,
     structure_key,
 )
-from .grid import Grid, dequantize, group_parameters, group_range, quantize, resolve_group_size
-from .layers import LayerRunner, Skeleton, candidate_layers, linears_in, record_skeleton
+from .grid import Grid, group_parameters, group_range, quantize, resolve_group_size
+from .layers import LayerRunner, Skeleton, calibration_mode, candidate_layers, linears_in, record_skeleton
 from .linear import AwqLinear
 from .packing import pack_weight
 from .report import GroupReport, LayerReport, QuantizationReport
 from .search.clip import search_clip
-from .search.scale import ScaleSearch, output_mse, row_mse, search_scale
+from .search.rounding import FeedbackOrder, feedback_order, round_weight
+from .search.scale import ScaleSearch, output_mse, search_scale
 from .statistics import InputStatistics, StatisticsCollector
 from .streaming import compute_dtype, onloaded, peak_memory_bytes
 
@@ -81,6 +83,18 @@ def quantize_layers(
 
     Hidden states that the *original* weights produce are passed from layer to layer.
     """
+    with calibration_mode(model):
+        return _quantize_layers(model, recipe, device, is_quantizable, calibration, undo)
+
+
+def _quantize_layers(
+    model: nn.Module,
+    recipe: AwqOffloadConfig,
+    device: torch.device,
+    is_quantizable: Callable[[str], bool],
+    calibration: CalibrationSet | None,
+    undo: Undo | None,
+) -> QuantizationReport:
     report = QuantizationReport()
     skeleton, batches, counted, probes = None, [], [], 0
     if calibration is not None:
@@ -189,15 +203,15 @@ def _quantize_with_statistics(
     row_scales, channel_scales = _fold_scales(context, searched)
     reports = []
     for group, group_statistics, search in searched:
-        loss = 0.0
-        scale = channel_scales.get(group.consumers[0])
-        scaled = group_statistics if scale is None else group_statistics.divided(scale)
-        for name in group.consumers:
-            if name in context.quantizable:
-                clip = context.recipe.clip and name not in structure.softmax_only
-                loss += _quantize_linear(context, name, scale, row_scales.get(name), scaled.gram, clip)
-        producer = group.fold.producer if group.fold is not None else None
         quantized = tuple(name for name in group.consumers if name in context.quantizable)
+        scale = channel_scales.get(quantized[0])
+        gram = group_statistics.gram if scale is None else group_statistics.divided(scale).gram
+        order = feedback_order(gram) if context.recipe.rounding == "error_feedback" else None
+        loss = 0.0
+        for name in quantized:
+            clip = context.recipe.clip and name not in structure.softmax_only
+            loss += _quantize_linear(context, name, scale, row_scales.get(name), gram, clip, order)
+        producer = group.fold.producer if group.fold is not None else None
         reports.append(GroupReport(quantized, producer, search.alpha, search.identity_loss, loss))
     return reports
 
@@ -259,12 +273,18 @@ def _quantize_linear(
     channel_scale: Tensor | None,  # (in,) multiplies the columns
     row_scale: Tensor | None,  # (out,) divides the rows
     gram: Tensor | None,  # (in, in) fp32, of the scaled input; None without data
-    clip: bool,
+    clip: bool = False,
+    order: FeedbackOrder | None = None,  # None rounds to the nearest
 ) -> float:
     """Round, pack and replace one linear; returns its mean squared output error per token, 0 without data."""
     linear = context.linear(name)
     grid = context.grid(name)
     weight = linear.weight.detach().float()
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericalError(
+            f"The weight of {context.name}.{name} holds NaN or infinite values; expected finite ones. Repair the "
+            "checkpoint, or name the module in modules_to_not_convert."
+        )
     bias = None if linear.bias is None else linear.bias.detach()
     if channel_scale is not None:
         weight = weight * channel_scale
@@ -273,13 +293,13 @@ def _quantize_linear(
         bias = None if bias is None else (bias.float() / row_scale).to(bias.dtype)
     ranges = search_clip(weight, gram, grid) if clip and gram is not None else group_range(weight, grid)
     parameters = group_parameters(ranges, grid)
-    codes = quantize(weight, parameters, grid)
-    loss = 0.0
-    if gram is not None:
-        difference = dequantize(codes, parameters, grid).sub_(weight)
+    if gram is None:
+        codes, loss = quantize(weight, parameters, grid), 0.0
+    else:
+        codes, mse = round_weight(weight, gram, parameters, grid, order)
         if row_scale is not None:
-            difference *= row_scale.unsqueeze(1)  # in the units of the layer as it was
-        loss = float(row_mse(difference, gram).sum(dtype=torch.float64))
+            mse = mse * row_scale.square()  # in the units of the layer as it was
+        loss = float(mse.sum(dtype=torch.float64))
     packed = pack_weight(codes, parameters)
     context.layer.set_submodule(name, AwqLinear.from_packed(packed, bias, grid, linear.weight.dtype))
     if context.undo is not None:
@@ -291,7 +311,7 @@ def _quantize_linear(
 def _quantize_without_data(context: LayerContext) -> list[GroupReport]:
     """Round every linear to nearest, each a group of its own; losses need data and are 0."""
     for name in sorted(context.quantizable):
-        _quantize_linear(context, name, None, None, None, clip=False)
+        _quantize_linear(context, name, None, None, None)
     return [GroupReport((name,), None, None, 0.0, 0.0) for name in sorted(context.quantizable)]
 
 

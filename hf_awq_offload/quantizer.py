@@ -294,7 +294,8 @@ class AwqOffloadQuantizer(HfQuantizer):
                 "max_seq_len": recipe.max_seq_len,
                 "calibration_tokens": self.calibration.tokens,
             }
-        return meta | {"n_grid": recipe.n_grid, "duo_scaling": recipe.duo_scaling, "clip": recipe.clip}
+        search = {name: getattr(recipe, name) for name in ("n_grid", "duo_scaling", "clip", "rounding")}
+        return meta | search
 
 
 def quantize_model(

@@ -31,6 +31,7 @@ BAD_VALUES = {
     "n_grid": [-1, *NO_INTEGER],
     "duo_scaling": NO_FLAG,
     "clip": NO_FLAG,
+    "rounding": [None, True, "", "gptq", "Nearest", ["nearest"]],
     "modules_to_not_convert": ["lm_head", "", 3, True, [3], ["lm_head", None], [""], b"lm_head"],
     "execution_device": ["gpu", "", "cuda:", 1.5, True, ["cpu"], "meta"],
     "seed": [-1, 2**63, *NO_INTEGER],
@@ -57,6 +58,7 @@ GOOD_VALUES = {
     "n_grid": [0, 1, 20],
     "duo_scaling": [True, False],
     "clip": [True, False],
+    "rounding": ["nearest", "error_feedback"],
     "modules_to_not_convert": [None, [], ["lm_head"], ("lm_head", r"layers\.0\.")],
     "execution_device": [None, "cpu", torch.device("cpu")],
     "seed": [0, 2**63 - 1],
@@ -286,10 +288,18 @@ def test_changing_a_field_of_a_deepcopy_leaves_the_original():
 
 
 @pytest.mark.parametrize(
-    ("n_grid", "clip", "needed"), [(20, True, True), (0, True, True), (1, False, True), (0, False, False)]
+    ("n_grid", "clip", "rounding", "needed"),
+    [
+        (20, True, "error_feedback", True),
+        (20, False, "nearest", True),
+        (0, True, "nearest", True),
+        (0, False, "error_feedback", True),
+        (0, False, "nearest", False),
+    ],
 )
-def test_calibration_is_needed_for_scales_and_for_clipping_only(n_grid, clip, needed):
-    assert AwqOffloadConfig(n_grid=n_grid, clip=clip).needs_calibration is needed
+def test_calibration_is_needed_for_scales_clipping_and_error_feedback_only(n_grid, clip, rounding, needed):
+    config = AwqOffloadConfig(n_grid=n_grid, clip=clip, rounding=rounding)
+    assert config.needs_calibration is needed
 
 
 STANDARD_FIELDS = [

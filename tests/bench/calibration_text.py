@@ -25,7 +25,7 @@ def main() -> None:
         "built-in text": builtin_sequences(n_samples),
         "random tokens": random_ids,
     }
-    nearest, _ = quantized(AwqOffloadConfig(n_grid=0, clip=False))
+    nearest, _ = quantized(AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest"))
     kl_nearest = evaluate(nearest, judged, original).kl_nats
     print(f"{n_samples} x 512 calibration tokens, judged on {len(judged)} x 512 others")
     print(f"{'':18}{'KL / nearest':>14}{'KL (nats)':>12}\n{'no data (nearest)':18}{1:>14.3f}{kl_nearest:>12.5f}")

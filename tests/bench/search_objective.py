@@ -8,6 +8,7 @@ held-out text. The block-output search is tests/references/block_search.py, writ
 
 from __future__ import annotations
 
+import sys
 import time
 
 from shipped import builtin_sequences, heldout_windows, load_model, quantized
@@ -25,15 +26,18 @@ def main() -> None:
     windows = heldout_windows()
     sequences = builtin_sequences(CALIBRATION_SEQUENCES)
     rows = []
+    data = {"dataset": sequences, "n_samples": CALIBRATION_SEQUENCES}
     recipes = {
-        "round to nearest": AwqOffloadConfig(n_grid=0, clip=False),
-        "gram, scales only": AwqOffloadConfig(dataset=sequences, n_samples=CALIBRATION_SEQUENCES, clip=False),
-        "gram, clip only": AwqOffloadConfig(dataset=sequences, n_samples=CALIBRATION_SEQUENCES, n_grid=0),
-        "gram, scales and clip": AwqOffloadConfig(dataset=sequences, n_samples=CALIBRATION_SEQUENCES),
+        "round to nearest": AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest"),
+        "gram, scales only": AwqOffloadConfig(**data, clip=False, rounding="nearest"),
+        "gram, clip only": AwqOffloadConfig(**data, n_grid=0, rounding="nearest"),
+        "gram, scales and clip": AwqOffloadConfig(**data, rounding="nearest"),
+        "… and error feedback": AwqOffloadConfig(**data),
     }
     for name, recipe in recipes.items():
         model, seconds = quantized(recipe)
         rows.append((name, evaluate(model, windows, original), seconds))
+        print(f"  {name}: done", file=sys.stderr)
     start = time.perf_counter()
     model = quantize_by_block_search(original, [sequence.unsqueeze(0) for sequence in sequences])
     rows.append(("block outputs, scales and clip", evaluate(model, windows, original), time.perf_counter() - start))

@@ -1,0 +1,127 @@
+"""Error feedback against a slow reference, and what it guarantees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_awq_offload.errors import NumericalError
+from hf_awq_offload.grid import Grid, GroupParameters, dequantize, group_parameters, group_range, quantize
+from hf_awq_offload.search.rounding import DAMPING, FeedbackOrder, feedback_order, round_weight, round_with_feedback
+from hf_awq_offload.search.scale import row_mse
+
+GRID = Grid(4, 32, zero_point=True)
+OUT, IN = 24, 320  # more channels than a block, not a multiple of it
+
+
+def correlated_gram(seed: int, tokens: int = 900) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 40, generator=generator) @ torch.randn(40, IN, generator=generator)
+    x += 0.5 * torch.randn(tokens, IN, generator=generator)
+    x *= torch.exp(torch.randn(IN, generator=generator))
+    return x.t() @ x / tokens
+
+
+def random_weight(seed: int) -> tuple[Tensor, GroupParameters]:
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(seed)) * 0.05
+    return weight, group_parameters(group_range(weight, GRID), GRID)
+
+
+def reference_feedback(weight: Tensor, gram: Tensor, parameters: GroupParameters) -> Tensor:
+    """Optimal brain quantization, column by column: after each one the rest is re-fitted by the inverse of what is left.
+
+    The update that minimizes tr(D G Dᵀ) once channel i is fixed is δ = -e · (H⁻¹)_i / (H⁻¹)_ii with H restricted to the
+    channels that are not fixed yet (Frantar et al. 2022, arXiv:2208.11580); in fp64, without any factorization trick.
+    """
+    gram = gram.double()
+    hessian = gram + DAMPING * gram.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True).tolist()
+    remaining, codes = weight.double().clone(), torch.zeros(OUT, IN, dtype=torch.float64)
+    for position, i in enumerate(order):
+        free = order[position:]
+        inverse = torch.linalg.inv(hessian[free][:, free])
+        scale, zero = (parameter[:, i // GRID.group_size].double() for parameter in parameters)
+        codes[:, i] = (torch.round(remaining[:, i] / scale) + zero).clamp(0, GRID.levels)
+        error = (codes[:, i] - zero) * scale - remaining[:, i]
+        remaining[:, free] += torch.outer(error, inverse[0]) / inverse[0, 0]
+    return codes
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equals_optimal_brain_quantization_without_the_tricks(seed):
+    """Ties and near-ties may fall the other way in fp32, so nearly all codes agree, and the error does."""
+    gram = correlated_gram(seed)
+    weight, parameters = random_weight(seed)
+    codes = round_with_feedback(weight, feedback_order(gram), parameters, GRID)
+    expected = reference_feedback(weight, gram, parameters).float()
+    assert float((codes == expected).float().mean()) > 0.98
+    mse, expected_mse = (row_mse(dequantize(c, parameters, GRID) - weight, gram).sum() for c in (codes, expected))
+    assert float(mse) == pytest.approx(float(expected_mse), rel=0.02)
+
+
+def test_the_error_is_far_below_that_of_the_nearest_where_inputs_are_correlated():
+    gram = correlated_gram(2)
+    weight, parameters = random_weight(2)
+    nearest, nearest_mse = round_weight(weight, gram, parameters, GRID, None)
+    _, mse = round_weight(weight, gram, parameters, GRID, feedback_order(gram))
+    assert torch.equal(nearest, quantize(weight, parameters, GRID))
+    assert float(mse.sum()) < 0.5 * float(nearest_mse.sum())
+
+
+@pytest.mark.parametrize("kind", ["random", "rank one", "zero", "one huge channel", "dead channels"])
+def test_no_row_is_ever_worse_than_rounded_to_the_nearest(kind):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(500, IN, generator=generator)
+    if kind == "rank one":
+        x = x[:, :1] * torch.randn(IN, generator=generator)
+    elif kind == "zero":
+        x = torch.zeros(500, IN)
+    elif kind == "one huge channel":
+        x[:, 7] *= 1e4
+    elif kind == "dead channels":
+        x[:, ::3] = 0
+    gram = x.t() @ x / 500
+    weight, parameters = random_weight(3)
+    _, nearest_mse = round_weight(weight, gram, parameters, GRID, None)
+    codes, mse = round_weight(weight, gram, parameters, GRID, feedback_order(gram))
+    assert bool((mse <= nearest_mse).all())
+    assert bool(((codes >= 0) & (codes <= GRID.levels) & (codes == codes.round())).all())
+
+
+def test_with_uncorrelated_inputs_it_is_rounding_to_the_nearest():
+    weight, parameters = random_weight(4)
+    gram = torch.diag(torch.rand(IN, generator=torch.Generator().manual_seed(4)) + 0.5)
+    codes = round_with_feedback(weight, feedback_order(gram), parameters, GRID)
+    assert torch.equal(codes, quantize(weight, parameters, GRID))
+
+
+def test_rows_do_not_depend_on_each_other():
+    """Linears that share an input may be stacked, or rounded one by one."""
+    order = feedback_order(correlated_gram(5))
+    weight, parameters = random_weight(5)
+    whole = round_with_feedback(weight, order, parameters, GRID)
+    halves = [
+        round_with_feedback(weight[rows], order, GroupParameters(*(p[rows] for p in parameters)), GRID)
+        for rows in (slice(0, 8), slice(8, None))
+    ]
+    assert float((whole == torch.cat(halves)).float().mean()) > 0.999
+
+
+def test_channels_go_from_loud_to_quiet_and_the_factor_is_of_the_damped_inverse():
+    gram = correlated_gram(6)
+    order = feedback_order(gram)
+    assert isinstance(order, FeedbackOrder)
+    assert bool((gram.diagonal()[order.channels].diff() <= 0).all())
+    ordered = gram[order.channels][:, order.channels].double()
+    damped = ordered + DAMPING * ordered.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
+    product = order.factor.double().t() @ order.factor.double() @ damped
+    torch.testing.assert_close(product, torch.eye(IN, dtype=torch.float64), atol=2e-3, rtol=0)
+    assert bool((order.factor.tril(-1) == 0).all())
+
+
+def test_a_matrix_that_is_not_finite_is_an_error():
+    gram = correlated_gram(7)
+    gram[3, 4] = gram[4, 3] = float("nan")
+    with pytest.raises(NumericalError, match="can't be factorized"):
+        feedback_order(gram)
