@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..packing import PackedWeight
-from .dequantize import dequantize_words
+from .blocks import dequantize_words
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..packing import PackedWeight, pack_columns, unpack_columns
 from .backend import Case, NativeBackend, NativeWeight
-from .dequantize import Codes, codes_of_words, dequantize_codes, linear_codes
+from .blocks import Codes, codes_of_words, dequantize_codes, linear_codes
 
 KERNEL_GROUP_SIZES = (256, 128, 64, 32)
 FEW_ROWS_AVX2 = 24

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..packing import COLUMNS_PER_WORD, PackedWeight
 from .backend import Case, NativeBackend, NativeWeight, WordsBackend
-from .dequantize import dequantize_words
+from .blocks import dequantize_words
 from .dispatch import backend_named, choose
 
 NAMESPACE = "hf_awq_offload"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..packing import PackedWeight
 from .backend import Case, WordsBackend
-from .dequantize import codes_of_words, linear_codes
+from .blocks import codes_of_words, linear_codes
 
 
 class TorchBackend(WordsBackend):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..packing import PackedWeight, pack_columns, unpack_columns
 from .backend import Case, NativeBackend, NativeWeight
-from .dequantize import codes_of_words
+from .blocks import codes_of_words
 
 INNER_K_TILES = 8
 MANY_ROWS = 64
