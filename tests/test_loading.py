@@ -328,7 +328,7 @@ class TestInMemory:
 
 def test_the_recipe_chooses_the_backend():
     model = load(CHECKPOINTS / "autoawq-gemm").dequantize()
-    quantize_model(model, AwqOffloadConfig(n_grid=0, clip=False, backend="torch"))
+    quantize_model(model, AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest", backend="torch"))
     logits(model)
     linear = model.get_submodule(Q_PROJ)
     assert (linear.backend, linear.native_words) == ("torch", None)
@@ -341,7 +341,7 @@ def test_a_backend_that_there_is_not():
 
 def test_symmetric_checkpoints_load(tmp_path):
     model = load(CHECKPOINTS / "autoawq-gemm").dequantize()
-    quantize_model(model, AwqOffloadConfig(n_grid=0, clip=False, zero_point=False))
+    quantize_model(model, AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest", zero_point=False))
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
     assert not again.get_submodule(Q_PROJ).grid.zero_point

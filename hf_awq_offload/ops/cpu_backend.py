@@ -24,9 +24,9 @@ from .backend import Case, NativeBackend, NativeWeight
 from .blocks import Codes, codes_of_words, dequantize_codes, linear_codes
 
 KERNEL_GROUP_SIZES = (256, 128, 64, 32)
-FEW_ROWS_AVX2 = 24
-FEW_ROWS_AVX512 = 48
-"""Most rows for which the op beats dequantizing; docs/kernels.md has the measurement for AVX2."""
+FEW_ROWS = 48
+"""Most rows for which the op beats dequantizing first: equal there with AVX2 (docs/kernels.md), and, by the design's
+measurement on a CPU with AMX, between 32 and 128 rows there too."""
 PACK_COLUMNS = 1024
 """Output channels packed at a time: bounds the int32 copy that the packing op wants."""
 
@@ -88,7 +88,7 @@ class CpuBackend(NativeBackend):
                 f"Packed words {tuple(native.words.shape)} are not those of a linear of {x.shape[1]} to "
                 f"{scales.shape[1]} channels."
             )
-        if x.shape[0] > few_rows():
+        if x.shape[0] > FEW_ROWS:
             return linear_codes(x, codes_of_native(native.words, x.shape[1]), qzeros, scales)
         group_size = x.shape[1] // native.parameters.shape[0]
         output = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -106,11 +106,6 @@ BACKEND = CpuBackend()
 def kernel_group_size(group_size: int) -> int | None:
     """The largest group of the op into which groups of `group_size` split; None where there is none."""
     return next((size for size in KERNEL_GROUP_SIZES if group_size % size == 0), None)
-
-
-def few_rows() -> int:
-    """Rows up to which the op is faster than dequantizing first."""
-    return FEW_ROWS_AVX512 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else FEW_ROWS_AVX2
 
 
 def codes_of_native(

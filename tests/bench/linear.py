@@ -1,10 +1,11 @@
 """Speed and memory of the quantized linear beside dense ones, and of decoding with it.
 
-    python tests/bench/linear.py [--backend auto] [--runs 15] [--device cpu] [--skip-decode]
+    python tests/bench/linear.py [--backend auto] [--runs 15] [--device cpu] [--cpu-time] [--skip-decode]
 
 Times are medians of runs that alternate between the contestants, so that a busy machine hurts all of them alike. The
 first table divides the time of dense `F.linear` in bf16 (fp32, fp16) by that of the quantized linear with an input of
-the same dtype: above 1 the quantized one is faster. Weights are random; speed does not depend on them.
+the same dtype: above 1 the quantized one is faster. Weights are random; speed does not depend on them. With --cpu-time
+(for one thread) it is processor time that is compared, which a machine shared with others leaves alone.
 """
 
 from __future__ import annotations
@@ -36,11 +37,17 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--skip-decode", action="store_true")
     options = parser.parse_args()
+    if options.cpu_time and torch.get_num_threads() > 1:
+        parser.error("--cpu-time wants OMP_NUM_THREADS=1")
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    print(f"{describe(options.device)}, {threads} threads, torch {torch.__version__}, backend {options.backend}")
+    print(
+        f"{describe(options.device)}, {threads} threads, torch {torch.__version__}, backend {options.backend}, "
+        f"{'processor' if options.cpu_time else 'wall'} time"
+    )
     with torch.inference_mode():
         for out_features, in_features in SHAPES:
             print(f"\n{out_features} × {in_features}, g{GROUP_SIZE}: time of dense / time of quantized")
@@ -63,15 +70,16 @@ def compare(linear: AwqLinear, rows: int, dtype: torch.dtype, options: argparse.
 
 def medians_ms(contestants: list[Callable[[], object]], options: argparse.Namespace) -> list[float]:
     """Median time of each, in milliseconds; they run in turns."""
+    clock = time.thread_time if options.cpu_time else time.perf_counter
     times_ms: list[list[float]] = [[] for _ in contestants]
     for run in range(options.runs + 2):
         for contestant, own_ms in zip(contestants, times_ms, strict=True):
-            start = time.perf_counter()
+            start = clock()
             contestant()
             if options.device != "cpu":
                 torch.accelerator.synchronize()
             if run >= 2:  # the first runs warm up: packing, compiling, caches
-                own_ms.append((time.perf_counter() - start) * 1e3)
+                own_ms.append((clock() - start) * 1e3)
     return [statistics.median(own_ms) for own_ms in times_ms]
 
 
@@ -98,17 +106,18 @@ def decode(options: argparse.Namespace) -> None:
     models = {name: dense_model(config, dtype, options.device) for name, dtype in list(DTYPES.items())[:2]}
     quantized = dense_model(config, torch.bfloat16, options.device)
     bf16_bytes = sum(p.nbytes for name, p in quantized.named_parameters() if "layers" in name and p.ndim == 2)
-    quantize_model(quantized, AwqOffloadConfig(n_grid=0, clip=False, backend=options.backend))
+    quantize_model(quantized, AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest", backend=options.backend))
     models["w4 in bf16"] = quantized
     models["w4 in fp32"] = copy.deepcopy(quantized).to(torch.float32)
+    clock = time.thread_time if options.cpu_time else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for run in range(4):
         for name, model in models.items():
             tokens = torch.arange(16, device=options.device)[None]
-            start = time.perf_counter()
+            start = clock()
             model.generate(tokens, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
             if run:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     for name in models:
         print(f"{name:12}{NEW_TOKENS / statistics.median(seconds[name]):8.1f} tokens/s")
     linears = [module for module in quantized.modules() if isinstance(module, AwqLinear)]
