@@ -177,12 +177,16 @@ class AwqLinear(nn.Linear):
         return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "qweight":
-            with _LAYOUT_LOCK:
-                if self.__dict__.get("_native_source") is not None:
-                    self._restore_words()
-                return super().__getattr__(name)
-        return super().__getattr__(name)
+        if name != "qweight":
+            return super().__getattr__(name)
+        words = self._parameters.get(name)
+        return self._locked_words() if words is None else words
+
+    def _locked_words(self) -> nn.Parameter:
+        with _LAYOUT_LOCK:
+            if self.__dict__.get("_native_source") is not None:
+                self._restore_words()
+            return super().__getattr__("qweight")  # type: ignore[return-value]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: another machine may have another layout."""

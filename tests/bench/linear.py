@@ -20,10 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.utils import logging
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig, quantize_model
 from hf_awq_offload.grid import Grid
 from hf_awq_offload.packing import PackedWeight
+
+logging.disable_progress_bar()
 
 SHAPES = ((4096, 4096), (11008, 4096))  # out, in
 ROWS = (1, 8, 32, 128)
