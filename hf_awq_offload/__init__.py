@@ -12,8 +12,9 @@ from .errors import (
     ModelStructureError,
     NumericalError,
 )
+from .in_memory import quantize_model
 from .linear import AwqLinear
-from .quantizer import AwqOffloadQuantizer, quantize_model
+from .quantizer import AwqOffloadQuantizer
 from .registration import register, use_for_awq
 
 __all__ = [

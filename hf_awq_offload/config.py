@@ -17,6 +17,8 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from .errors import CheckpointError, ConfigError
+from .formats import VERSIONS
+from .ops import BACKENDS
 
 QUANT_METHOD = "awq_offload"
 """The name under which the recipe is registered with transformers."""
@@ -54,6 +56,9 @@ class AwqOffloadConfig(QuantizationConfigMixin):
             of linears that stay in full precision.
         execution_device: where a decoder layer is processed; by default the accelerator, else the CPU.
         seed: seed of everything random (the choice of samples, probes).
+        backend: what computes the quantized linears of the model that is returned: "auto", or one of those in
+            docs/kernels.md. It is not stored in the checkpoint; the environment variable HF_AWQ_OFFLOAD_BACKEND
+            goes before it, and chooses for loaded checkpoints too.
 
     Raises:
         ConfigError: a value is not allowed, or a field is unknown.
@@ -79,6 +84,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         execution_device: Any = None,
         seed: int = 0,
+        backend: str = "auto",
         **unknown: Any,
     ):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers takes any registered string
@@ -100,6 +106,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.execution_device = execution_device
         self.seed = seed
+        self.backend = backend
         self._reject_unknown(unknown)
         self._validate()
 
@@ -170,6 +177,8 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         _require_int("n_grid", self.n_grid, "a number of candidates such as 20, or 0 for no scale search", minimum=0)
         _require_int("min_expert_tokens", self.min_expert_tokens, "a number of tokens such as 256, or 0", minimum=0)
         _require_int("seed", self.seed, "an integer from 0 to 2**63 - 1", minimum=0, maximum=2**63 - 1)
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"backend is {self.backend!r}; pass one of {', '.join(map(repr, BACKENDS))}.")
         if self.rounding not in ROUNDINGS:
             raise ConfigError(f"rounding is {self.rounding!r}; pass one of {', '.join(map(repr, ROUNDINGS))}.")
         self._validate_data()
@@ -267,7 +276,7 @@ class AwqCheckpointConfig(QuantizationConfigMixin):
     meta: dict[str, Any] = field(default_factory=dict)
     quant_method: QuantizationMethod = QuantizationMethod.AWQ
 
-    SUPPORTED_VERSIONS = ("gemm",)
+    SUPPORTED_VERSIONS = VERSIONS
 
     @classmethod
     def from_recipe(
@@ -293,7 +302,7 @@ class AwqCheckpointConfig(QuantizationConfigMixin):
         if version not in cls.SUPPORTED_VERSIONS:
             raise CheckpointError(
                 f"The checkpoint's AWQ version is {version!r}; supported: {', '.join(cls.SUPPORTED_VERSIONS)}. "
-                "Install gptqmodel to load it with stock transformers."
+                "Load it with the tool that made it, or correct config.json."
             )
         if config.bits != 4:
             raise CheckpointError(f"The checkpoint says bits={config.bits}; the AWQ format stores 4.")

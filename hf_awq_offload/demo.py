@@ -1,6 +1,8 @@
 """`make demo`: the main job on the model that ships with the package, as a user would do it.
 
 Quantize (rounding to nearest, then AWQ), save, load again, compare with full precision on held-out text, generate.
+Then decode with a larger model of random weights, before and after: the shipped one is too small for its weights to be
+what takes the time.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .config import AwqOffloadConfig
-from .evaluate import Evaluation, evaluate, token_windows
+from .evaluate import Evaluation, decoding_tokens_per_second, evaluate, token_windows
+from .quantizer import quantize_model
 from .streaming import default_execution_device, peak_memory_bytes
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny_llama"
@@ -26,6 +29,15 @@ SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny_llama"
 PROMPT = "Return a list of"
 EVALUATION_WINDOWS = 48
 WINDOW_TOKENS = 512
+
+SPEED_MODEL: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_attention_heads": 16,
+    "vocab_size": 2048,
+}
+SPEED_LAYERS = 4
+NEW_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,24 @@ def run(awq_folder: Path, nearest_folder: Path) -> list[Row]:
     peak_mib = peak_memory_bytes(default_execution_device()) / 2**20
     print(f"\nHeld-out tokens: {rows[0].evaluation.tokens}. Peak memory of this demo: {peak_mib:.0f} MiB.")
     print(f"\n{PROMPT!r} goes on, quantized and loaded again from {awq_folder}:\n  {generate(reloaded, tokenizer)}")
+    print(f"\n{speed()}")
     return rows
+
+
+def speed() -> str:
+    """Decoding speed and size of a Llama of random weights in bf16, before and after quantizing it."""
+    device = default_execution_device()
+    config = LlamaConfig(**SPEED_MODEL, num_hidden_layers=SPEED_LAYERS)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
+    lines = [f"Decoding on {device.type}, a Llama of random weights ({model.num_parameters() / 1e6:.0f} M parameters):"]
+    for name in ("bf16", "w4 g128"):
+        if name != "bf16":
+            quantize_model(model, AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest"))
+        tokens_per_second = decoding_tokens_per_second(model, NEW_TOKENS)
+        lines.append(
+            f"  {name:10}{tokens_per_second:8.1f} tokens/s{model.get_memory_footprint() / 1e6:10.0f} MB in memory"
+        )
+    return "\n".join(lines)
 
 
 def quantize_and_save(recipe: AwqOffloadConfig, folder: Path) -> float:

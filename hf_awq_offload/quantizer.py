@@ -9,13 +9,13 @@ Two jobs behind one class, told apart by `pre_quantized`:
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any, cast
 
 import torch
 from accelerate import dispatch_model
-from accelerate.hooks import remove_hook_from_submodules
+from accelerate.hooks import add_hook_to_module
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
+from .checkpoint import LinearShape, TensorHeader, check_linear, packed_prefixes, read_headers
 from .config import AwqCheckpointConfig, AwqOffloadConfig
 from .data import CalibrationSet, load_calibration_set
 from .errors import CalibrationDataError, CheckpointError, ConfigError, ModelStructureError
@@ -37,6 +38,7 @@ from .grid import Grid, resolve_group_size
 from .layers import candidate_layers
 from .linear import AwqLinear, unpackable_reason
 from .linears import is_linear, linears_in
+from .loading import ToGemm, names_in_model, to_gemm_converter
 from .logs import get_logger
 from .names import Renaming
 from .pipeline import Undo, quantize_layers
@@ -115,7 +117,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.model = model
         if self.pre_quantized:
             self._unfuse_experts(model, all_kinds=bool(self.checkpoint.meta.get("unfused_experts")))
-            self._replace_linears(model)
+            self._replace_linears(model, read_headers(kwargs.get("checkpoint_files")))
             return
         if getattr(model.config, "is_encoder_decoder", False):
             raise ModelStructureError(
@@ -140,10 +142,11 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
+            self._finish_loading(model)
             return model
         self.quantize(model)
         if self.final_device_map is not None:
-            _dispatch(model, self.final_device_map)
+            dispatch(model, self.final_device_map)
         return model
 
     def quantize(self, model: PreTrainedModel, undo: Undo | None = None) -> None:
@@ -158,13 +161,52 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.report = quantize_layers(model, recipe, device, self.quantizable.__contains__, self.calibration, undo)
         self.left_out |= self.report.left_out
         self.report.left_out = dict(self.left_out)
+        for module in model.modules():
+            if isinstance(module, AwqLinear):
+                module.backend = recipe.backend
         self.quantization_config = AwqCheckpointConfig.from_recipe(recipe, sorted(self.left_out), self._meta(recipe))
         self.calibration = None
         self.pre_quantized = True
         model.config.quantization_config = self.quantization_config
         cast(Any, model).quantization_method = QuantizationMethod.AWQ
 
+    def get_weight_conversions(self) -> list[Any]:
+        """Other layouts than GEMM are converted while they load."""
+        if not self.pre_quantized or self.checkpoint.version == "gemm":
+            return []
+        return [to_gemm_converter(self.checkpoint.version, self)]
+
+    def _finish_loading(self, model: PreTrainedModel) -> None:
+        """The model in memory is in the GEMM layout, and is saved as that."""
+        self.checkpoint.version = "gemm"
+        conversions = getattr(model, "_weight_conversions", None) or []
+        kept = [entry for entry in conversions if not any(isinstance(op, ToGemm) for op in _operations(entry))]
+        cast(Any, model)._weight_conversions = kept
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Put plain linears in the place of the quantized ones, where they are."""
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
+        offloaded = next((name for name, linear in linears.items() if linear.scales.is_meta), None)
+        if offloaded is not None:
+            raise ConfigError(
+                f"{offloaded} is offloaded to the CPU or the disk. Load the model with a device_map without offload, "
+                'such as "cpu", to dequantize it.'
+            )
+        for name, linear in linears.items():
+            dense = linear.to_dense(dtype or linear.dtype)
+            if hasattr(linear, "_hf_hook"):
+                add_hook_to_module(dense, linear._hf_hook)
+            model.set_submodule(name, dense)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+        return model
+
     def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
         return True
 
     @property
@@ -174,7 +216,8 @@ class AwqOffloadQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
         """Per-expert weights are loaded and saved one by one; transformers 5.17 does not pass the model."""
         model = model or self.model
-        return weight_conversions if model is None else conversions_without_merging(weight_conversions, model)
+        kept = weight_conversions if model is None else conversions_without_merging(weight_conversions, model)
+        return kept + self.get_weight_conversions()
 
     def _unfuse_experts(self, model: PreTrainedModel, all_kinds: bool) -> None:
         """Take fused experts apart where the checkpoint holds them one by one; with `all_kinds`, also where not."""
@@ -238,13 +281,21 @@ class AwqOffloadQuantizer(HfQuantizer):
             add_default_skips=True,
         )
 
-    def _replace_linears(self, model: PreTrainedModel) -> None:
-        """Put an `AwqLinear` on the meta device wherever the checkpoint holds packed tensors."""
+    def _replace_linears(self, model: PreTrainedModel, headers: dict[str, TensorHeader] | None) -> None:
+        """Put an `AwqLinear` on the meta device wherever the checkpoint holds packed tensors.
+
+        Where the files' headers are known, they say which linears those are, and are checked. Else config.json does.
+        """
         config = self.checkpoint
         skipped = self._modules_not_converted(model, config.modules_to_not_convert)
+        prefixes = {} if headers is None else names_in_model(model, packed_prefixes(headers))
+        stored = {name: prefix for prefix, name in prefixes.items()}
+        dense = set() if headers is None else set(names_in_model(model, _weights(headers)).values())
         replaced = 0
         for name, linear in list(model.named_modules()):
-            if not isinstance(linear, nn.Linear) or not should_convert_module(name, skipped):
+            if not isinstance(linear, nn.Linear):
+                continue
+            if name not in stored and (name in dense or not should_convert_module(name, skipped)):
                 continue
             reason = unpackable_reason(linear.in_features, linear.out_features, config.group_size)
             if reason is not None:
@@ -256,6 +307,10 @@ class AwqOffloadQuantizer(HfQuantizer):
             bias = linear.bias is not None
             dtype = linear.weight.dtype
             packed = AwqLinear(linear.in_features, linear.out_features, bias, grid, dtype, device="meta")
+            if headers is not None:
+                shape = LinearShape(linear.in_features, linear.out_features, bias)
+                scale_dtype = check_linear(stored.get(name, name), shape, headers, config.version, grid.group_size)
+                packed.set_scale_dtype(scale_dtype)
             model.set_submodule(name, packed)
             replaced += 1
         if not replaced:
@@ -298,60 +353,6 @@ class AwqOffloadQuantizer(HfQuantizer):
         return meta | search
 
 
-def quantize_model(
-    model: PreTrainedModel, config: AwqOffloadConfig, tokenizer: PreTrainedTokenizerBase | str | None = None
-) -> PreTrainedModel:
-    """Calibrate and quantize a model that is in memory already, in place; returns it.
-
-    It ends up on the devices that it came on. Should anything fail, the model is put back as it was.
-
-    Args:
-        model: a decoder-only model in full precision.
-        config: the recipe.
-        tokenizer: for calibration texts; by default `config.tokenizer`, else that of the model's checkpoint.
-
-    Raises:
-        AwqOffloadError: the model can't be quantized, or the data can't be used; the model is unchanged.
-    """
-    if not isinstance(config, AwqOffloadConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
-    if not isinstance(model, PreTrainedModel):
-        raise ModelStructureError(f"model is a {type(model).__name__}; pass a transformers PreTrainedModel.")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ModelStructureError("The model is quantized already; pass it in full precision.")
-    if getattr(model, "_hf_peft_config_loaded", False) or any("lora_" in name for name, _ in model.named_parameters()):
-        raise ModelStructureError("The model carries adapters; merge them first (merge_and_unload) or remove them.")
-    if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
-        raise ModelStructureError("Weights of the model are on the meta device; load them first.")
-    recipe = copy.copy(config)
-    if tokenizer is not None:
-        recipe.tokenizer = tokenizer
-    quantizer = AwqOffloadQuantizer(recipe, pre_quantized=False)
-    device_map = getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
-    conversions = getattr(model, "_weight_conversions", None)
-    undo: Undo = []
-    try:
-        quantizer.preprocess_model(model)
-        remove_hook_from_submodules(model)
-        nn.Module.to(model, "cpu")
-        quantizer.quantize(model, undo)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        for name, module in quantizer.fused.items():
-            model.set_submodule(name, module)
-        cast(Any, model)._weight_conversions = conversions
-        quantizer.remove_quantization_config(model)
-        raise
-    finally:
-        _dispatch(model, device_map)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = True
-    cast(Any, model).hf_quantizer = quantizer
-    return model
-
-
 def _linears_in_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear inside the model's decoder layers by its full name."""
     return {
@@ -359,6 +360,16 @@ def _linears_in_layers(model: nn.Module) -> dict[str, nn.Linear]:
         for layer_name, layer in candidate_layers(model).items()
         for name, linear in linears_in(layer).items()
     }
+
+
+def _weights(names: Iterable[str]) -> list[str]:
+    """Names of the modules that have a full-precision weight."""
+    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+
+
+def _operations(conversion: Any) -> list[Any]:
+    """Of a converter; a renaming has none."""
+    return getattr(conversion, "operations", [])
 
 
 def _load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -371,7 +382,7 @@ def _load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(source)
 
 
-def _dispatch(model: nn.Module, device_map: DeviceMap) -> None:
+def dispatch(model: nn.Module, device_map: DeviceMap) -> None:
     """Put the model where `device_map` says: plainly on one device, by accelerate's hooks on several."""
     devices = set(device_map.values())
     if len(devices) == 1:

@@ -1,9 +1,16 @@
-"""Fixtures for all tests, and how hypothesis searches."""
+"""Fixtures for all tests, how hypothesis searches, and Triton's interpreter where there is no GPU."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before anything imports triton: it decides when kernels are defined
 
 import hf_awq_offload
 

@@ -37,6 +37,7 @@ BAD_VALUES = {
     "modules_to_not_convert": ["lm_head", "", 3, True, [3], ["lm_head", None], [""], b"lm_head"],
     "execution_device": ["gpu", "", "cuda:", 1.5, True, ["cpu"], "meta"],
     "seed": [-1, 2**63, *NO_INTEGER],
+    "backend": ["", "marlin", "CPU", None, True, 4, ["cpu"]],
 }
 
 GOOD_VALUES = {
@@ -65,6 +66,7 @@ GOOD_VALUES = {
     "modules_to_not_convert": [None, [], ["lm_head"], ("lm_head", r"layers\.0\.")],
     "execution_device": [None, "cpu", torch.device("cpu")],
     "seed": [0, 2**63 - 1],
+    "backend": ["auto", "torch", "cpu", "triton", "tinygemm", "xpu"],
 }
 
 
@@ -372,10 +374,16 @@ def test_a_version_in_capitals_as_autoawq_wrote_it_is_read():
     assert AwqCheckpointConfig.from_awq_config(AwqConfig(version="GEMM")).version == "gemm"
 
 
-@pytest.mark.parametrize("version", ["gemv", "gemv_fast", "llm-awq"])
-def test_other_versions_are_refused_with_a_remedy(version):
-    with pytest.raises(CheckpointError, match=f"version is '{version}'; supported: gemm. Install gptqmodel"):
-        AwqCheckpointConfig.from_awq_config(AwqConfig(version=version))
+@pytest.mark.parametrize("version", ["gemm", "gemv", "gemv_fast", "llm-awq"])
+def test_every_version_that_transformers_knows_is_read(version):
+    assert AwqCheckpointConfig.from_awq_config(AwqConfig(version=version)).version == version
+
+
+def test_other_versions_are_refused_with_a_remedy():
+    config = AwqConfig()
+    config.format = "marlin"
+    with pytest.raises(CheckpointError, match=r"version is 'marlin'; supported: gemm, gemv.* Load it with the tool"):
+        AwqCheckpointConfig.from_awq_config(config)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])

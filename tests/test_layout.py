@@ -13,14 +13,14 @@ PACKAGE = Path(hf_awq_offload.__file__).parent
 MAX_LINES = 450
 
 LEVELS = {
-    0: ["errors", "config", "grid", "packing", "report", "logs"],
+    0: ["errors", "config", "grid", "packing", "report", "logs", "formats", "ops", "ops.*"],
     1: [
-        *("search", "search.*", "statistics", "linear", "data", "data_*"),
+        *("search", "search.*", "statistics", "linear", "checkpoint", "data", "data_*"),
         *("layers", "linears", "names", "halted", "feeds", "folds", "probing", "rowmaps", "experts", "gathering"),
     ],
     2: ["streaming"],
     3: ["pipeline"],
-    4: ["quantizer", "registration", "evaluate", "demo", "demo.*", "__init__", "__main__"],
+    4: ["quantizer", "in_memory", "loading", "registration", "evaluate", "demo", "demo.*", "__init__", "__main__"],
 }
 
 PUBLIC_NAMES = [

@@ -1,0 +1,69 @@
+"""Quantizing a model that is in memory already, without a checkpoint to fall back on: all or nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import AwqOffloadConfig
+from .errors import ConfigError, ModelStructureError
+from .pipeline import Undo
+from .quantizer import AwqOffloadQuantizer, dispatch
+
+
+def quantize_model(
+    model: PreTrainedModel, config: AwqOffloadConfig, tokenizer: PreTrainedTokenizerBase | str | None = None
+) -> PreTrainedModel:
+    """Calibrate and quantize a model that is in memory already, in place; returns it.
+
+    It ends up on the devices that it came on. Should anything fail, the model is put back as it was.
+
+    Args:
+        model: a decoder-only model in full precision.
+        config: the recipe.
+        tokenizer: for calibration texts; by default `config.tokenizer`, else that of the model's checkpoint.
+
+    Raises:
+        AwqOffloadError: the model can't be quantized, or the data can't be used; the model is unchanged.
+    """
+    if not isinstance(config, AwqOffloadConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
+    if not isinstance(model, PreTrainedModel):
+        raise ModelStructureError(f"model is a {type(model).__name__}; pass a transformers PreTrainedModel.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelStructureError("The model is quantized already; pass it in full precision.")
+    if getattr(model, "_hf_peft_config_loaded", False) or any("lora_" in name for name, _ in model.named_parameters()):
+        raise ModelStructureError("The model carries adapters; merge them first (merge_and_unload) or remove them.")
+    if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise ModelStructureError("Weights of the model are on the meta device; load them first.")
+    recipe = copy.copy(config)
+    if tokenizer is not None:
+        recipe.tokenizer = tokenizer
+    quantizer = AwqOffloadQuantizer(recipe, pre_quantized=False)
+    device_map = getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
+    conversions = getattr(model, "_weight_conversions", None)
+    undo: Undo = []
+    try:
+        quantizer.preprocess_model(model)
+        remove_hook_from_submodules(model)
+        nn.Module.to(model, "cpu")
+        quantizer.quantize(model, undo)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        for name, module in quantizer.fused.items():
+            model.set_submodule(name, module)
+        cast(Any, model)._weight_conversions = conversions
+        quantizer.remove_quantization_config(model)
+        raise
+    finally:
+        dispatch(model, device_map)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True
+    cast(Any, model).hf_quantizer = quantizer
+    return model

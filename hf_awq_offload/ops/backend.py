@@ -1,0 +1,104 @@
+"""What a backend is: it says which cases it can't serve, and multiplies by a packed weight in the others.
+
+There are two kinds. A `WordsBackend` reads the AWQ words themselves. A `NativeBackend` needs another layout of the
+same 4-bit integers; it is made from the words, and the words from it, so that only one of the two is held.
+
+Shapes, in all files of this package: M = rows of x, K = input channels, N = output channels, n = groups = K / g.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..packing import PackedWeight
+from .blocks import dequantize_words
+
+
+@dataclass(frozen=True)
+class Case:
+    """What has to be served: a linear of this shape, on this kind of device, for inputs of this dtype."""
+
+    device_type: str
+    dtype: torch.dtype
+    in_features: int
+    out_features: int
+    group_size: int  # resolved, never -1
+
+    @classmethod
+    def of(cls, x: Tensor, scales: Tensor) -> Case:
+        """The case of x (…, K) and scales (n, N)."""
+        in_features = x.shape[-1]
+        return cls(x.device.type, x.dtype, in_features, scales.shape[1], in_features // max(scales.shape[0], 1))
+
+
+class NativeWeight(NamedTuple):
+    """A weight in a backend's own layout; both tensors are opaque to all but that backend."""
+
+    words: Tensor  # the integers, as many bytes as the AWQ words
+    parameters: Tensor  # scales and zero points
+
+
+class Backend(ABC):
+    """A way to compute x Wᵀ. Backends have no state: one instance serves all linears and threads."""
+
+    name: str
+
+    @abstractmethod
+    def refusal(self, case: Case) -> str | None:
+        """Why this backend can't serve `case` on this machine, or None when it can."""
+
+
+class WordsBackend(Backend):
+    """Reads the AWQ words."""
+
+    @abstractmethod
+    def linear(
+        self,
+        x: Tensor,  # (M, K), M ≥ 1
+        packed: PackedWeight,
+    ) -> Tensor:
+        """x Wᵀ, (M, N) in x's dtype."""
+
+
+class NativeBackend(Backend):
+    """Reads a layout of its own."""
+
+    @abstractmethod
+    def pack(self, packed: PackedWeight) -> NativeWeight:
+        """The same weight in this backend's layout."""
+
+    @abstractmethod
+    def unpack(
+        self,
+        words: Tensor,
+        in_features: int,
+        out_features: int,
+    ) -> Tensor:
+        """Inverse of `pack`, to the bit: qweight (K, N / 8) int32."""
+
+    @abstractmethod
+    def linear(
+        self,
+        x: Tensor,  # (M, K), M ≥ 1
+        native: NativeWeight,
+        qzeros: Tensor,  # (n, N / 8) int32
+        scales: Tensor,  # (n, N)
+    ) -> Tensor:
+        """x Wᵀ, (M, N) in x's dtype."""
+
+    def dequantize(
+        self,
+        words: Tensor,
+        qzeros: Tensor,  # (n, N / 8) int32
+        scales: Tensor,  # (n, N)
+        in_features: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The weight, (N, K) in `dtype`; exact up to that rounding."""
+        qweight = self.unpack(words, in_features, scales.shape[1])
+        return dequantize_words(PackedWeight(qweight, qzeros, scales), dtype)

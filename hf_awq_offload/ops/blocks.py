@@ -1,0 +1,119 @@
+"""Dequantization in blocks of output columns, and the matrix product that goes with it. Plain torch, any device.
+
+A block of W ᵀ, (K, columns), is made in a buffer that the next block uses again: it stays in the cache, and no
+full-precision weight is ever held. AWQ puts columns 2i and 2i + 1 of eight into bits 4i and 16 + 4i of a word:
+
+    (word >> 4i) & 0x000F000F, read as two int16  ->  columns 2i, 2i + 1
+
+so four shifts of whole words give eight columns in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..packing import BITS, COLUMNS_PER_WORD, PackedWeight, unpack_columns
+
+BLOCK_COLUMNS = 512
+"""Of 256, 512 and 1024 the fastest on the CPU of docs/kernels.md, with 4096 input channels."""
+
+PAIR_MASK = 0x000F000F
+
+Codes = Callable[[int, int], Tensor]
+"""(first, last) -> the integers of output columns first … last - 1, (K, last - first) in any dtype."""
+
+
+def codes_of_words(
+    qweight: Tensor,  # (K, N / 8) int32
+) -> Codes:
+    """Reads AWQ words."""
+
+    def codes(first: int, last: int) -> Tensor:
+        words = qweight[:, first // COLUMNS_PER_WORD : last // COLUMNS_PER_WORD]
+        pairs = torch.empty(*words.shape, COLUMNS_PER_WORD // 2, dtype=torch.int32, device=words.device)
+        for i in range(COLUMNS_PER_WORD // 2):
+            torch.bitwise_and(words >> (BITS * i), PAIR_MASK, out=pairs[..., i])
+        return pairs.view(torch.int16).flatten(-2)
+
+    return codes
+
+
+def blocks(
+    codes: Codes,
+    qzeros: Tensor,  # (n, N / 8) int32
+    scales: Tensor,  # (n, N)
+    in_features: int,
+    dtype: torch.dtype,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(first, last, Wᵀ[:, first:last]) for all columns; the last is (K, last - first) in `dtype` and is reused.
+
+    (q - z) · Δ is computed in fp32 (fp64 for fp64) and rounded to `dtype` once.
+    """
+    n, out_features = scales.shape
+    working = torch.promote_types(dtype, torch.float32)
+    zeros = unpack_columns(qzeros)
+    size = in_features * min(BLOCK_COLUMNS, out_features)
+    buffer = torch.empty(size, dtype=working, device=scales.device)
+    rounded = buffer if working == dtype else torch.empty(size, dtype=dtype, device=scales.device)
+    for first in range(0, out_features, BLOCK_COLUMNS):
+        last = min(first + BLOCK_COLUMNS, out_features)
+        block = buffer[: in_features * (last - first)].view(n, -1, last - first)
+        block.copy_(codes(first, last).view(block.shape))
+        block.sub_(zeros[:, None, first:last].to(working)).mul_(scales[:, None, first:last].to(working))
+        result = rounded[: block.numel()].view(in_features, last - first)
+        if rounded is not buffer:
+            result.copy_(block.view(result.shape))
+        yield first, last, result
+
+
+def dequantize_words(
+    packed: PackedWeight,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight, (N, K) in `dtype`."""
+    return dequantize_codes(
+        codes_of_words(packed.qweight), packed.qzeros, packed.scales, packed.qweight.shape[0], dtype
+    )
+
+
+def dequantize_codes(
+    codes: Codes,
+    qzeros: Tensor,  # (n, N / 8) int32
+    scales: Tensor,  # (n, N)
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight, (N, K) in `dtype`, a view of contiguous (K, N)."""
+    weight = torch.empty(in_features, scales.shape[1], dtype=dtype, device=scales.device)
+    for first, last, block in blocks(codes, qzeros, scales, in_features, dtype):
+        weight[:, first:last] = block
+    return weight.t()
+
+
+def linear_codes(
+    x: Tensor,  # (M, K)
+    codes: Codes,
+    qzeros: Tensor,  # (n, N / 8) int32
+    scales: Tensor,  # (n, N)
+) -> Tensor:
+    """x Wᵀ block by block, (M, N) in x's dtype."""
+    dtype = matmul_dtype(x.device.type, x.dtype)
+    wide = x.to(dtype)
+    output = torch.empty(x.shape[0], scales.shape[1], dtype=x.dtype, device=x.device)
+    for first, last, block in blocks(codes, qzeros, scales, x.shape[1], dtype):
+        output[:, first:last] = wide @ block
+    return output
+
+
+@cache
+def matmul_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """What to multiply in: fp32 for half precision on a CPU that has no instructions for it, else `dtype`."""
+    if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    mkldnn = torch.ops.mkldnn
+    supported = mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
+    return dtype if supported() else torch.float32

@@ -1,0 +1,152 @@
+"""CPU: `aten._weight_int4pack_mm_for_cpu` for few rows, dequantized blocks and a matrix product for many.
+
+    the op computes  w = (q - 8) · scale + zero,  so zero = (8 - z) · scale,  all in bf16
+
+It is a bf16 kernel (fp32 and fp16 take its scalar path, ten times slower than a dense product): other dtypes are cast
+around it. Backend "torch" is the way to opt out of that. Its layout depends on the CPU: blocks of output channels,
+inside of which the bytes of one input channel lie together. The block's size and the order in it are found once per
+process by packing known integers; the layout is never stored in a checkpoint.
+
+Rejected: keeping the AWQ words beside the packed ones (twice the memory for good), and getting the words back by a
+product with the identity (about 8 s for 4096² at the op's rate with AVX2).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..packing import PackedWeight, pack_columns, unpack_columns
+from .backend import Case, NativeBackend, NativeWeight
+from .blocks import Codes, codes_of_words, dequantize_codes, linear_codes
+
+KERNEL_GROUP_SIZES = (256, 128, 64, 32)
+FEW_ROWS = 48
+"""Most rows for which the op beats dequantizing first: equal there with AVX2 (docs/kernels.md), and, by the design's
+measurement on a CPU with AMX, between 32 and 128 rows there too."""
+PACK_COLUMNS = 1024
+"""Output channels packed at a time: bounds the int32 copy that the packing op wants."""
+
+
+class Layout(NamedTuple):
+    """How the packed bytes are ordered: (N / block, K, block / 2) bytes of two output channels each."""
+
+    block: int
+    halves: bool  # byte j: channels j and j + block / 2; else channels 2j and 2j + 1 (low bits first)
+
+
+class CpuBackend(NativeBackend):
+    """See the module."""
+
+    name = "cpu"
+
+    def refusal(self, case: Case) -> str | None:
+        if case.device_type != "cpu":
+            return f"it runs on the CPU only, the input is on {case.device_type!r}"
+        if case.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"it computes in bf16, which is too coarse for {case.dtype}"
+        layout = cpu_layout()
+        if layout is None:
+            return "torch's int4 packing is not available, or not understood, on this CPU"
+        if case.out_features % layout.block:
+            return f"out_features {case.out_features} is not a multiple of {layout.block}, this CPU's block"
+        if kernel_group_size(case.group_size) is None:
+            return f"group size {case.group_size} is not a multiple of {KERNEL_GROUP_SIZES[-1]}"
+        return None
+
+    def pack(self, packed: PackedWeight) -> NativeWeight:
+        qweight, qzeros, scales = packed
+        in_features, out_features = qweight.shape[0], scales.shape[1]
+        words = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
+        codes = codes_of_words(qweight)
+        for first in range(0, out_features, PACK_COLUMNS):
+            last = min(first + PACK_COLUMNS, out_features)
+            chunk = codes(first, last).t().to(torch.int32, memory_format=torch.contiguous_format)
+            words[first:last] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(chunk, 1)
+        scale = scales.to(torch.bfloat16)
+        zero = ((8 - unpack_columns(qzeros).float()) * scale.float()).to(torch.bfloat16)
+        group_size = in_features // scales.shape[0]
+        kernel_size = kernel_group_size(group_size)
+        assert kernel_size is not None
+        parameters = torch.stack([scale, zero], dim=-1).repeat_interleave(group_size // kernel_size, dim=0)
+        return NativeWeight(words, parameters.contiguous())
+
+    def unpack(self, words: Tensor, in_features: int, out_features: int) -> Tensor:
+        codes = codes_of_native(words, in_features)
+        qweight = torch.empty(in_features, out_features // 8, dtype=torch.int32, device=words.device)
+        for first in range(0, out_features, PACK_COLUMNS):
+            last = min(first + PACK_COLUMNS, out_features)
+            qweight[:, first // 8 : last // 8] = pack_columns(codes(first, last))
+        return qweight
+
+    def linear(self, x: Tensor, native: NativeWeight, qzeros: Tensor, scales: Tensor) -> Tensor:
+        if native.words.shape != (scales.shape[1], x.shape[1] // 2) or native.parameters.ndim != 3:
+            raise ValueError(
+                f"Packed words {tuple(native.words.shape)} are not those of a linear of {x.shape[1]} to "
+                f"{scales.shape[1]} channels."
+            )
+        if x.shape[0] > FEW_ROWS:
+            return linear_codes(x, codes_of_native(native.words, x.shape[1]), qzeros, scales)
+        group_size = x.shape[1] // native.parameters.shape[0]
+        output = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.to(torch.bfloat16).contiguous(), native.words, group_size, native.parameters
+        )
+        return output.to(x.dtype)
+
+    def dequantize(self, words: Tensor, qzeros: Tensor, scales: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        return dequantize_codes(codes_of_native(words, in_features), qzeros, scales, in_features, dtype)
+
+
+BACKEND = CpuBackend()
+
+
+def kernel_group_size(group_size: int) -> int | None:
+    """The largest group of the op into which groups of `group_size` split; None where there is none."""
+    return next((size for size in KERNEL_GROUP_SIZES if group_size % size == 0), None)
+
+
+def codes_of_native(
+    words: Tensor,  # (N, K / 2) uint8 in this CPU's layout
+    in_features: int,
+) -> Codes:
+    """Reads the op's layout; `first` and `last` are multiples of its block."""
+    layout = cpu_layout()
+    assert layout is not None
+    return lambda first, last: _read(words[first:last], in_features, layout)
+
+
+@cache
+def cpu_layout() -> Layout | None:
+    """The layout that this CPU packs to, found by packing random integers; None where it is none of the known."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (256, 64), generator=generator, dtype=torch.int32)
+    try:
+        words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
+    for block in (64, 32, 16):
+        for halves in (True, False):
+            layout = Layout(block, halves)
+            if words.numel() == codes.numel() // 2 and torch.equal(_read(words, 64, layout).t().int(), codes):
+                return layout
+    return None
+
+
+def _read(
+    words: Tensor,  # (rows, K / 2) uint8, whole blocks
+    in_features: int,
+    layout: Layout,
+) -> Tensor:
+    """(K, rows) uint8, values 0 … 15."""
+    bytes_ = words.view(-1, in_features, layout.block // 2)
+    codes = torch.empty(in_features, bytes_.shape[0], 2, layout.block // 2, dtype=torch.uint8, device=words.device)
+    by_block = codes.permute(1, 0, 2, 3)
+    if layout.halves:
+        torch.bitwise_and(bytes_, 0xF, out=by_block[:, :, 0])
+        torch.bitwise_right_shift(bytes_, 4, out=by_block[:, :, 1])
+        return codes.view(in_features, -1)
+    pairs = torch.stack([bytes_ & 0xF, bytes_ >> 4], dim=-1)
+    return pairs.permute(1, 0, 2, 3).reshape(in_features, -1)

@@ -1,0 +1,62 @@
+"""Which backend serves a linear: the one asked for, else the first in the device's order that does not refuse.
+
+Asked for by the environment variable HF_AWQ_OFFLOAD_BACKEND, which goes first, or by `AwqLinear.backend`
+(`AwqOffloadConfig(backend=...)`). Asking for one that can't serve is an error that says why; "auto" goes on to the
+next.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+
+from ..errors import ConfigError
+from .backend import Backend, Case
+
+ENVIRONMENT_VARIABLE = "HF_AWQ_OFFLOAD_BACKEND"
+
+BACKENDS = ("auto", "torch", "cpu", "triton", "tinygemm", "xpu")
+"""Values of the environment variable and of the config's field."""
+
+ORDER = {"cpu": ("cpu",), "cuda": ("triton", "tinygemm"), "xpu": ("xpu",)}
+"""Device type -> backends to try; "torch" serves what they all refuse."""
+
+
+def choose(
+    requested: str,  # one of BACKENDS
+    case: Case,
+) -> Backend:
+    """The backend for `case`.
+
+    Raises:
+        ConfigError: the backend that was asked for is unknown, or refuses.
+    """
+    return _choose(os.environ.get(ENVIRONMENT_VARIABLE, ""), requested, case)
+
+
+def backend_named(name: str) -> Backend:
+    """The backend; its file is imported now, so that what it needs may be missing until then."""
+    return import_module(f".{name}_backend", __package__).BACKEND
+
+
+@cache
+def _choose(environment: str, requested: str, case: Case) -> Backend:
+    name = environment or requested
+    source = f"{ENVIRONMENT_VARIABLE}={environment}" if environment else f"backend={requested!r}"
+    if name not in BACKENDS:
+        raise ConfigError(f"{source} is not a backend; known: {', '.join(BACKENDS)}.")
+    if name != "auto":
+        backend = backend_named(name)
+        reason = backend.refusal(case)
+        if reason is not None:
+            raise ConfigError(
+                f"{source} can't serve a linear of {case.in_features} to {case.out_features} channels: {reason}. "
+                "Choose 'auto' or 'torch'."
+            )
+        return backend
+    for candidate in ORDER.get(case.device_type, ()):
+        backend = backend_named(candidate)
+        if backend.refusal(case) is None:
+            return backend
+    return backend_named("torch")

@@ -1,0 +1,228 @@
+"""The custom ops: what the compiler, autograd and the dispatcher know of a product with a packed weight.
+
+    linear(x, qweight, qzeros, scales, backend)                         x (…, K) -> (…, N)
+    linear_native(x, words, parameters, qzeros, scales, backend)        the same, from a backend's own layout
+    dequantize(qweight, qzeros, scales, dtype)                          (N, K)
+    dequantize_native(words, qzeros, scales, in_features, dtype, backend)
+
+The gradient flows to x alone; the backward pass dequantizes again and keeps nothing but the packed tensors. Sizes are
+checked before a kernel sees a pointer: AWQ tensors come from files.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ..packing import COLUMNS_PER_WORD, PackedWeight
+from .backend import Case, NativeBackend, NativeWeight, WordsBackend
+from .blocks import dequantize_words
+from .dispatch import backend_named, choose
+
+NAMESPACE = "hf_awq_offload"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+_PACKED = "Tensor qweight, Tensor qzeros, Tensor scales"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+for _schema in (
+    f"linear(Tensor x, {_PACKED}, str backend) -> Tensor",
+    "linear_native(Tensor x, Tensor words, Tensor parameters, Tensor qzeros, Tensor scales, str backend) -> Tensor",
+    f"dequantize({_PACKED}, ScalarType dtype) -> Tensor",
+    "dequantize_native(Tensor words, Tensor qzeros, Tensor scales, int in_features, ScalarType dtype, str backend) "
+    "-> Tensor",
+):
+    _library.define(_schema, tags=_TAGS)
+
+
+def _linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, backend: str) -> Tensor:
+    check_packed(qweight, qzeros, scales)
+    check_input(x, qweight.shape[0])
+    chosen = choose(backend, Case.of(x, scales))
+    if not isinstance(chosen, WordsBackend):  # its own layout has not been made, as under torch.compile
+        chosen = backend_named("torch")
+    assert isinstance(chosen, WordsBackend)
+    rows = x.reshape(-1, x.shape[-1])
+    if not rows.shape[0]:
+        return _output_like(x, scales)
+    with without_autocast(x.device.type):
+        output = chosen.linear(rows, PackedWeight(qweight, qzeros, scales))
+    return output.view(*x.shape[:-1], scales.shape[1])
+
+
+def _linear_native(
+    x: Tensor, words: Tensor, parameters: Tensor, qzeros: Tensor, scales: Tensor, backend: str
+) -> Tensor:
+    check_groups(x.shape[-1], qzeros, scales)
+    chosen = native_backend(backend)
+    rows = x.reshape(-1, x.shape[-1])
+    if not rows.shape[0]:
+        return _output_like(x, scales)
+    with without_autocast(x.device.type):
+        output = chosen.linear(rows, NativeWeight(words, parameters), qzeros, scales)
+    return output.view(*x.shape[:-1], scales.shape[1])
+
+
+def _dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    check_packed(qweight, qzeros, scales)
+    return dequantize_words(PackedWeight(qweight, qzeros, scales), dtype)
+
+
+def _dequantize_native(
+    words: Tensor, qzeros: Tensor, scales: Tensor, in_features: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    check_groups(in_features, qzeros, scales)
+    return native_backend(backend).dequantize(words, qzeros, scales, in_features, dtype)
+
+
+for _name, _kernel in (
+    ("linear", _linear),
+    ("linear_native", _linear_native),
+    ("dequantize", _dequantize),
+    ("dequantize_native", _dequantize_native),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+_ops = torch.ops.hf_awq_offload
+
+
+def linear(x: Tensor, packed: PackedWeight, backend: str = "auto") -> Tensor:
+    """x Wᵀ: (…, K) -> (…, N) in x's dtype, differentiable in x.
+
+    Raises:
+        ConfigError: `backend`, or the one that the environment asks for, can't serve this case.
+        ValueError: the tensors' shapes or dtypes contradict each other.
+    """
+    return _ops.linear(x, *packed, backend)
+
+
+def linear_native(x: Tensor, native: NativeWeight, qzeros: Tensor, scales: Tensor, backend: str) -> Tensor:
+    """As `linear`, for a weight in the layout of `backend`."""
+    return _ops.linear_native(x, native.words, native.parameters, qzeros, scales, backend)
+
+
+def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The weight (N, K) in `dtype`; (q - z) · Δ is computed in fp32 and rounded once."""
+    return _ops.dequantize(*packed, dtype)
+
+
+def dequantize_native(
+    words: Tensor, qzeros: Tensor, scales: Tensor, in_features: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """As `dequantize`, for a weight in the layout of `backend`."""
+    return _ops.dequantize_native(words, qzeros, scales, in_features, dtype, backend)
+
+
+def native_backend(name: str) -> NativeBackend:
+    """The backend `name`, which has a layout of its own."""
+    backend = backend_named(name)
+    assert isinstance(backend, NativeBackend), name
+    return backend
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Inside, ops compute in the dtypes that they are given; a backend chooses its own."""
+    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_packed(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> None:
+    """ValueError unless the three are a linear's: dtypes, sizes, memory layout, one device."""
+    if qweight.dtype != torch.int32 or qweight.ndim != 2:
+        raise ValueError(f"qweight is {_describe(qweight)}; expected int32 (in, out / 8).")
+    check_groups(qweight.shape[0], qzeros, scales)
+    if qweight.shape[1] * COLUMNS_PER_WORD != scales.shape[1]:
+        raise ValueError(
+            f"qweight is {_describe(qweight)} and scales {_describe(scales)}; expected 8 columns of scales per word."
+        )
+    if not qweight.device == qzeros.device == scales.device:
+        raise ValueError(
+            f"qweight, qzeros and scales are on {qweight.device}, {qzeros.device} and {scales.device}; expected one "
+            "device."
+        )
+
+
+def check_groups(in_features: int, qzeros: Tensor, scales: Tensor) -> None:
+    """ValueError unless zero points and scales are of one shape that divides `in_features` into groups."""
+    if not scales.is_floating_point() or scales.ndim != 2 or not scales.shape[0] or in_features % scales.shape[0]:
+        raise ValueError(
+            f"scales are {_describe(scales)}; expected floating point (in / group_size, out), in being {in_features}."
+        )
+    if qzeros.dtype != torch.int32 or qzeros.ndim != 2 or qzeros.shape[0] != scales.shape[0]:
+        raise ValueError(f"qzeros are {_describe(qzeros)}; expected int32 ({scales.shape[0]}, out / 8).")
+    if qzeros.shape[1] * COLUMNS_PER_WORD != scales.shape[1]:
+        raise ValueError(
+            f"qzeros are {_describe(qzeros)} and scales {_describe(scales)}; expected 8 columns of scales per word."
+        )
+
+
+def check_input(x: Tensor, in_features: int) -> None:
+    """ValueError unless x is (…, in) in floating point."""
+    if not x.is_floating_point() or not x.ndim or x.shape[-1] != in_features:
+        raise ValueError(f"The input is {_describe(x)}; expected floating point (…, {in_features}).")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _output_like(x: Tensor, scales: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], scales.shape[1])
+
+
+# -- what the compiler sees ------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear", lib=_library)
+def _(x, qweight, qzeros, scales, backend):
+    check_packed(qweight, qzeros, scales)
+    check_input(x, qweight.shape[0])
+    return _output_like(x, scales)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_native", lib=_library)
+def _(x, words, parameters, qzeros, scales, backend):
+    return _output_like(x, scales)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::dequantize", lib=_library)
+def _(qweight, qzeros, scales, dtype):
+    return scales.new_empty(qweight.shape[0], scales.shape[1], dtype=dtype).t()
+
+
+@torch.library.register_fake(f"{NAMESPACE}::dequantize_native", lib=_library)
+def _(words, qzeros, scales, in_features, dtype, backend):
+    return scales.new_empty(in_features, scales.shape[1], dtype=dtype).t()
+
+
+# -- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _keep_packed(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:4])
+
+
+def _linear_backward(ctx, grad_output: Tensor):
+    weight = _ops.dequantize(*ctx.saved_tensors, grad_output.dtype)
+    return grad_output @ weight, None, None, None, None
+
+
+def _keep_native(ctx, inputs, output) -> None:
+    x, words, _, qzeros, scales, backend = inputs
+    ctx.save_for_backward(words, qzeros, scales)
+    ctx.in_features, ctx.backend = x.shape[-1], backend
+
+
+def _linear_native_backward(ctx, grad_output: Tensor):
+    weight = _ops.dequantize_native(*ctx.saved_tensors, ctx.in_features, grad_output.dtype, ctx.backend)
+    return grad_output @ weight, None, None, None, None, None
+
+
+torch.library.register_autograd(f"{NAMESPACE}::linear", _linear_backward, setup_context=_keep_packed, lib=_library)
+torch.library.register_autograd(
+    f"{NAMESPACE}::linear_native", _linear_native_backward, setup_context=_keep_native, lib=_library
+)

@@ -1,0 +1,123 @@
+"""CUDA and ROCm: Triton kernels that dequantize in registers, and for many rows dequantize + the vendor's product.
+
+Block sizes are fixed, not autotuned: autotuning compiles dozens of kernels at the first token. They, and the row
+count from which a dense product is used, are estimates until a GPU has measured them (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..packing import PackedWeight
+from .backend import Case, WordsBackend
+
+MANY_ROWS = 256
+"""From here on, dequantizing once and a dense product: then the product, not reading the weight, takes the time."""
+
+MIN_BLOCK_K = 16  # the smallest that tl.dot takes
+MAX_BLOCK_K = 64
+BLOCK_N = 64
+PROGRAMS_PER_PROCESSOR = 4
+
+
+class TritonBackend(WordsBackend):
+    """See the module."""
+
+    name = "triton"
+
+    def refusal(self, case: Case) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton)"
+        if case.device_type != "cuda" and not (interpreting() and case.device_type == "cpu"):
+            return f"its kernels run on CUDA and ROCm, the input is on {case.device_type!r}"
+        if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"it serves fp16, bf16 and fp32, the input is {case.dtype}"
+        if case.group_size % MIN_BLOCK_K:
+            return f"group size {case.group_size} is not a multiple of {MIN_BLOCK_K}"
+        return None
+
+    def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:
+        packed = PackedWeight(*(tensor.contiguous() for tensor in packed))
+        if x.shape[0] >= MANY_ROWS:
+            return x @ dequantize(packed, x.dtype)
+        return _fused(x, packed)
+
+
+BACKEND = TritonBackend()
+
+
+def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Wᵀ, (K, N) in `dtype`."""
+    from .triton_kernels import dequantize_kernel, triton
+
+    in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
+    group_size = in_features // packed.scales.shape[0]
+    weight = torch.empty(in_features, out_features, dtype=dtype, device=packed.qweight.device)
+    block_k = block_k_for(group_size)
+    grid = (in_features // block_k, triton.cdiv(out_features, BLOCK_N))
+    with _on_device(weight):
+        dequantize_kernel[grid](
+            *packed, weight, out_features, K_GROUP=group_size, BLOCK_K=block_k, BLOCK_N=BLOCK_N
+        )  # fmt: skip
+    return weight
+
+
+def _fused(
+    x: Tensor,  # (M, K), any strides
+    packed: PackedWeight,
+) -> Tensor:
+    """x Wᵀ without a full-precision weight, (M, N)."""
+    from .triton_kernels import gemm_kernel, gemv_kernel, triton
+
+    (rows, in_features), out_features = x.shape, packed.scales.shape[1]
+    group_size = in_features // packed.scales.shape[0]
+    block_k = block_k_for(group_size)
+    block_m = min(max(triton.next_power_of_2(rows), 16), 64)
+    tiles_of_k = in_features // block_k
+    tiles_of_output = triton.cdiv(out_features, BLOCK_N) * triton.cdiv(rows, block_m)
+    splits = max(1, min(PROGRAMS_PER_PROCESSOR * _processors(x.device) // tiles_of_output, tiles_of_k))
+    # A power of two: TILES is compiled into the kernel, and few values of it mean few compilations.
+    tiles = triton.next_power_of_2(triton.cdiv(tiles_of_k, splits))
+    splits = triton.cdiv(tiles_of_k, tiles)
+    partial = torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
+    columns = triton.cdiv(out_features, BLOCK_N)
+    blocks = {"K_GROUP": group_size, "TILES": tiles, "BLOCK_K": block_k, "BLOCK_N": BLOCK_N}
+    with _on_device(x):
+        if rows == 1:
+            gemv_kernel[(columns, splits)](
+                x, *packed, partial, in_features, out_features, x.stride(1), **blocks
+            )  # fmt: skip
+        else:
+            gemm_kernel[(columns, splits, triton.cdiv(rows, block_m))](
+                x, *packed, partial, rows, in_features, out_features, *x.stride(),
+                UPCAST=interpreting(), BLOCK_M=block_m, **blocks,
+            )  # fmt: skip
+    return partial.sum(0).to(x.dtype) if splits > 1 else partial[0].to(x.dtype)
+
+
+def block_k_for(group_size: int) -> int:
+    """The largest power of two up to MAX_BLOCK_K that divides the group size."""
+    block = MAX_BLOCK_K
+    while group_size % block:
+        block //= 2
+    return block
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU; for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _on_device(tensor: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()

@@ -1,0 +1,93 @@
+"""The custom ops as torch sees them: opcheck, sizes refused before a kernel runs, compilation without graph breaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import needs_triton
+from models import random_awq_linear
+from torch.library import opcheck
+
+from hf_awq_offload import ops
+from hf_awq_offload.ops import cpu_backend
+
+_ops = torch.ops.hf_awq_offload
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (64,), (0, 64)], ids=str)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_linear(dtype, shape, backend):
+    packed = random_awq_linear(64, 32, dtype=dtype).packed
+    x = torch.randn(shape).to(dtype)
+    opcheck(_ops.linear, (x, *packed, backend))
+    opcheck(_ops.linear, (x.requires_grad_(), *packed, backend))
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [3, 100])
+def test_linear_native(dtype, rows):
+    packed = random_awq_linear(64, 128, dtype=dtype).packed
+    native = cpu_backend.BACKEND.pack(packed)
+    x = torch.randn(rows, 64).to(dtype)
+    opcheck(_ops.linear_native, (x, *native, packed.qzeros, packed.scales, "cpu"))
+    opcheck(_ops.linear_native, (x.requires_grad_(), *native, packed.qzeros, packed.scales, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_dequantize(dtype):
+    packed = random_awq_linear(64, 128).packed
+    native = cpu_backend.BACKEND.pack(packed)
+    opcheck(_ops.dequantize, (*packed, dtype))
+    opcheck(_ops.dequantize_native, (native.words, packed.qzeros, packed.scales, 64, dtype, "cpu"))
+    weight = ops.dequantize(packed, dtype)
+    assert torch.equal(weight, ops.dequantize_native(native.words, packed.qzeros, packed.scales, 64, dtype, "cpu"))
+
+
+BAD_SIZES = {
+    "qweight too short": lambda q, z, s: (q[:32], z, s),
+    "qweight too narrow": lambda q, z, s: (q[:, :2], z, s),
+    "qweight of another dtype": lambda q, z, s: (q.to(torch.int64), z, s),
+    "qweight in one dimension": lambda q, z, s: (q.flatten(), z, s),
+    "qzeros too short": lambda q, z, s: (q, z[:1], s),
+    "qzeros too narrow": lambda q, z, s: (q, z[:, :1], s),
+    "qzeros in fp16": lambda q, z, s: (q, z.to(torch.float16), s),
+    "scales too narrow": lambda q, z, s: (q, z, s[:, :8]),
+    "groups that do not divide": lambda q, z, s: (q[:63], z, s),
+    "no groups": lambda q, z, s: (q, z[:0], s[:0]),
+    "scales of integers": lambda q, z, s: (q, z, s.to(torch.int32)),
+}
+
+
+@pytest.mark.parametrize("change", BAD_SIZES.values(), ids=BAD_SIZES)
+@pytest.mark.parametrize("backend", ["torch", "cpu", pytest.param("triton", marks=needs_triton)])
+def test_tensors_that_contradict_each_other_never_reach_a_kernel(change, backend):
+    packed = change(*(tensor.detach() for tensor in random_awq_linear(64, 32).packed))
+    with pytest.raises(ValueError, match="expected"):
+        _ops.linear(torch.randn(2, 64), *packed, backend)
+
+
+def test_an_input_of_another_width_is_refused():
+    packed = random_awq_linear(64, 32).packed
+    with pytest.raises(ValueError, match=r"expected floating point \(…, 64\)"):
+        ops.linear(torch.randn(2, 32), packed)
+    linear = random_awq_linear(64, 32)
+    with pytest.raises(ValueError, match=r"expected floating point \(…, 64\)"):
+        linear(torch.randn(2, 32))
+
+
+@pytest.mark.parametrize("out_features", [24, 128], ids=["torch", "native"])
+@pytest.mark.parametrize("warm", [True, False], ids=["after a forward pass", "at once"])
+def test_a_forward_pass_compiles_without_graph_breaks(out_features, warm):
+    torch.compiler.reset()
+    linear = random_awq_linear(64, out_features, bias=True)
+    x = torch.randn(2, 3, 64)
+    expected = linear(x) if warm else None
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    actual = compiled(x)
+    expected = linear(x) if expected is None else expected
+    assert (actual - expected).norm() / expected.norm() < torch.finfo(torch.bfloat16).eps
+    x.requires_grad_()
+    compiled(x).sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.sum(0).expand_as(x))
