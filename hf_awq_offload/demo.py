@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .config import AwqOffloadConfig
 from .evaluate import Evaluation, decoding_tokens_per_second, evaluate, token_windows
-from .quantizer import quantize_model
+from .in_memory import quantize_model
 from .streaming import default_execution_device, peak_memory_bytes
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny_llama"
