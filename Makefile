@@ -9,8 +9,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/python -m hf_awq_offload.demo
 
+# One thread to a process: OpenMP threads of several processes on few cores wait for each other at full load.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -315,6 +315,8 @@ def quantize_model(
     """
     if not isinstance(config, AwqOffloadConfig):
         raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
+    if not isinstance(model, PreTrainedModel):
+        raise ModelStructureError(f"model is a {type(model).__name__}; pass a transformers PreTrainedModel.")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelStructureError("The model is quantized already; pass it in full precision.")
     if getattr(model, "_hf_peft_config_loaded", False) or any("lora_" in name for name, _ in model.named_parameters()):

@@ -24,7 +24,8 @@ BATCH = 8
 HELDOUT_SEQUENCES = 48
 MIN_HELDOUT_TOKENS = 16_384
 
-pytestmark = pytest.mark.slow
+# Models that are made once for the module stay with one worker.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quality")]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from hf_awq_offload import AwqLinear, AwqOffloadConfig, ConfigError, NumericalError, quantize_model
+from hf_awq_offload import (
+    AwqLinear,
+    AwqOffloadConfig,
+    ConfigError,
+    ModelStructureError,
+    NumericalError,
+    quantize_model,
+)
 
 VOCABULARY = 320
 N_SAMPLES, SEQ_LEN = 4, 40
@@ -485,6 +492,10 @@ class TestInMemory:
             assert not module._forward_pre_hooks, name
             assert not module._forward_hooks, name
             assert "forward" not in vars(module), name
+
+    def test_what_is_no_transformers_model_is_refused(self):
+        with pytest.raises(ModelStructureError, match="Linear"):
+            quantize_model(torch.nn.Linear(8, 8), make_recipe())
 
     def test_quantizing_twice_is_refused_and_harmless(self):
         model = quantize_model(make_model(), make_recipe(n_grid=1))
