@@ -50,7 +50,7 @@ NOTES = """
 - **Mixture of experts.** Experts are taken apart into one linear per expert and projection, and stand in the checkpoint
   under the names that the original checkpoint gives them (`experts.0.w1`, `experts.0.gate_proj`; where the original
   holds them fused, `experts.0.gate_proj`, `up_proj`, `down_proj`). Routers stay in full precision. Stock transformers
-  keeps experts fused and can't load them quantized; vLLM and this package load the names of the original.
+  keeps experts fused and can't load them quantized; this package loads them; other servers have not been tried.
 - **Fused experts without transformers' experts interface** stay in full precision.
 - **`Conv1D`** (GPT-2) stays in full precision: stock transformers replaces `nn.Linear` only, so a checkpoint with
   packed `Conv1D` weights would load there with random ones.

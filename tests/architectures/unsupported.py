@@ -14,7 +14,7 @@ class Unsupported(NamedTuple):
     reason: str  # for the reader of docs/architectures.md
 
 
-_CONV1D = "all its projections are `Conv1D`, which neither stock transformers nor vLLM's stock path loads as AWQ"
+_CONV1D = "all its projections are `Conv1D`, and stock transformers' AWQ loader replaces `nn.Linear` only"
 _ASSISTANT = "a draft model: it computes on the hidden states and keys of the model that it assists, not on token ids"
 _COMPOSITE = "the auto class maps the type to a decoder that does not take the type's own (composite) config"
 
