@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
@@ -30,10 +31,19 @@ def names_in_model(model: PreTrainedModel, prefixes: Iterable[str]) -> dict[str,
 
 
 def to_gemm_converter(version: str, quantizer: Any) -> WeightConverter:
-    """Has transformers convert each linear to the GEMM layout while it loads, wherever it then goes, the disk too."""
-    return WeightConverter(
-        ["qweight", *ZEROS_NAMES, "scales"], list(PACKED_NAMES), operations=[ToGemm(version, quantizer)]
-    )
+    """Has transformers convert each linear to the GEMM layout while it loads, wherever it then goes, the disk too.
+
+    Raises:
+        CheckpointError: this release of transformers has no conversion of several tensors into several others.
+    """
+    sources = ["qweight", *ZEROS_NAMES, "scales"]
+    try:
+        return WeightConverter(sources, list(PACKED_NAMES), operations=[ToGemm(version, quantizer)])
+    except ValueError as error:
+        raise CheckpointError(
+            f"The checkpoint's AWQ version is {version!r}, which transformers {transformers_version} can't convert while "
+            "it loads; expected 'gemm', or transformers 5.23 (known to do it). Upgrade transformers."
+        ) from error
 
 
 class ToGemm(ConversionOps):
