@@ -41,8 +41,8 @@ def to_gemm_converter(version: str, quantizer: Any) -> WeightConverter:
         return WeightConverter(sources, list(PACKED_NAMES), operations=[ToGemm(version, quantizer)])
     except ValueError as error:
         raise CheckpointError(
-            f"The checkpoint's AWQ version is {version!r}, which transformers {transformers_version} can't convert while "
-            "it loads; expected 'gemm', or transformers 5.23 (known to do it). Upgrade transformers."
+            f"The checkpoint's AWQ version is {version!r}, which transformers {transformers_version} can't convert "
+            "while it loads; expected 'gemm', or transformers 5.23 (known to do it). Upgrade transformers."
         ) from error
 
 
