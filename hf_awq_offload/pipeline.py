@@ -162,7 +162,12 @@ def _context(
 def _run_layer(model: nn.Module, device: torch.device, name: str, use: Callable[[LayerRunner], Any]) -> Any:
     layer = model.get_submodule(name)
     with onloaded(layer, device):
-        return use(LayerRunner(layer, device, compute_dtype(device, next(layer.parameters()).dtype)))
+        return use(_runner(layer, device))
+
+
+def _runner(layer: nn.Module, device: torch.device) -> LayerRunner:
+    """Runs an onloaded layer in the dtype that its device is fast in."""
+    return LayerRunner(layer, device, compute_dtype(device, next(layer.parameters()).dtype))
 
 
 def _not_reached(context: LayerContext, structure: LayerStructure) -> dict[str, str]:
@@ -210,8 +215,7 @@ def _advance(
     counted: list[Tensor | None],  # per batch, the probes included
 ) -> None:
     """Run the layer over all batches: statistics from those that are data, and its outputs handed on."""
-    layer = context.layer
-    run = LayerRunner(layer, device, compute_dtype(device, next(layer.parameters()).dtype))
+    run = _runner(context.layer, device)
     feed.run_probes(run)
     with collector.collecting():
         for index in range(PROBES, len(counted)):
