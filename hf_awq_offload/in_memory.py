@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import AwqOffloadConfig
 from .errors import ConfigError, ModelStructureError
-from .pipeline import Undo
+from .layer_quantization import Undo
 from .quantizer import AwqOffloadQuantizer, dispatch
 
 

@@ -35,13 +35,14 @@ from .experts import (
     unfused,
 )
 from .grid import Grid, resolve_group_size
+from .layer_quantization import Undo
 from .layers import candidate_layers
 from .linear import AwqLinear, unpackable_reason
 from .linears import is_linear, linears_in
 from .loading import ToGemm, names_in_model, to_gemm_converter
 from .logs import get_logger
 from .names import Renaming
-from .pipeline import Undo, quantize_layers
+from .pipeline import quantize_layers
 from .report import QuantizationReport
 from .streaming import default_execution_device
 

@@ -18,7 +18,7 @@ LEVELS = {
         *("search", "search.*", "statistics", "linear", "checkpoint", "data", "data_*"),
         *("layers", "linears", "names", "halted", "feeds", "folds", "probing", "rowmaps", "experts", "gathering"),
     ],
-    2: ["streaming"],
+    2: ["streaming", "layer_quantization"],
     3: ["pipeline"],
     4: ["quantizer", "in_memory", "loading", "registration", "evaluate", "demo", "demo.*", "__init__", "__main__"],
 }

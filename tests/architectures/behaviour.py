@@ -15,7 +15,7 @@ from shrink import text_ids
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_awq_offload import AwqLinear, AwqOffloadConfig, pipeline
+from hf_awq_offload import AwqLinear, AwqOffloadConfig, layer_quantization
 
 GROUP_SIZE = 32
 SAME_WEIGHTS_TOLERANCE = 1e-5
@@ -80,7 +80,7 @@ def no_rounding() -> Iterator[None]:
                 linear.bias.data.div_(row_scale)
         return 0.0
 
-    with mock.patch.object(pipeline, "_quantize_linear", keep_dense):
+    with mock.patch.object(layer_quantization, "quantize_linear", keep_dense):
         yield
 
 
