@@ -1,7 +1,6 @@
-"""What to do (`AwqOffloadConfig`) and what a checkpoint is (`AwqCheckpointConfig`).
+"""What to do: the recipe. It holds data sets and devices and never leaves the machine.
 
-The two are kept apart on purpose: the recipe holds data sets and devices and never leaves the machine; what
-config.json carries is the interchange standard that vLLM, SGLang, TGI and stock transformers read.
+What a checkpoint's config.json says is kept apart from it on purpose, in checkpoint_config.py.
 """
 
 from __future__ import annotations
@@ -10,14 +9,12 @@ import copy
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .errors import CheckpointError, ConfigError
-from .formats import VERSIONS
+from .errors import ConfigError
 from .ops import BACKENDS
 
 QUANT_METHOD = "awq_offload"
@@ -259,77 +256,3 @@ def _available_device(device: Any) -> str:
             f"execution_device is {device!r}, but this machine's accelerators are: {has}. Pass 'cpu' or None."
         )
     return str(parsed)
-
-
-@dataclass(kw_only=True)
-class AwqCheckpointConfig(QuantizationConfigMixin):
-    """What config.json says of a quantized checkpoint: the interchange standard, and nothing of the recipe.
-
-    `meta` is where the standard leaves room for the tool that made the checkpoint.
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    zero_point: bool = True
-    version: str = "gemm"
-    modules_to_not_convert: list[str] | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-    quant_method: QuantizationMethod = QuantizationMethod.AWQ
-
-    SUPPORTED_VERSIONS = VERSIONS
-
-    @classmethod
-    def from_recipe(
-        cls, recipe: AwqOffloadConfig, modules_to_not_convert: list[str], meta: dict[str, Any]
-    ) -> AwqCheckpointConfig:
-        """The config of the checkpoint that `recipe` made."""
-        return cls(
-            bits=recipe.bits,
-            group_size=recipe.group_size,
-            zero_point=recipe.zero_point,
-            modules_to_not_convert=modules_to_not_convert or None,
-            meta=meta,
-        )
-
-    @classmethod
-    def from_awq_config(cls, config: Any) -> AwqCheckpointConfig:
-        """From transformers' own `AwqConfig`, which is what it parses an AWQ checkpoint's config.json to.
-
-        Raises:
-            CheckpointError: the checkpoint is of a kind that this package can't load.
-        """
-        version = str(getattr(config.format, "value", config.format))
-        if version not in cls.SUPPORTED_VERSIONS:
-            raise CheckpointError(
-                f"The checkpoint's AWQ version is {version!r}; supported: {', '.join(cls.SUPPORTED_VERSIONS)}. "
-                "Load it with the tool that made it, or correct config.json."
-            )
-        if config.bits != 4:
-            raise CheckpointError(f"The checkpoint says bits={config.bits}; the AWQ format stores 4.")
-        group_size = config.group_size
-        if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size == 0 or group_size < -1:
-            raise CheckpointError(
-                f"The checkpoint says group_size={group_size!r}; expected a positive number of input channels or -1."
-            )
-        return cls(
-            bits=config.bits,
-            group_size=group_size,
-            zero_point=bool(config.zero_point),
-            version=version,
-            modules_to_not_convert=config.modules_to_not_convert,
-            meta=config.meta or {},
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields of the standard; `desc_act` and `lm_head` are there because vLLM and TGI read them."""
-        return {
-            "quant_method": self.quant_method.value,
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "zero_point": self.zero_point,
-            "version": self.version,
-            "modules_to_not_convert": copy.copy(self.modules_to_not_convert),
-            "desc_act": False,
-            "lm_head": False,
-            "meta": copy.deepcopy(self.meta),
-        }

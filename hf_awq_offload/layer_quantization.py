@@ -20,7 +20,6 @@ from .folds import InputGroup, LayerStructure, ProducerKind, absorb, storable_sc
 from .gathering import GatheredStatistics
 from .grid import Grid, group_parameters, group_range, quantize, resolve_group_size
 from .linear import AwqLinear
-from .packing import pack_weight
 from .report import GroupReport
 from .search.clip import search_clip
 from .search.rounding import FeedbackOrder, feedback_order, round_weight
@@ -171,8 +170,8 @@ def quantize_linear(
         if row_scale is not None:
             mse = mse * row_scale.square()  # in the units of the layer as it was
         loss = float(mse.sum(dtype=torch.float64))
-    packed = pack_weight(codes, parameters)
-    context.layer.set_submodule(name, AwqLinear.from_packed(packed, bias, grid, linear.weight.dtype))
+    quantized = AwqLinear.from_codes(codes, parameters, bias, grid, linear.weight.dtype)
+    context.layer.set_submodule(name, quantized)
     if context.undo is not None:
         linear.to("cpu")
         context.undo.append(partial(context.layer.set_submodule, name, linear))

@@ -9,18 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .grid import SCALE_DTYPE, Grid, resolve_group_size
-from .packing import COLUMNS_PER_WORD, PackedWeight
+from .grid import SCALE_DTYPE, Grid, GroupParameters
+from .packing import COLUMNS_PER_WORD, PackedWeight, pack_weight
+from .quantized_linear import QuantizedLinear, TensorLayout, frozen
 
 _LAYOUT_LOCK = threading.RLock()
 """Held while a linear changes its layout, and while one must not change."""
 
 
-class AwqLinear(nn.Linear):
-    """y = x Wᵀ + b with W (out, in) held as AWQ words, dequantized when it is used.
-
-    A subclass of nn.Linear, so that code which looks for linears (PEFT, Trainer, hooks) finds it. The packed tensors
-    are frozen Parameters rather than buffers: accelerate offloads parameters by default, buffers not.
+class AwqLinear(QuantizedLinear):
+    """A linear in the AWQ GEMM layout; the number of output channels is a multiple of 8.
 
     Where the fastest backend wants a layout of its own (ops/backend.py), the first forward pass makes it and lets go of
     `qweight`: the parameters are then `native_words` and `native_parameters` instead. Whatever needs the AWQ words
@@ -28,14 +26,11 @@ class AwqLinear(nn.Linear):
     packs again. At no time are both kept.
 
     Args:
-        in_features: input channels, a multiple of the group size.
-        out_features: output channels, a multiple of 8.
-        bias: whether there is one; it is in the model's dtype.
-        grid: bits, group size and kind of grid.
-        dtype: dtype of the bias, and what `weight` is dequantized to.
+        in_features, out_features, bias, grid, dtype, device: see `QuantizedLinear`.
         backend: one of `ops.BACKENDS`.
-        device: where the (uninitialized) tensors are made.
     """
+
+    SCALE_NAME = "scales"
 
     qweight: nn.Parameter  # (in, out / 8) int32
     qzeros: nn.Parameter  # (n, out / 8) int32
@@ -53,23 +48,33 @@ class AwqLinear(nn.Linear):
         device: torch.device | str | None = None,
         backend: str = "auto",
     ):
-        nn.Module.__init__(self)  # not nn.Linear's: it would allocate the full-precision weight
-        self.in_features = in_features
-        self.out_features = out_features
-        self.grid = grid
-        self.dtype = dtype or torch.get_default_dtype()
+        super().__init__(in_features, out_features, bias, grid, dtype, device)
         self.backend = backend
         self._native_source: tuple[Any, ...] | None = None  # what `native_parameters` were made from
-        n = in_features // grid.group_size
-        words = out_features // COLUMNS_PER_WORD
-        self.qweight = _frozen(torch.empty(in_features, words, dtype=torch.int32, device=device))
-        self.qzeros = _frozen(torch.empty(n, words, dtype=torch.int32, device=device))
-        self.scales = _frozen(torch.empty(n, out_features, dtype=SCALE_DTYPE, device=device))
-        self.register_parameter(
-            "bias", _frozen(torch.empty(out_features, dtype=self.dtype, device=device)) if bias else None
-        )
         self.register_parameter("native_words", None)
         self.register_parameter("native_parameters", None)
+
+    @classmethod
+    def layout(cls, in_features: int, out_features: int, grid: Grid) -> dict[str, TensorLayout]:
+        n, words = in_features // grid.group_size, out_features // COLUMNS_PER_WORD
+        return {
+            "qweight": TensorLayout((in_features, words), torch.int32),
+            "qzeros": TensorLayout((n, words), torch.int32),
+            "scales": TensorLayout((n, out_features), SCALE_DTYPE),
+        }
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, parameters: GroupParameters, bias: Tensor | None, grid: Grid, dtype: torch.dtype
+    ) -> AwqLinear:
+        return cls.from_packed(pack_weight(codes, parameters), bias, grid, dtype)
+
+    @classmethod
+    def unpackable_reason(cls, in_features: int, out_features: int, group_size: int) -> str | None:
+        reason = super().unpackable_reason(in_features, out_features, group_size)
+        if reason is None and out_features % COLUMNS_PER_WORD:
+            return f"out_features {out_features} is not a multiple of {COLUMNS_PER_WORD}"
+        return reason
 
     @classmethod
     def from_packed(
@@ -82,10 +87,7 @@ class AwqLinear(nn.Linear):
         """A linear around tensors that exist; nothing is copied."""
         in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
         linear = cls(in_features, out_features, bias is not None, grid, dtype, device="meta")
-        for name, tensor in packed._asdict().items():
-            setattr(linear, name, _frozen(tensor))
-        if bias is not None:
-            linear.bias = _frozen(bias.detach().to(dtype))
+        linear._hold(packed._asdict(), bias)
         return linear
 
     @property
@@ -93,42 +95,20 @@ class AwqLinear(nn.Linear):
         """The stored tensors."""
         return PackedWeight(self.qweight, self.qzeros, self.scales)
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantized weight, (out, in) in the model's dtype, made anew at each access: changing it is in vain."""
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
         words = self.native_words
         if words is None:
-            return ops.dequantize(self.packed, self.dtype)
+            return ops.dequantize(self.packed, dtype)
         name = self._native_source[0]  # type: ignore[index]
-        return ops.dequantize_native(words, self.qzeros, self.scales, self.in_features, self.dtype, name)
+        return ops.dequantize_native(words, self.qzeros, self.scales, self.in_features, dtype, name)
 
-    def to_dense(self, dtype: torch.dtype) -> nn.Linear:
-        """An ordinary linear with the same weight and bias in `dtype`, on the same device; it can be trained."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
-        weight = ops.dequantize(self.packed, dtype)
-        dense.weight = nn.Parameter(weight.contiguous())
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().to(dtype))
-        return dense.train(self.training)
-
-    def set_scale_dtype(self, dtype: torch.dtype) -> None:
-        """Before loading: hold scales as the checkpoint does, where that is not fp16."""
-        self.scales = _frozen(torch.empty_like(self.scales, dtype=dtype))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out) in the input's dtype (under autocast, in autocast's)."""
-        device_type = input.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            input = input.to(torch.get_autocast_dtype(device_type))
+    def product(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             self._settle_layout(input)
         words, parameters, source = self.native_words, self.native_parameters, self._native_source
         if words is None or parameters is None or source is None:
-            output = ops.linear(input, self.packed, self.backend)
-        else:
-            native = ops.NativeWeight(words, parameters)
-            output = ops.linear_native(input, native, self.qzeros, self.scales, source[0])
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+            return ops.linear(input, self.packed, self.backend)
+        return ops.linear_native(input, ops.NativeWeight(words, parameters), self.qzeros, self.scales, source[0])
 
     # -- the layout in memory --------------------------------------------------------------------------------------
 
@@ -154,7 +134,7 @@ class AwqLinear(nn.Linear):
             ops.check_packed(*packed)
             with ops.without_autocast(input.device.type):
                 native = backend.pack(packed)  # type: ignore[attr-defined]
-            self.native_words, self.native_parameters = _frozen(native.words), _frozen(native.parameters)
+            self.native_words, self.native_parameters = frozen(native.words), frozen(native.parameters)
             self._native_source = source
             del self._parameters["qweight"]
 
@@ -168,7 +148,7 @@ class AwqLinear(nn.Linear):
             backend = ops.native_backend(self._native_source[0])
             words = backend.unpack(self.native_words, self.in_features, self.out_features)
             # First, as in state dicts of the format. Replaced in one step: other threads may be reading the dict.
-            self.__dict__["_parameters"] = {"qweight": _frozen(words)} | self._parameters
+            self.__dict__["_parameters"] = {"qweight": frozen(words)} | self._parameters
             self.native_words = self.native_parameters = self._native_source = None
 
     def _is_offloaded(self) -> bool:
@@ -205,40 +185,9 @@ class AwqLinear(nn.Linear):
             super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse: bool = True):
-        """A cast (`.to(dtype)`, `.half()`) concerns the bias and the dtype of `weight`; scales stay as stored."""
         with _LAYOUT_LOCK:
             self._restore_words()
-            scales = self.scales.data
-            super()._apply(fn, recurse)
-            if self.scales.dtype != scales.dtype:
-                self.scales.data = scales.to(self.scales.device)
-            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
-
-    def reset_parameters(self) -> None:
-        """Nothing to initialize: the tensors come from a checkpoint or from quantization."""
-
-    def extra_repr(self) -> str:
-        kind = "asymmetric" if self.grid.zero_point else "symmetric"
-        return f"{super().extra_repr()}, bits={self.grid.bits}, group_size={self.grid.group_size}, {kind}"
-
-
-def unpackable_reason(
-    in_features: int,
-    out_features: int,
-    group_size: int,  # as configured, -1 allowed
-) -> str | None:
-    """Why a linear of this shape can't be stored in the AWQ layout, or None when it can."""
-    group_size = resolve_group_size(group_size, in_features)
-    if in_features % group_size:
-        return f"in_features {in_features} is not a multiple of the group size {group_size}"
-    if out_features % COLUMNS_PER_WORD:
-        return f"out_features {out_features} is not a multiple of {COLUMNS_PER_WORD}"
-    return None
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+            return super()._apply(fn, recurse)
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:

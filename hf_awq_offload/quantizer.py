@@ -24,7 +24,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
 from .checkpoint import LinearShape, TensorHeader, check_linear, packed_prefixes, read_headers
-from .config import AwqCheckpointConfig, AwqOffloadConfig
+from .checkpoint_config import AwqCheckpointConfig
+from .config import AwqOffloadConfig
 from .data import CalibrationSet, load_calibration_set
 from .errors import CalibrationDataError, CheckpointError, ConfigError, ModelStructureError
 from .experts import (
@@ -37,7 +38,7 @@ from .experts import (
 from .grid import Grid, resolve_group_size
 from .layer_quantization import Undo
 from .layers import candidate_layers
-from .linear import AwqLinear, unpackable_reason
+from .linear import AwqLinear
 from .linears import is_linear, linears_in
 from .loading import ToGemm, names_in_model, to_gemm_converter
 from .logs import get_logger
@@ -256,7 +257,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         for name, linear in model.named_modules():
             if not isinstance(linear, nn.Linear):
                 continue
-            unpackable = unpackable_reason(linear.in_features, linear.out_features, config.group_size)
+            unpackable = AwqLinear.unpackable_reason(linear.in_features, linear.out_features, config.group_size)
             if not should_convert_module(name, chosen):
                 left_out[name] = "named in modules_to_not_convert"
             elif name in routers:
@@ -298,7 +299,7 @@ class AwqOffloadQuantizer(HfQuantizer):
                 continue
             if name not in stored and (name in dense or not should_convert_module(name, skipped)):
                 continue
-            reason = unpackable_reason(linear.in_features, linear.out_features, config.group_size)
+            reason = AwqLinear.unpackable_reason(linear.in_features, linear.out_features, config.group_size)
             if reason is not None:
                 raise CheckpointError(
                     f"The checkpoint's config says that {name} is quantized, but its {reason}. Expected it among "

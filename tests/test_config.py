@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AwqConfig
 
-from hf_awq_offload.config import AwqCheckpointConfig, AwqOffloadConfig
+from hf_awq_offload.checkpoint_config import AwqCheckpointConfig
+from hf_awq_offload.config import AwqOffloadConfig
 from hf_awq_offload.errors import AwqOffloadError, CheckpointError, ConfigError
 
 NO_INTEGER = [True, 4.0, "4", None, [4], torch.tensor(4)]

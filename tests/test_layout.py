@@ -13,9 +13,9 @@ PACKAGE = Path(hf_awq_offload.__file__).parent
 MAX_LINES = 450
 
 LEVELS = {
-    0: ["errors", "config", "grid", "packing", "report", "logs", "formats", "ops", "ops.*"],
+    0: ["errors", "config", "checkpoint_config", "grid", "packing", "report", "logs", "formats", "ops", "ops.*"],
     1: [
-        *("search", "search.*", "statistics", "linear", "checkpoint", "data", "data_*"),
+        *("search", "search.*", "statistics", "linear", "quantized_linear", "checkpoint", "data", "data_*"),
         *("layers", "linears", "names", "halted", "feeds", "folds", "probing", "rowmaps", "experts", "gathering"),
     ],
     2: ["streaming", "layer_quantization"],

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_awq_offload.grid import Grid
-from hf_awq_offload.linear import AwqLinear, unpackable_reason
+from hf_awq_offload.linear import AwqLinear
 from hf_awq_offload.packing import unpack_weight
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -274,7 +274,7 @@ def test_its_repr_says_how_it_is_quantized(zero_point, kind):
     [(128, 8, 128), (384, 16, 128), (64, 24, 32), (100, 8, -1), (8, 8, -1)],
 )
 def test_a_shape_that_fits_has_no_reason_against_it(in_features, out_features, group_size):
-    assert unpackable_reason(in_features, out_features, group_size) is None
+    assert AwqLinear.unpackable_reason(in_features, out_features, group_size) is None
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_a_shape_that_fits_has_no_reason_against_it(in_features, out_features, g
     ],
 )
 def test_a_shape_that_does_not_fit_is_explained(in_features, out_features, group_size, words):
-    reason = unpackable_reason(in_features, out_features, group_size)
+    reason = AwqLinear.unpackable_reason(in_features, out_features, group_size)
     assert reason is not None
     for word in words:
         assert word in reason
