@@ -83,15 +83,15 @@ def _search_group_scale(context: LayerContext, group: InputGroup, statistics: In
     """The best scale of a group; the identity where nothing can absorb one or the search is off."""
     names = [name for name in group.consumers if name in context.quantizable]
     weights = [context.layer.get_parameter(f"{name}.weight").detach() for name in names]
-    grid = context.grid(names[0])
+    grids = [context.grid(name) for name in names]
     if group.fold is None or context.recipe.n_grid == 0:
         identity = torch.ones(weights[0].shape[1], device=statistics.gram.device)
-        loss = output_mse(weights, statistics.gram, grid, identity)
+        loss = output_mse(weights, statistics.gram, grids, identity)
         return ScaleSearch(identity, None, loss, loss)
     return search_scale(
         weights,
         statistics,
-        grid,
+        grids,
         n_grid=context.recipe.n_grid,
         duo_scaling=context.recipe.duo_scaling,
         row_of_channel=group.fold.row_of_channel,

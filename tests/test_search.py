@@ -70,7 +70,7 @@ def run_search(
     return search_scale(
         weights,
         statistics_of(x),
-        grid,
+        [grid] * len(weights),
         n_grid=n_grid,
         duo_scaling=duo_scaling,
         row_of_channel=torch.arange(IN) if row_of_channel is None else row_of_channel,
@@ -201,7 +201,7 @@ def test_inputs_and_weights_are_left_as_they_were():
     statistics = statistics_of(x)
     before = [tensor.clone() for tensor in (statistics.gram, statistics.mean_abs, *weights)]
     rows = torch.arange(IN)
-    search_scale(weights, statistics, GRID, n_grid=5, duo_scaling=True, row_of_channel=rows, rows=IN)
+    search_scale(weights, statistics, [GRID] * len(weights), n_grid=5, duo_scaling=True, row_of_channel=rows, rows=IN)
     search_clip(weights[0], statistics.gram, GRID)
     after = (statistics.gram, statistics.mean_abs, *weights)
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(after, before, strict=True))
@@ -255,7 +255,7 @@ def test_candidates_are_judged_as_they_are_stored():
     search = search_scale(
         weights,
         statistics_of(x),
-        GRID,
+        [GRID] * len(weights),
         n_grid=20,
         duo_scaling=True,
         row_of_channel=torch.arange(IN),
@@ -264,6 +264,25 @@ def test_candidates_are_judged_as_they_are_stored():
     )
     assert torch.equal(search.row_scale, search.row_scale.log2().round().exp2())
     assert search.loss == pytest.approx(explicit_loss(x, weights, search.row_scale, GRID), rel=1e-3)
+
+
+@DUO
+def test_linears_of_one_input_may_have_grids_of_their_own(duo_scaling):
+    x, weights = outlier_input(0), random_weights(0)
+    grids = [Grid(3, GROUP, True), Grid(8, IN, False)]
+    search = search_scale(
+        weights,
+        statistics_of(x),
+        grids,
+        n_grid=20,
+        duo_scaling=duo_scaling,
+        row_of_channel=torch.arange(IN),
+        rows=IN,
+    )
+    expected = sum(explicit_loss(x, [w], search.row_scale, grid) for w, grid in zip(weights, grids, strict=True))
+    assert search.loss == pytest.approx(expected, rel=1e-3)
+    assert search.loss < search.identity_loss
+    assert search.loss > run_search(x, weights, Grid(8, IN, False), duo_scaling=duo_scaling).loss
 
 
 def test_when_no_candidate_can_be_stored_the_identity_is_the_result():

@@ -40,7 +40,7 @@ class ScaleSearch:
 def search_scale(
     weights: Sequence[Tensor],  # (out_i, in) each: linears that share the input, any float dtype
     statistics: InputStatistics,
-    grid: Grid,
+    grids: Sequence[Grid],  # of each weight
     *,
     n_grid: int,
     duo_scaling: bool,
@@ -55,15 +55,15 @@ def search_scale(
     """
     row_of_channel = row_of_channel.to(statistics.gram.device)
     identity = torch.ones(rows, device=statistics.gram.device)
-    identity_loss = output_mse(weights, statistics.gram, grid, identity[row_of_channel])
+    identity_loss = output_mse(weights, statistics.gram, grids, identity[row_of_channel])
     best = ScaleSearch(identity, None, identity_loss, identity_loss)
     x_mean = _pool(statistics.mean_abs, row_of_channel, rows)
-    w_mean = _pool(mean_relative_magnitude(weights, grid), row_of_channel, rows) if duo_scaling else None
+    w_mean = _pool(mean_relative_magnitude(weights, grids), row_of_channel, rows) if duo_scaling else None
     for alpha, candidate in scale_candidates(x_mean, w_mean, n_grid):
         row_scale = storable(candidate)
         if row_scale is None:
             continue
-        loss = output_mse(weights, statistics.gram, grid, row_scale[row_of_channel])
+        loss = output_mse(weights, statistics.gram, grids, row_scale[row_of_channel])
         if loss < best.loss:
             best = ScaleSearch(row_scale, alpha, identity_loss, loss)
     return best
@@ -93,12 +93,12 @@ def scale_candidates(
 def output_mse(
     weights: Sequence[Tensor],  # (out_i, in) each
     gram: Tensor,  # (in, in) fp32
-    grid: Grid,
+    grids: Sequence[Grid],  # of each weight
     scale: Tensor,  # (in,)
 ) -> float:
     """Σ tr(D G Dᵀ) of rounding W·s to nearest: the squared output error per token, summed over output channels."""
     total = torch.zeros((), dtype=torch.float64, device=gram.device)
-    for rows in fp32_chunks(weights):
+    for rows, grid in _chunks_with_grids(weights, grids):
         difference = quantize_dequantize(rows * scale, grid).div_(scale).sub_(rows)
         total += row_mse(difference, gram).sum(dtype=torch.float64)
     return float(total)
@@ -114,11 +114,11 @@ def row_mse(
 
 def mean_relative_magnitude(
     weights: Sequence[Tensor],  # (out_i, in) each
-    grid: Grid,
+    grids: Sequence[Grid],  # of each weight
 ) -> Tensor:
     """w̄: per input channel, |W| relative to the largest of its group, averaged over the rows of all linears, (in,)."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
-    for rows in fp32_chunks(weights):
+    for rows, grid in _chunks_with_grids(weights, grids):
         groups = grid.groups(rows.abs())
         largest = groups.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
         total += (groups / largest).flatten(-2).sum(dim=0)
@@ -130,6 +130,13 @@ def fp32_chunks(weights: Sequence[Tensor]) -> Iterator[Tensor]:
     for weight in weights:
         for rows in weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1])):
             yield rows.float()
+
+
+def _chunks_with_grids(weights: Sequence[Tensor], grids: Sequence[Grid]) -> Iterator[tuple[Tensor, Grid]]:
+    """As `fp32_chunks`, each block with the grid of its weight."""
+    for weight, grid in zip(weights, grids, strict=True):
+        for rows in fp32_chunks([weight]):
+            yield rows, grid
 
 
 def _pool(
