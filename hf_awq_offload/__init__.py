@@ -11,6 +11,7 @@ from .errors import (
     ConfigError,
     ModelStructureError,
     NumericalError,
+    QuantizedWeightError,
 )
 from .in_memory import quantize_model
 from .linear import AwqLinear
@@ -27,6 +28,7 @@ __all__ = [
     "ConfigError",
     "ModelStructureError",
     "NumericalError",
+    "QuantizedWeightError",
     "quantize_model",
     "use_for_awq",
 ]

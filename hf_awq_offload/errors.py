@@ -5,7 +5,8 @@
     ├── CalibrationDataError (ValueError)    the calibration data can't be read, or is too little
     ├── ModelStructureError  (ValueError)    the model has nothing to quantize, or can't be traced
     ├── NumericalError       (RuntimeError)  activations or weights of a layer are not finite
-    └── CheckpointError      (ValueError)    a quantized checkpoint contradicts its own config
+    ├── CheckpointError      (ValueError)    a quantized checkpoint contradicts its own config
+    └── QuantizedWeightError (RuntimeError)  something would write to, or train, a weight that is stored in 4 bits
 
 A message says what was found, what was expected and what to do.
 """
@@ -33,3 +34,7 @@ class NumericalError(AwqOffloadError, RuntimeError):
 
 class CheckpointError(AwqOffloadError, ValueError):
     """A quantized checkpoint's tensors contradict the config that came with them."""
+
+
+class QuantizedWeightError(AwqOffloadError, RuntimeError):
+    """Something would change or train a quantized weight in a way that it can't be: the change would be lost."""

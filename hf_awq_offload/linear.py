@@ -118,7 +118,7 @@ class AwqLinear(QuantizedLinear):
             return
         backend = ops.choose(self.backend, ops.Case.of(input, self.scales))
         wanted = backend.name if isinstance(backend, ops.NativeBackend) else None
-        if wanted is None or self._is_offloaded():
+        if wanted is None or self.is_offloaded:
             # For a single input that the backend refuses (fp64, say) the words are brought back, too.
             self._restore_words()
             return
@@ -150,11 +150,6 @@ class AwqLinear(QuantizedLinear):
             # First, as in state dicts of the format. Replaced in one step: other threads may be reading the dict.
             self.__dict__["_parameters"] = {"qweight": frozen(words)} | self._parameters
             self.native_words = self.native_parameters = self._native_source = None
-
-    def _is_offloaded(self) -> bool:
-        """Whether accelerate brings the tensors in for each forward pass: packing them would be for that one."""
-        hook = getattr(self, "_hf_hook", None)
-        return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
     def __getattr__(self, name: str) -> Any:
         if name != "qweight":

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .errors import QuantizedWeightError
 from .grid import Grid, GroupParameters, resolve_group_size
+from .weight_view import DequantizedWeight
 
 
 class TensorLayout(NamedTuple):
@@ -50,7 +52,9 @@ class QuantizedLinear(nn.Linear):
         self.out_features = out_features
         self.grid = grid
         self.dtype = dtype or torch.get_default_dtype()
-        for name, (shape, tensor_dtype) in self.layout(in_features, out_features, grid).items():
+        layout = self.layout(in_features, out_features, grid)
+        self.scale_dtype = layout[self.SCALE_NAME].dtype
+        for name, (shape, tensor_dtype) in layout.items():
             self.register_parameter(name, frozen(torch.empty(shape, dtype=tensor_dtype, device=device)))
         self.register_parameter(
             "bias", frozen(torch.empty(out_features, dtype=self.dtype, device=device)) if bias else None
@@ -98,9 +102,33 @@ class QuantizedLinear(nn.Linear):
         """x Wᵀ, (..., out) in the input's dtype, differentiable in the input."""
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantized weight, (out, in) in the model's dtype, made anew at each access: changing it is in vain."""
-        return self.dequantized(self.dtype)
+    def weight(self) -> Tensor:
+        """The dequantized weight, (out, in) in the model's dtype, made anew at each access; it can only be read."""
+        weight = self.dequantized(self.dtype)
+        return weight if torch.compiler.is_compiling() else DequantizedWeight.of(weight)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # PEFT, taking adapters of some kinds off, gives a linear the weight that it has just read from it.
+        if not isinstance(value, DequantizedWeight):
+            raise _refusal("be replaced")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise _refusal("be replaced")
+        super().register_parameter(name, param)
+
+    def requires_grad_(self, requires_grad: bool = True) -> QuantizedLinear:
+        """Freezing what is frozen is no matter; training the stored integers is refused."""
+        if requires_grad:
+            raise _refusal("be trained")
+        return super().requires_grad_(False)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether accelerate brings the tensors in for each forward pass."""
+        hook = getattr(self, "_hf_hook", None)
+        return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary linear with the same weight and bias in `dtype`, on the same device; it can be trained."""
@@ -112,6 +140,7 @@ class QuantizedLinear(nn.Linear):
 
     def set_scale_dtype(self, dtype: torch.dtype) -> None:
         """Before loading: hold scales as the checkpoint does, where that is not the layout's own dtype."""
+        self.scale_dtype = dtype
         setattr(self, self.SCALE_NAME, frozen(torch.empty_like(self.get_parameter(self.SCALE_NAME), dtype=dtype)))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -119,6 +148,8 @@ class QuantizedLinear(nn.Linear):
         device_type = input.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             input = input.to(torch.get_autocast_dtype(device_type))
+        if not torch.compiler.is_compiling():
+            self._keep_scale_dtype()
         output = self.product(input)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
@@ -127,10 +158,23 @@ class QuantizedLinear(nn.Linear):
         before = self.get_parameter(self.SCALE_NAME).data
         super()._apply(fn, recurse)
         scale = self.get_parameter(self.SCALE_NAME)
-        if scale.dtype != before.dtype:
-            scale.data = before.to(scale.device)
+        if scale.dtype != self.scale_dtype:
+            scale.data = before.to(scale.device, self.scale_dtype)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._keep_scale_dtype()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _keep_scale_dtype(self) -> None:
+        """Undo a cast of the scales' data: PEFT's prepare_model_for_kbit_training makes all 16-bit parameters fp32.
+
+        Kernels, and other readers of the checkpoint, expect what the format says. fp16 to fp32 and back is exact.
+        """
+        scale = self.get_parameter(self.SCALE_NAME)
+        if scale.dtype != self.scale_dtype:
+            scale.data = scale.data.to(self.scale_dtype)
 
     def reset_parameters(self) -> None:
         """Nothing to initialize: the tensors come from a checkpoint or from quantization."""
@@ -143,8 +187,16 @@ class QuantizedLinear(nn.Linear):
         """Take tensors that exist as parameters; nothing is copied."""
         for name, tensor in tensors.items():
             setattr(self, name, frozen(tensor))
+        self.scale_dtype = tensors[self.SCALE_NAME].dtype
         if bias is not None:
             self.bias = frozen(bias.detach().to(self.dtype))
+
+
+def _refusal(what: str) -> QuantizedWeightError:
+    return QuantizedWeightError(
+        f"The weight of a quantized linear is stored in few bits and can't {what}. Train adapters instead (peft's "
+        "LoraConfig, without this linear in modules_to_save), or call model.dequantize() for a model to change."
+    )
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

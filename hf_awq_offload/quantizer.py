@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import dispatch_model
-from accelerate.hooks import add_hook_to_module
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -36,6 +35,7 @@ from .experts import (
     unfused,
 )
 from .grid import Grid, resolve_group_size
+from .integrations import peft
 from .layer_quantization import Undo
 from .layers import candidate_layers
 from .linear import AwqLinear
@@ -44,8 +44,9 @@ from .loading import ToGemm, names_in_model, to_gemm_converter
 from .logs import get_logger
 from .names import Renaming
 from .pipeline import quantize_layers
+from .quantized_linear import QuantizedLinear
 from .report import QuantizationReport
-from .streaming import default_execution_device
+from .streaming import default_execution_device, move_hook
 
 logger = get_logger(__name__)
 
@@ -117,6 +118,7 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.model = model
+        peft.register()
         if self.pre_quantized:
             self._unfuse_experts(model, all_kinds=bool(self.checkpoint.meta.get("unfused_experts")))
             self._replace_linears(model, read_headers(kwargs.get("checkpoint_files")))
@@ -196,8 +198,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             )
         for name, linear in linears.items():
             dense = linear.to_dense(dtype or linear.dtype)
-            if hasattr(linear, "_hf_hook"):
-                add_hook_to_module(dense, linear._hf_hook)
+            move_hook(linear, dense)
             model.set_submodule(name, dense)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -207,12 +208,39 @@ class AwqOffloadQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called when `model` is about to be saved: its config names the linears that are dense by now (merged)."""
+        if getattr(model, "_hf_peft_config_loaded", False) or not self.pre_quantized:
+            return None, {}  # adapters alone are saved
+        if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            self.remove_quantization_config(model)
+            return None, {}
+        known = self._modules_not_converted(model, self.checkpoint.modules_to_not_convert)
+        dense = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+            and not isinstance(module, QuantizedLinear)
+            and should_convert_module(name, known)
+        ]
+        if dense:
+            self.checkpoint.modules_to_not_convert = [*(self.checkpoint.modules_to_not_convert or []), *dense]
+        return None, {}
+
     @property
     def is_compileable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Whether adapters can be trained; the Trainer asks before it starts.
+
+        Raises:
+            ModelStructureError: they can't, because linears are offloaded.
+        """
+        for name, linear in () if self.model is None else self.model.named_modules():
+            if isinstance(linear, QuantizedLinear) and linear.is_offloaded:
+                raise ModelStructureError(peft.OFFLOADED.format(name=name))
         return True
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:

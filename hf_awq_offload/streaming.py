@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import cpu_offload_with_hook
+from accelerate.hooks import add_hook_to_module
 from torch import nn
 
 
@@ -28,6 +29,12 @@ def onloaded(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
         handle.remove()
         if not had_own_forward:
             vars(layer).pop("forward", None)  # accelerate puts the class's method back as an instance attribute
+
+
+def move_hook(old: nn.Module, new: nn.Module) -> None:
+    """Where accelerate has put a hook on `old` (a model on several devices), give it to `new` as well."""
+    if hasattr(old, "_hf_hook"):
+        add_hook_to_module(new, old._hf_hook)
 
 
 def default_execution_device() -> torch.device:

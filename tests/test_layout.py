@@ -15,12 +15,16 @@ MAX_LINES = 450
 LEVELS = {
     0: ["errors", "config", "checkpoint_config", "grid", "packing", "report", "logs", "formats", "ops", "ops.*"],
     1: [
-        *("search", "search.*", "statistics", "linear", "quantized_linear", "checkpoint", "data", "data_*"),
+        *("search", "search.*", "statistics", "linear", "quantized_linear", "weight_view"),
+        *("checkpoint", "data", "data_*"),
         *("layers", "linears", "names", "halted", "feeds", "folds", "probing", "rowmaps", "experts", "gathering"),
     ],
     2: ["streaming", "layer_quantization"],
     3: ["pipeline"],
-    4: ["quantizer", "in_memory", "loading", "registration", "evaluate", "demo", "demo.*", "__init__", "__main__"],
+    4: [
+        *("quantizer", "in_memory", "loading", "registration", "evaluate", "demo", "demo.*"),
+        *("hub", "model_card", "integrations", "integrations.*", "__init__", "__main__"),
+    ],
 }
 
 PUBLIC_NAMES = [
@@ -33,6 +37,7 @@ PUBLIC_NAMES = [
     "ConfigError",
     "ModelStructureError",
     "NumericalError",
+    "QuantizedWeightError",
     "quantize_model",
     "use_for_awq",
 ]

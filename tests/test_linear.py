@@ -12,6 +12,7 @@ from models import dense_twin, random_awq_linear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_awq_offload import QuantizedWeightError
 from hf_awq_offload.grid import Grid
 from hf_awq_offload.linear import AwqLinear
 from hf_awq_offload.packing import unpack_weight
@@ -293,3 +294,64 @@ def test_a_shape_that_does_not_fit_is_explained(in_features, out_features, group
     assert reason is not None
     for word in words:
         assert word in reason
+
+
+@pytest.mark.parametrize("rows", [5, 200], ids=["few rows", "many rows"])
+def test_callers_may_add_to_the_output_in_place(rows):
+    linear = random_awq_linear(out_features=64)
+    x = inputs(2, rows, 64).requires_grad_()
+    output = linear(x)
+    output += 1
+    output.sum().backward()
+    assert_same(x.grad, linear.weight.sum(dim=0).expand(2, rows, -1))
+
+
+# -- the weight is there to be read ----------------------------------------------------------------------------------
+
+WRITES = {
+    "adding to .data": lambda linear: linear.weight.data.__iadd__(1),
+    "setting .data": lambda linear: setattr(linear.weight, "data", torch.zeros(24, 64)),
+    "an in-place operator": lambda linear: linear.weight.__imul__(2),
+    "an in-place method": lambda linear: linear.weight.mul_(2),
+    "a copy into it": lambda linear: linear.weight.copy_(torch.zeros(24, 64)),
+    "an element": lambda linear: linear.weight.__setitem__((0, 0), 1),
+    "a slice": lambda linear: linear.weight[:3].zero_(),
+    "a transposed view": lambda linear: linear.weight.t().zero_(),
+    "a detached view": lambda linear: linear.weight.detach().zero_(),
+    "a part of a split": lambda linear: linear.weight.chunk(2)[0].zero_(),
+    "out=": lambda linear: torch.add(torch.zeros(24, 64), 1, out=linear.weight),
+    "an initialization": lambda linear: nn.init.normal_(linear.weight),
+    "requires_grad": lambda linear: setattr(linear.weight, "requires_grad", True),
+    "requires_grad_()": lambda linear: linear.weight.requires_grad_(),
+    "another tensor": lambda linear: setattr(linear, "weight", torch.zeros(24, 64)),
+    "another parameter": lambda linear: setattr(linear, "weight", nn.Parameter(torch.zeros(24, 64))),
+    "training": lambda linear: linear.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_what_would_be_lost_is_refused(write):
+    linear = random_awq_linear()
+    before = linear.weight.clone()
+    with pytest.raises(QuantizedWeightError, match=r"few bits.*dequantize\(\)"):
+        WRITES[write](linear)
+    assert torch.equal(linear.weight, before)
+
+
+def test_reading_the_weight_gives_plain_tensors():
+    linear = random_awq_linear()
+    weight = linear.weight
+    results = [
+        weight + 1,
+        weight.clone(),
+        weight.float() * 2,
+        weight.norm(),
+        nn.functional.linear(inputs(2, 64), weight),
+    ]
+    assert {type(result) for result in results} == {torch.Tensor}
+    results[1].add_(1)
+    assert torch.equal(results[1], weight + 1)
+    linear.weight = linear.weight  # as PEFT does when it takes adapters off
+    linear.requires_grad_(False)
+    weight.requires_grad_(False)
+    assert torch.equal(linear.weight, weight)

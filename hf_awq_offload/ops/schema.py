@@ -48,7 +48,7 @@ def _linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, backend:
         return _output_like(x, scales)
     with without_autocast(x.device.type):
         output = chosen.linear(rows, PackedWeight(qweight, qzeros, scales))
-    return output.view(*x.shape[:-1], scales.shape[1])
+    return _unflatten(output, x)
 
 
 def _linear_native(
@@ -61,7 +61,7 @@ def _linear_native(
         return _output_like(x, scales)
     with without_autocast(x.device.type):
         output = chosen.linear(rows, NativeWeight(words, parameters), qzeros, scales)
-    return output.view(*x.shape[:-1], scales.shape[1])
+    return _unflatten(output, x)
 
 
 def _dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,6 +168,14 @@ def check_input(x: Tensor, in_features: int) -> None:
 
 def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _unflatten(
+    output: Tensor,  # (M, N)
+    x: Tensor,  # (…, K)
+) -> Tensor:
+    """(…, N), not a view for autograd: callers may add to it in place."""
+    return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[1]])
 
 
 def _output_like(x: Tensor, scales: Tensor) -> Tensor:

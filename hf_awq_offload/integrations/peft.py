@@ -1,0 +1,92 @@
+"""Makes PEFT know the quantized linear, without the user's doing anything.
+
+A quantized linear is an nn.Linear: all kinds of adapters work on it as they do on dense ones. Two things are left:
+
+- LoRA has a layer of our own (lora.py), which can be merged;
+- for some mixtures of experts, PEFT rewrites configs and checkpoints of adapters, from linears per expert to the fused
+  parameters that transformers 5 has. Quantized models hold a linear per expert: there nothing is to be rewritten.
+
+PEFT has no public way to say either for a whole process: `register` puts functions before those that it looks up by
+name. Where a release of PEFT lacks such a name, what it is for raises (merging: the linear's `weight` refuses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+
+from ..errors import ModelStructureError
+from ..experts import UnfusedExperts, conversions_without_merging
+from ..logs import get_logger
+from ..quantized_linear import QuantizedLinear
+
+logger = get_logger(__name__)
+
+OFFLOADED = (
+    "{name} is offloaded to the CPU or the disk by its device_map. Adapters on offloaded linears can't be trained "
+    "(accelerate brings weights in for a forward pass and takes them away before the backward pass), and PEFT loads "
+    'them to where there is no memory. Load the model whole where it is used: device_map={{"": 0}} on an accelerator, '
+    'or device_map="cpu"; 4-bit weights take a quarter of the memory of 16-bit ones.'
+)
+
+
+def register() -> None:
+    """Have PEFT, where it is installed, put LoRA on quantized linears by `AwqLoraLinear`. Calling it again is free."""
+    if find_spec("peft") is not None:
+        _register()
+
+
+@cache
+def _register() -> None:
+    _put_before("peft.tuners.lora.model", "dispatch_awq", _dispatching)
+    _put_before("peft.utils.transformers_weight_conversion", "convert_peft_config_for_transformers", _converting)
+    for module_name in ("peft.utils.transformers_weight_conversion", "transformers.integrations.peft"):
+        _put_before(module_name, "get_model_conversion_mapping", _mapping)
+
+
+def _put_before(module_name: str, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    module = import_module(module_name)
+    original = getattr(module, name, None)
+    if original is None:
+        logger.warning(f"This release of PEFT has no {module_name}.{name}; some of what docs/training.md says raises.")
+        return
+    setattr(module, name, wraps(original)(wrapper(original)))
+
+
+def _dispatching(dispatch_awq: Callable) -> Callable:
+    """Chooses `AwqLoraLinear` for a quantized linear."""
+    layer_class = import_module(".lora", __package__).AwqLoraLinear
+
+    def dispatch(target: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> nn.Module | None:
+        if not isinstance(target, QuantizedLinear) or kwargs.get("parameter_name") is not None:
+            return dispatch_awq(target, adapter_name, *args, **kwargs)
+        if target.is_offloaded:
+            raise ModelStructureError(OFFLOADED.format(name=kwargs.get("target_name") or "A linear"))
+        return layer_class(target, adapter_name, *args, **kwargs)
+
+    return dispatch
+
+
+def _converting(convert: Callable) -> Callable:
+    """Leaves the adapter's config alone where experts are linears."""
+
+    def convert_config(peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(module, UnfusedExperts) for module in model.modules()):
+            return convert(peft_config, model, *args, **kwargs)
+        return None
+
+    return convert_config
+
+
+def _mapping(get_mapping: Callable) -> Callable:
+    """Leaves conversions of weights out that would merge experts which are linears."""
+
+    def get_mapping_without_merging(model: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        return conversions_without_merging(get_mapping(model, *args, **kwargs), model)
+
+    return get_mapping_without_merging
