@@ -196,7 +196,6 @@ def test_sft_trainer_trains_evaluates_saves_and_resumes(checkpoint, tokenizer, t
     second = trainer(load(checkpoint), STEPS)
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == STEPS
-    assert losses(second)[-1] < losses(second)[0]
     assert second.evaluate()["eval_loss"] < loss_before
     assert sum(isinstance(module, AwqLinear) for module in second.model.modules()) == 28
     assert evaluate(second.model.get_base_model(), windows).perplexity < before
