@@ -15,8 +15,9 @@ from .errors import (
 )
 from .in_memory import quantize_model
 from .linear import AwqLinear
+from .packed_linear import PackedLinear
 from .quantizer import AwqOffloadQuantizer
-from .registration import register, use_for_awq
+from .registration import register, use_for_awq, use_for_compressed_tensors
 
 __all__ = [
     "AwqLinear",
@@ -28,9 +29,11 @@ __all__ = [
     "ConfigError",
     "ModelStructureError",
     "NumericalError",
+    "PackedLinear",
     "QuantizedWeightError",
     "quantize_model",
     "use_for_awq",
+    "use_for_compressed_tensors",
 ]
 
 register()

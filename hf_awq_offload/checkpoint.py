@@ -9,9 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
-from .formats import ZEROS_NAMES, StoredTensor, padded_minimum, stored_tensors
+from .formats import FLOAT_DTYPES, ZEROS_NAMES, StoredTensor, padded_minimum, stored_tensors
+from .grid import Grid
+from .pack_quantized import words_for
 
-PACKED_SUFFIX = ".qweight"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -66,9 +67,45 @@ def read_headers(
     return headers or None
 
 
-def packed_prefixes(headers: Iterable[str]) -> list[str]:
+def packed_prefixes(
+    headers: Iterable[str],
+    tensor: str,  # name of the tensor that holds the integers
+) -> list[str]:
     """Names of the linears that are stored packed."""
-    return [name.removesuffix(PACKED_SUFFIX) for name in headers if name.endswith(PACKED_SUFFIX)]
+    return [name.removesuffix(f".{tensor}") for name in headers if name.endswith(f".{tensor}")]
+
+
+def check_packed_linear(
+    prefix: str,  # the linear's name in the checkpoint
+    linear: LinearShape,
+    headers: dict[str, TensorHeader],
+    grid: Grid,
+) -> torch.dtype:
+    """As `check_linear`, of the pack-quantized layout."""
+    if f"{prefix}.weight_g_idx" in headers:
+        raise CheckpointError(
+            f"{prefix}.weight_g_idx is in the checkpoint: its input channels are permuted (actorder 'group'), which "
+            "this package does not load. Install compressed-tensors and leave loading to transformers."
+        )
+    n = linear.in_features // grid.group_size
+    expected = {
+        "weight_packed": StoredTensor((torch.int32,), (linear.out_features, words_for(linear.in_features, grid.bits))),
+        "weight_scale": StoredTensor(FLOAT_DTYPES, (linear.out_features, n)),
+        "weight_zero_point": StoredTensor((torch.int32,), (words_for(linear.out_features, grid.bits), n)),
+        "weight_shape": StoredTensor((torch.int64, torch.int32), (2,)),
+    }
+    if not grid.zero_point:
+        del expected["weight_zero_point"]
+    for name, tensor in expected.items():
+        stored = f"{prefix}.{name}"
+        if stored not in headers:
+            raise CheckpointError(
+                f"{stored} is missing in the checkpoint; a linear of {grid.bits} bits has {', '.join(expected)}. Check "
+                "that the download is complete, and the config_groups in config.json."
+            )
+        _check_tensor(stored, headers[stored], tensor, 0, f"{grid.bits} bits and group size {grid.group_size}")
+    _check_bias(prefix, linear, headers)
+    return _dtype_of(headers[f"{prefix}.weight_scale"])
 
 
 def check_linear(
@@ -97,19 +134,31 @@ def check_linear(
                 f"{prefix}.{name} is missing in the checkpoint; a quantized linear of version {version!r} has qweight, "
                 "qzeros and scales. Check that the download is complete, and the version in config.json."
             )
-        _check_tensor(stored, headers[stored], expected, padded_minimum(name, version, n), version, group_size)
+        described = f"version {version!r} and group size {group_size}"
+        _check_tensor(stored, headers[stored], expected, padded_minimum(name, version, n), described)
+    _check_bias(prefix, linear, headers)
+    return _dtype_of(headers[f"{prefix}.scales"])
+
+
+def _check_bias(prefix: str, linear: LinearShape, headers: dict[str, TensorHeader]) -> None:
     bias = f"{prefix}.bias"
     if linear.bias and bias not in headers:
         raise CheckpointError(f"{bias} is missing in the checkpoint; the model's linear has one.")
     if linear.bias and headers[bias].shape != (linear.out_features,):
         raise CheckpointError(f"{bias} is {headers[bias]}; expected the shape ({linear.out_features},).")
-    dtype = headers[f"{prefix}.scales"].dtype
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+
+
+def _dtype_of(header: TensorHeader) -> torch.dtype:
+    assert isinstance(header.dtype, torch.dtype)
+    return header.dtype
 
 
 def _check_tensor(
-    name: str, found: TensorHeader, expected: StoredTensor, at_least: int, version: str, group_size: int
+    name: str,
+    found: TensorHeader,
+    expected: StoredTensor,
+    at_least: int,
+    described: str,  # what config.json says
 ) -> None:
     """CheckpointError unless dtype and shape fit; a padded size (None) is `at_least` as said."""
     fits = len(found.shape) == len(expected.shape) and all(
@@ -120,6 +169,6 @@ def _check_tensor(
         sizes = ", ".join(f"≥ {at_least}" if size is None else str(size) for size in expected.shape)
         dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in expected.dtypes)
         raise CheckpointError(
-            f"{name} is {found}; expected {dtypes} ({sizes}) for version {version!r} and group size {group_size}. "
+            f"{name} is {found}; expected {dtypes} ({sizes}) for {described}. "
             "config.json and the tensors contradict each other: correct config.json, or download the checkpoint again."
         )

@@ -1,4 +1,4 @@
-"""What config.json says of a quantized checkpoint: the interchange standard that other tools read."""
+"""What config.json says of an AWQ checkpoint: the interchange standard that other tools read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from .config import AwqOffloadConfig
 from .errors import CheckpointError
 from .formats import VERSIONS
+from .overrides import GridChoice
 
 
 @dataclass(kw_only=True)
@@ -71,6 +72,11 @@ class AwqCheckpointConfig(QuantizationConfigMixin):
             modules_to_not_convert=config.modules_to_not_convert,
             meta=config.meta or {},
         )
+
+    @property
+    def choice(self) -> GridChoice:
+        """The one grid of all quantized linears."""
+        return GridChoice(self.bits, self.group_size, self.zero_point)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the standard; `desc_act` and `lm_head` are there because vLLM and TGI read them."""

@@ -15,13 +15,14 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import ConfigError
+from .grid import SCALE_DTYPE, Grid, resolve_group_size
 from .ops import BACKENDS
+from .overrides import GridChoice, check_choice, checked_overrides, choice_for, choices
 
 QUANT_METHOD = "awq_offload"
 """The name under which the recipe is registered with transformers."""
 
-GROUP_SIZES = (-1, 32, 64, 128)
-"""Group sizes that AWQ kernels serve; -1 is one group per output row."""
+FORMATS = ("auto", "awq", "compressed-tensors")
 
 ROUNDINGS = ("nearest", "error_feedback")
 
@@ -32,9 +33,13 @@ class AwqOffloadConfig(QuantizationConfigMixin):
     """The recipe: how `from_pretrained` calibrates and quantizes a model.
 
     Args:
-        bits: bits per weight; 4 is what AWQ checkpoints store.
+        bits: bits per weight: 4, or 2, 3, 8 in the compressed-tensors format.
         group_size: input channels that share a scale and a zero point: 32, 64, 128, or -1 for a whole row.
         zero_point: asymmetric grid (a zero point per group). vLLM's Marlin kernels want True.
+        overrides: regular expressions, searched in the full names of linears -> the fields `bits`, `group_size`,
+            `zero_point` that are different there; where several are found, a later one wins.
+        format: what the checkpoint is: "awq" (AWQ GEMM: 4 bits, the same for all linears), "compressed-tensors"
+            (pack-quantized), or "auto": AWQ where it can hold the model, else compressed-tensors.
         dataset: calibration data. `"builtin"` is English text that every CPython carries; see docs/calibration.md
             for the other forms (texts, token ids, tensors, `datasets.Dataset`, files, dataset names).
         tokenizer: a tokenizer, or a name or path of one; by default the checkpoint's own.
@@ -66,6 +71,8 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         bits: int = 4,
         group_size: int = 128,
         zero_point: bool = True,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        format: str = "auto",
         dataset: Any = "builtin",
         tokenizer: Any = None,
         text_column: str | None = None,
@@ -88,6 +95,8 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         self.bits = bits
         self.group_size = group_size
         self.zero_point = zero_point
+        self.overrides = overrides
+        self.format = format
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.text_column = text_column
@@ -141,6 +150,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         # generator (which can't be copied) or larger than the model.
         copied = copy.copy(self)
         copied.modules_to_not_convert = copy.copy(self.modules_to_not_convert)
+        copied.overrides = copy.deepcopy(self.overrides, memo)
         return copied
 
     def _reject_unknown(self, unknown: Mapping[str, Any]) -> None:
@@ -152,14 +162,18 @@ class AwqOffloadConfig(QuantizationConfigMixin):
             )
 
     def _validate(self) -> None:
-        _require_int("bits", self.bits, "4, what AWQ checkpoints store; leave it out", allowed=(4,))
-        _require_int(
-            "group_size",
-            self.group_size,
-            "128 (the usual), 64, 32, or -1 for one group per row",
-            allowed=GROUP_SIZES,
-        )
-        for name in ("zero_point", "duo_scaling", "clip", "all_experts"):
+        check_choice("", self.base_choice)
+        self.overrides = checked_overrides(self.overrides, self.base_choice) or None
+        if self.format not in FORMATS:
+            raise ConfigError(f"format is {self.format!r}; pass one of {', '.join(map(repr, FORMATS))}.")
+        if self.format == "awq" and not self._fits_awq:
+            found = sorted({choice.bits for choice in choices(self.base_choice, self.overrides or {})})
+            raise ConfigError(
+                f"format is 'awq', but the recipe asks for {' and '.join(map(str, found))} bits"
+                f"{' and for different grids' if self.overrides else ''}; AWQ checkpoints hold 4 bits, the same "
+                "for all linears. Pass format='compressed-tensors' or 'auto', or bits=4 without overrides."
+            )
+        for name in ("duo_scaling", "clip", "all_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; pass True or False.")
         _require_int("n_samples", self.n_samples, "a positive number of sequences, such as 128", minimum=1)
@@ -211,6 +225,42 @@ class AwqOffloadConfig(QuantizationConfigMixin):
             )
 
     @property
+    def base_choice(self) -> GridChoice:
+        """The grid of linears that no override names."""
+        return GridChoice(self.bits, self.group_size, self.zero_point)
+
+    @property
+    def _fits_awq(self) -> bool:
+        found = choices(self.base_choice, self.overrides or {})
+        return len(found) == 1 and self.bits == 4
+
+    @property
+    def checkpoint_format(self) -> str:
+        """ "awq" or "compressed-tensors"."""
+        if self.format != "auto":
+            return self.format
+        return "awq" if self._fits_awq else "compressed-tensors"
+
+    def choice(
+        self,
+        name: str,  # of a linear in the model
+    ) -> GridChoice:
+        """The grid of one linear as the recipe has it."""
+        return choice_for(name, self.base_choice, self.overrides or {})
+
+    def grid(
+        self,
+        name: str,  # of a linear in the model
+        in_features: int,
+        dtype: torch.dtype,  # of the linear's weight
+    ) -> Grid:
+        """The grid of one linear."""
+        choice = self.choice(name)
+        is_bf16_stored = self.checkpoint_format != "awq" and dtype == torch.bfloat16
+        scale_dtype = torch.bfloat16 if is_bf16_stored else SCALE_DTYPE
+        return Grid(choice.bits, resolve_group_size(choice.group_size, in_features), choice.zero_point, scale_dtype)
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any step reads activations; without one the data set is not loaded at all."""
         return self.n_grid > 0 or self.clip or self.rounding == "error_feedback"
@@ -222,15 +272,10 @@ def _require_int(
     remedy: str,
     minimum: int | None = None,
     maximum: int | None = None,
-    allowed: tuple[int, ...] | None = None,
 ) -> None:
     """Raise ConfigError unless `value` is an integer (not a bool) within the bounds."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    in_bounds = is_int and (
-        (minimum is None or value >= minimum)
-        and (maximum is None or value <= maximum)
-        and (allowed is None or value in allowed)
-    )
+    in_bounds = is_int and ((minimum is None or value >= minimum) and (maximum is None or value <= maximum))
     if not in_bounds:
         raise ConfigError(f"{name} is {value!r}; pass {remedy}.")
 

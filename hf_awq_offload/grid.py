@@ -23,6 +23,9 @@ from torch import Tensor
 SCALE_DTYPE = torch.float16
 """The dtype in which the AWQ format stores scales, whatever the model's dtype."""
 
+LARGEST_BF16_SCALE = 65280.0
+"""The largest number that both bf16 and fp16 have."""
+
 MIN_RANGE = 1e-5
 """Narrowest range of a group; keeps Δ representable in fp16 for groups that are all zeros."""
 
@@ -34,6 +37,8 @@ class Grid:
     bits: int
     group_size: int
     zero_point: bool
+    scale_dtype: torch.dtype = SCALE_DTYPE
+    """What scales are stored in, fp16 or bf16."""
 
     @property
     def levels(self) -> int:
@@ -81,11 +86,11 @@ def group_parameters(ranges: GroupRange, grid: Grid) -> GroupParameters:
     """Scale and zero point that map `ranges` onto the integers; see the module's formulas."""
     low, high = ranges
     if grid.zero_point:
-        scale = _to_stored_precision((high - low).clamp(min=MIN_RANGE) / grid.levels)
+        scale = _to_stored_precision((high - low).clamp(min=MIN_RANGE) / grid.levels, grid)
         zero = (-torch.round(low / scale)).clamp(0, grid.levels)
     else:
         half = grid.levels // 2
-        scale = _to_stored_precision(torch.maximum(-low, high).clamp(min=MIN_RANGE) / half)
+        scale = _to_stored_precision(torch.maximum(-low, high).clamp(min=MIN_RANGE) / half, grid)
         zero = torch.full_like(scale, half + 1)
     return GroupParameters(scale, zero)
 
@@ -121,8 +126,9 @@ def quantize_dequantize(
     return dequantize(quantize(weight, parameters, grid), parameters, grid)
 
 
-def _to_stored_precision(scale: Tensor) -> Tensor:
+def _to_stored_precision(scale: Tensor, grid: Grid) -> Tensor:
     """Round to fp16, never to zero or infinity: a group of tiny weights gets the smallest fp16 step."""
     info = torch.finfo(SCALE_DTYPE)
-    rounded = scale.to(SCALE_DTYPE).to(scale.dtype)
-    return rounded.clamp(info.smallest_normal * info.eps, info.max)
+    largest = info.max if grid.scale_dtype == SCALE_DTYPE else LARGEST_BF16_SCALE
+    rounded = scale.clamp(max=largest).to(grid.scale_dtype).to(SCALE_DTYPE).to(scale.dtype)
+    return rounded.clamp(info.smallest_normal * info.eps)

@@ -18,8 +18,8 @@ from .config import AwqOffloadConfig
 from .errors import NumericalError
 from .folds import InputGroup, LayerStructure, ProducerKind, absorb, storable_scale
 from .gathering import GatheredStatistics
-from .grid import Grid, group_parameters, group_range, quantize, resolve_group_size
-from .linear import AwqLinear
+from .grid import Grid, group_parameters, group_range, quantize
+from .linear_classes import linear_class
 from .report import GroupReport
 from .search.clip import search_clip
 from .search.rounding import FeedbackOrder, feedback_order, round_weight
@@ -41,8 +41,8 @@ class LayerContext:
     undo: Undo | None
 
     def grid(self, linear_name: str) -> Grid:
-        group_size = resolve_group_size(self.recipe.group_size, self.linear(linear_name).in_features)
-        return Grid(self.recipe.bits, group_size, self.recipe.zero_point)
+        linear = self.linear(linear_name)
+        return self.recipe.grid(f"{self.name}.{linear_name}", linear.in_features, linear.weight.dtype)
 
     def linear(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.layer.get_submodule(name))
@@ -170,7 +170,9 @@ def quantize_linear(
         if row_scale is not None:
             mse = mse * row_scale.square()  # in the units of the layer as it was
         loss = float(mse.sum(dtype=torch.float64))
-    quantized = AwqLinear.from_codes(codes, parameters, bias, grid, linear.weight.dtype)
+    quantized = linear_class(context.recipe.checkpoint_format).from_codes(
+        codes, parameters, bias, grid, linear.weight.dtype
+    )
     context.layer.set_submodule(name, quantized)
     if context.undo is not None:
         linear.to("cpu")

@@ -30,6 +30,7 @@ class AwqLinear(QuantizedLinear):
         backend: one of `ops.BACKENDS`.
     """
 
+    TENSORS = PackedWeight._fields
     SCALE_NAME = "scales"
 
     qweight: nn.Parameter  # (in, out / 8) int32
@@ -55,7 +56,7 @@ class AwqLinear(QuantizedLinear):
         self.register_parameter("native_parameters", None)
 
     @classmethod
-    def layout(cls, in_features: int, out_features: int, grid: Grid) -> dict[str, TensorLayout]:
+    def layout(cls, in_features: int, out_features: int, grid: Grid, dtype: torch.dtype) -> dict[str, TensorLayout]:
         n, words = in_features // grid.group_size, out_features // COLUMNS_PER_WORD
         return {
             "qweight": TensorLayout((in_features, words), torch.int32),

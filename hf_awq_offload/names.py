@@ -11,8 +11,6 @@ from typing import Any
 
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-PACKED_TENSORS = ("qweight", "qzeros", "scales")
-
 
 class Renaming:
     """The renaming rules of one model, in both directions.
@@ -28,9 +26,10 @@ class Renaming:
     def keeps(
         self,
         name: str,  # of a linear in the model
+        tensors: Sequence[str],  # what the checkpoint holds in the place of its `weight`
     ) -> bool:
-        """Whether tensors beside the linear's `weight` are found again after saving and loading."""
-        return all(self._comes_back(f"{name}.{tensor}") for tensor in PACKED_TENSORS)
+        """Whether these tensors of a linear are found again after saving and loading."""
+        return all(self._comes_back(f"{name}.{tensor}") for tensor in tensors)
 
     def _comes_back(self, key: str) -> bool:
         if _is_converted(key, self.on_saving):

@@ -35,6 +35,8 @@ class QuantizedLinear(nn.Linear):
         device: where the (uninitialized) tensors are made.
     """
 
+    TENSORS: ClassVar[tuple[str, ...]]
+    """Names of all tensors that a linear may have, its bias aside."""
     SCALE_NAME: ClassVar[str]
     """Name of the tensor that holds the scales; it keeps its dtype when the model is cast."""
 
@@ -52,7 +54,7 @@ class QuantizedLinear(nn.Linear):
         self.out_features = out_features
         self.grid = grid
         self.dtype = dtype or torch.get_default_dtype()
-        layout = self.layout(in_features, out_features, grid)
+        layout = self.layout(in_features, out_features, grid, self.dtype)
         self.scale_dtype = layout[self.SCALE_NAME].dtype
         for name, (shape, tensor_dtype) in layout.items():
             self.register_parameter(name, frozen(torch.empty(shape, dtype=tensor_dtype, device=device)))
@@ -62,8 +64,8 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     @abstractmethod
-    def layout(cls, in_features: int, out_features: int, grid: Grid) -> dict[str, TensorLayout]:
-        """The tensors of a linear by the names that checkpoints have for them."""
+    def layout(cls, in_features: int, out_features: int, grid: Grid, dtype: torch.dtype) -> dict[str, TensorLayout]:
+        """The tensors of a linear of `dtype` by the names that checkpoints have for them."""
 
     @classmethod
     @abstractmethod
@@ -182,6 +184,11 @@ class QuantizedLinear(nn.Linear):
     def extra_repr(self) -> str:
         kind = "asymmetric" if self.grid.zero_point else "symmetric"
         return f"{super().extra_repr()}, bits={self.grid.bits}, group_size={self.grid.group_size}, {kind}"
+
+    @property
+    def is_on_meta(self) -> bool:
+        """Whether the tensors are elsewhere: accelerate brings them in for each forward pass."""
+        return self.get_parameter(self.SCALE_NAME).is_meta
 
     def _hold(self, tensors: dict[str, Any], bias: Tensor | None) -> None:
         """Take tensors that exist as parameters; nothing is copied."""

@@ -9,7 +9,6 @@ Two jobs behind one class, told apart by `pre_quantized`:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .checkpoint import LinearShape, TensorHeader, check_linear, packed_prefixes, read_headers
+from .checkpoint import read_headers
 from .checkpoint_config import AwqCheckpointConfig
 from .config import AwqOffloadConfig
 from .data import CalibrationSet, load_calibration_set
@@ -34,15 +33,17 @@ from .experts import (
     router_linears,
     unfused,
 )
-from .grid import Grid, resolve_group_size
 from .integrations import peft
 from .layer_quantization import Undo
 from .layers import candidate_layers
 from .linear import AwqLinear
+from .linear_classes import linear_class
 from .linears import is_linear, linears_in
-from .loading import ToGemm, names_in_model, to_gemm_converter
+from .loading import ToGemm, replace_linears, to_gemm_converter
 from .logs import get_logger
 from .names import Renaming
+from .overrides import check_that_all_match
+from .packed_checkpoint_config import PackedCheckpointConfig
 from .pipeline import quantize_layers
 from .quantized_linear import QuantizedLinear
 from .report import QuantizationReport
@@ -51,6 +52,9 @@ from .streaming import default_execution_device, move_hook
 logger = get_logger(__name__)
 
 DeviceMap = dict[str, Any]
+
+META_ATTRIBUTE = "quantization_meta"
+"""Of a model's config: how a compressed-tensors checkpoint was made, for which that standard leaves no room."""
 
 
 class AwqOffloadQuantizer(HfQuantizer):
@@ -64,7 +68,7 @@ class AwqOffloadQuantizer(HfQuantizer):
                     "The checkpoint's config.json holds a recipe (quant_method 'awq_offload'), which no finished "
                     "checkpoint does; it was interrupted or edited. Quantize the original again."
                 )
-            self.quantization_config = AwqCheckpointConfig.from_awq_config(quantization_config)
+            self.quantization_config = _checkpoint_config(quantization_config)
         self.final_device_map: DeviceMap | None = None
         self.calibration: CalibrationSet | None = None
         self.left_out: dict[str, str] = {}
@@ -81,9 +85,9 @@ class AwqOffloadQuantizer(HfQuantizer):
         return self.quantization_config
 
     @property
-    def checkpoint(self) -> AwqCheckpointConfig:
+    def checkpoint(self) -> AwqCheckpointConfig | PackedCheckpointConfig:
         """The config once it is a checkpoint's: of a model that was loaded quantized, or has been quantized."""
-        assert isinstance(self.quantization_config, AwqCheckpointConfig)
+        assert isinstance(self.quantization_config, AwqCheckpointConfig | PackedCheckpointConfig)
         return self.quantization_config
 
     # -- before loading ------------------------------------------------------------------------------------------
@@ -112,16 +116,21 @@ class AwqOffloadQuantizer(HfQuantizer):
         module_name, _, parameter = param_name.rpartition(".")
         if self.pre_quantized or parameter != "weight" or module_name not in self.quantizable:
             return super().param_element_size(model, param_name, param)
-        group_size = resolve_group_size(self.recipe.group_size, param.shape[-1])
-        bits_of_group = 16 + self.recipe.bits  # scale and zero point
-        return (self.recipe.bits + bits_of_group / group_size) / 8
+        grid = self.recipe.grid(module_name, param.shape[-1], param.dtype)
+        bits_of_group = 16 + grid.bits  # scale and zero point
+        return (grid.bits + bits_of_group / grid.group_size) / 8
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.model = model
         peft.register()
         if self.pre_quantized:
-            self._unfuse_experts(model, all_kinds=bool(self.checkpoint.meta.get("unfused_experts")))
-            self._replace_linears(model, read_headers(kwargs.get("checkpoint_files")))
+            headers = read_headers(kwargs.get("checkpoint_files"))
+            meta = getattr(self.checkpoint, "meta", None) or getattr(model.config, META_ATTRIBUTE, {})
+            self._unfuse_experts(model, all_kinds=bool(meta.get("unfused_experts")))
+            not_converted = getattr(self.checkpoint, "modules_to_not_convert", None)
+            replace_linears(model, self.checkpoint, headers, self._modules_not_converted(model, not_converted))
+            if isinstance(self.checkpoint, PackedCheckpointConfig):
+                model.config.quantization_config = self.checkpoint  # as saved, not as the library parses it
             return
         if getattr(model.config, "is_encoder_decoder", False):
             raise ModelStructureError(
@@ -168,29 +177,29 @@ class AwqOffloadQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, AwqLinear):
                 module.backend = recipe.backend
-        self.quantization_config = AwqCheckpointConfig.from_recipe(recipe, sorted(self.left_out), self._meta(recipe))
+        self.quantization_config = self._config_of_result(model, recipe)
         self.calibration = None
         self.pre_quantized = True
         model.config.quantization_config = self.quantization_config
-        cast(Any, model).quantization_method = QuantizationMethod.AWQ
+        cast(Any, model).quantization_method = self.quantization_config.quant_method
 
     def get_weight_conversions(self) -> list[Any]:
         """Other layouts than GEMM are converted while they load."""
-        if not self.pre_quantized or self.checkpoint.version == "gemm":
-            return []
-        return [to_gemm_converter(self.checkpoint.version, self)]
+        version = getattr(self.checkpoint, "version", "gemm") if self.pre_quantized else "gemm"
+        return [] if version == "gemm" else [to_gemm_converter(version, self)]
 
     def _finish_loading(self, model: PreTrainedModel) -> None:
-        """The model in memory is in the GEMM layout, and is saved as that."""
-        self.checkpoint.version = "gemm"
+        """An AWQ model in memory is in the GEMM layout, and is saved as that."""
+        if isinstance(self.checkpoint, AwqCheckpointConfig):
+            self.checkpoint.version = "gemm"
         conversions = getattr(model, "_weight_conversions", None) or []
         kept = [entry for entry in conversions if not any(isinstance(op, ToGemm) for op in _operations(entry))]
         cast(Any, model)._weight_conversions = kept
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Put plain linears in the place of the quantized ones, where they are."""
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
-        offloaded = next((name for name, linear in linears.items() if linear.scales.is_meta), None)
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+        offloaded = next((name for name, linear in linears.items() if linear.is_on_meta), None)
         if offloaded is not None:
             raise ConfigError(
                 f"{offloaded} is offloaded to the CPU or the disk. Load the model with a device_map without offload, "
@@ -266,6 +275,8 @@ class AwqOffloadQuantizer(HfQuantizer):
     def _choose_linears(self, model: PreTrainedModel) -> None:
         self.left_out = self._linears_left_out(model)
         self.quantizable = frozenset(name for name in _linears_in_layers(model) if name not in self.left_out)
+        if not any(map(is_fused_experts, model.modules())):  # else there are linears to come
+            check_that_all_match(self.recipe.overrides or {}, self.quantizable, self.left_out)
 
     def _linears_left_out(self, model: PreTrainedModel) -> dict[str, str]:
         """Every linear of the model that stays in full precision -> why."""
@@ -281,11 +292,13 @@ class AwqOffloadQuantizer(HfQuantizer):
         renaming = Renaming(
             self.update_weight_conversions(get_model_conversion_mapping(model, add_legacy=False), model)
         )
+        linear_type = linear_class(config.checkpoint_format)
         left_out = {}
         for name, linear in model.named_modules():
             if not isinstance(linear, nn.Linear):
                 continue
-            unpackable = AwqLinear.unpackable_reason(linear.in_features, linear.out_features, config.group_size)
+            group_size = config.choice(name).group_size
+            unpackable = linear_type.unpackable_reason(linear.in_features, linear.out_features, group_size)
             if not should_convert_module(name, chosen):
                 left_out[name] = "named in modules_to_not_convert"
             elif name in routers:
@@ -294,7 +307,7 @@ class AwqOffloadQuantizer(HfQuantizer):
                 left_out[name] = f"a {type(linear).__name__}, which computes more than a product"
             elif name not in in_layers:
                 left_out[name] = "outside the decoder layers"
-            elif not renaming.keeps(name):
+            elif not renaming.keeps(name, linear_type.TENSORS):
                 left_out[name] = "its name does not survive transformers' renaming of weights"
             elif not should_convert_module(name, skipped):
                 left_out[name] = "tied, last, or kept in fp32 by the model"
@@ -311,44 +324,6 @@ class AwqOffloadQuantizer(HfQuantizer):
             add_default_skips=True,
         )
 
-    def _replace_linears(self, model: PreTrainedModel, headers: dict[str, TensorHeader] | None) -> None:
-        """Put an `AwqLinear` on the meta device wherever the checkpoint holds packed tensors.
-
-        Where the files' headers are known, they say which linears those are, and are checked. Else config.json does.
-        """
-        config = self.checkpoint
-        skipped = self._modules_not_converted(model, config.modules_to_not_convert)
-        prefixes = {} if headers is None else names_in_model(model, packed_prefixes(headers))
-        stored = {name: prefix for prefix, name in prefixes.items()}
-        dense = set() if headers is None else set(names_in_model(model, _weights(headers)).values())
-        replaced = 0
-        for name, linear in list(model.named_modules()):
-            if not isinstance(linear, nn.Linear):
-                continue
-            if name not in stored and (name in dense or not should_convert_module(name, skipped)):
-                continue
-            reason = AwqLinear.unpackable_reason(linear.in_features, linear.out_features, config.group_size)
-            if reason is not None:
-                raise CheckpointError(
-                    f"The checkpoint's config says that {name} is quantized, but its {reason}. Expected it among "
-                    "modules_to_not_convert; correct config.json or quantize again."
-                )
-            grid = Grid(config.bits, resolve_group_size(config.group_size, linear.in_features), config.zero_point)
-            bias = linear.bias is not None
-            dtype = linear.weight.dtype
-            packed = AwqLinear(linear.in_features, linear.out_features, bias, grid, dtype, device="meta")
-            if headers is not None:
-                shape = LinearShape(linear.in_features, linear.out_features, bias)
-                scale_dtype = check_linear(stored.get(name, name), shape, headers, config.version, grid.group_size)
-                packed.set_scale_dtype(scale_dtype)
-            model.set_submodule(name, packed)
-            replaced += 1
-        if not replaced:
-            raise CheckpointError(
-                f"config.json says quant_method 'awq', but no linear of {type(model).__name__} is to be loaded "
-                f"quantized: modules_to_not_convert is {config.modules_to_not_convert}."
-            )
-
     # -- odds and ends of one run ----------------------------------------------------------------------------------
 
     def _keep_final_device_map(self, device_map: DeviceMap) -> None:
@@ -363,9 +338,22 @@ class AwqOffloadQuantizer(HfQuantizer):
         unpackable = {name: reason for name, reason in self.left_out.items() if "multiple of" in reason}
         if unpackable:
             logger.warning(
-                f"{len(unpackable)} linears stay in full precision because their shape does not fit the AWQ layout: "
+                f"{len(unpackable)} linears stay in full precision because their shape does not fit the layout: "
                 f"{_list_reasons(unpackable)}."
             )
+
+    def _config_of_result(
+        self, model: PreTrainedModel, recipe: AwqOffloadConfig
+    ) -> AwqCheckpointConfig | PackedCheckpointConfig:
+        """What config.json will say of the model that was quantized."""
+        meta = self._meta(recipe)
+        if recipe.checkpoint_format == "awq":
+            return AwqCheckpointConfig.from_recipe(recipe, sorted(self.left_out), meta)
+        modules = dict(model.named_modules())
+        quantized = [name for name, module in modules.items() if isinstance(module, QuantizedLinear)]
+        ignored = [name for name, module in modules.items() if name not in quantized and _has_matrix(module)]
+        setattr(model.config, META_ATTRIBUTE, meta)
+        return PackedCheckpointConfig.of_linears({name: recipe.choice(name) for name in quantized}, ignored)
 
     def _meta(self, recipe: AwqOffloadConfig) -> dict[str, Any]:
         """How the checkpoint was made; the data set by name or hash, never its text."""
@@ -392,9 +380,19 @@ def _linears_in_layers(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def _weights(names: Iterable[str]) -> list[str]:
-    """Names of the modules that have a full-precision weight."""
-    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+def _checkpoint_config(config: Any) -> AwqCheckpointConfig | PackedCheckpointConfig:
+    """Of a checkpoint, from what transformers parsed its config.json to."""
+    if isinstance(config, PackedCheckpointConfig):
+        return config
+    if config.quant_method == QuantizationMethod.COMPRESSED_TENSORS:
+        return PackedCheckpointConfig.from_dict(config.to_dict())
+    return AwqCheckpointConfig.from_awq_config(config)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether readers of compressed-tensors may take it for a linear: linears, and routers that are none of ours."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
 def _operations(conversion: Any) -> list[Any]:

@@ -21,9 +21,11 @@ NO_INTEGER = [True, 4.0, "4", None, [4], torch.tensor(4)]
 NO_FLAG = [0, 1, None, "true", "False", 1.0, [True]]
 
 BAD_VALUES = {
-    "bits": [3, 5, 8, 0, -4, *NO_INTEGER],
+    "bits": [1, 5, 6, 16, 0, -4, *NO_INTEGER],
     "group_size": [0, -2, 1, 16, 31, 127, 129, 256, *NO_INTEGER],
     "zero_point": NO_FLAG,
+    "overrides": [3, "down_proj", ["down_proj"], True],
+    "format": [None, True, "", "gemm", "AWQ", "compressed_tensors", ["awq"]],
     "dataset": [None, True, False, 0, 3.5, "", "   "],
     "tokenizer": [3, True, 1.5, [], {"name": "gpt2"}],
     "text_column": [0, True, b"text", ["text"]],
@@ -43,9 +45,11 @@ BAD_VALUES = {
 }
 
 GOOD_VALUES = {
-    "bits": [4],
+    "bits": [2, 3, 4, 8],
     "group_size": [-1, 32, 64, 128],
     "zero_point": [True, False],
+    "overrides": [None, {"down_proj$": {"bits": 8, "group_size": 64, "zero_point": False}}],
+    "format": ["auto", "awq", "compressed-tensors"],
     "dataset": [
         "builtin",
         "wikitext2",
@@ -124,7 +128,7 @@ def test_errors_are_value_errors_and_caught_by_the_base_class(error):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("bits", 8, ["bits is 8", "pass 4"]),
+        ("bits", 5, ["bits is 5", "pass 4", "2, 3 or 8"]),
         ("group_size", 100, ["group_size is 100", "128", "64", "32", "-1"]),
         ("max_seq_len", 4, ["max_seq_len is 4", "at least 8"]),
         ("n_grid", -1, ["n_grid is -1", "0 for no scale search"]),
@@ -268,8 +272,8 @@ def test_from_dict_returns_keywords_that_are_no_fields():
 
 
 def test_from_dict_validates_what_is_given_beside_the_dict():
-    with pytest.raises(ConfigError, match="bits is 3"):
-        AwqOffloadConfig.from_dict({}, bits=3)
+    with pytest.raises(ConfigError, match="bits is 5"):
+        AwqOffloadConfig.from_dict({}, bits=5)
 
 
 def test_deepcopy_shares_the_dataset_so_that_a_generator_survives():

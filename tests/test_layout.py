@@ -13,9 +13,13 @@ PACKAGE = Path(hf_awq_offload.__file__).parent
 MAX_LINES = 450
 
 LEVELS = {
-    0: ["errors", "config", "checkpoint_config", "grid", "packing", "report", "logs", "formats", "ops", "ops.*"],
+    0: [
+        *("errors", "config", "overrides", "checkpoint_config", "packed_checkpoint_config", "patterns", "report"),
+        *("grid", "packing", "pack_quantized", "conversion", "formats", "logs", "ops", "ops.*"),
+    ],
     1: [
-        *("search", "search.*", "statistics", "linear", "quantized_linear", "weight_view"),
+        *("search", "search.*", "statistics"),
+        *("linear", "quantized_linear", "packed_linear", "linear_classes", "weight_view"),
         *("checkpoint", "data", "data_*"),
         *("layers", "linears", "names", "halted", "feeds", "folds", "probing", "rowmaps", "experts", "gathering"),
     ],
@@ -37,9 +41,11 @@ PUBLIC_NAMES = [
     "ConfigError",
     "ModelStructureError",
     "NumericalError",
+    "PackedLinear",
     "QuantizedWeightError",
     "quantize_model",
     "use_for_awq",
+    "use_for_compressed_tensors",
 ]
 
 

@@ -1,0 +1,142 @@
+"""Products with a weight in the pack-quantized layout, as custom ops. Plain torch, any device.
+
+    linear_pack_quantized(x, packed, scale, zero_point, bits)                      x (…, K) -> (…, N)
+    dequantize_pack_quantized(packed, scale, zero_point, in_features, bits, dtype) (N, K)
+
+A block of rows of W is dequantized and multiplied at a time, so that no full-precision weight is held. The gradient
+flows to x alone; the backward pass dequantizes again and keeps nothing but the packed tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..pack_quantized import PackQuantizedWeight, dequantize_rows, unpack_zeros, words_for
+from .blocks import matmul_dtype
+from .schema import NAMESPACE, check_input, without_autocast
+
+BLOCK_ROWS = 512
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_PACKED = "Tensor packed, Tensor scale, Tensor? zero_point"
+for _schema in (
+    f"linear_pack_quantized(Tensor x, {_PACKED}, int bits) -> Tensor",
+    f"dequantize_pack_quantized({_PACKED}, int in_features, int bits, ScalarType dtype) -> Tensor",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+
+
+def linear(
+    x: Tensor,  # (…, K)
+    weight: PackQuantizedWeight,
+    bits: int,
+) -> Tensor:
+    """x Wᵀ: (…, N) in x's dtype, differentiable in x.
+
+    Raises:
+        ValueError: the tensors' shapes or dtypes contradict each other.
+    """
+    return _ops.linear_pack_quantized(x, weight.weight_packed, weight.weight_scale, weight.weight_zero_point, bits)
+
+
+def dequantize(
+    weight: PackQuantizedWeight,
+    in_features: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight (N, K) in `dtype`; (q - z) · Δ is computed in fp32 and rounded once."""
+    return _ops.dequantize_pack_quantized(
+        weight.weight_packed, weight.weight_scale, weight.weight_zero_point, in_features, bits, dtype
+    )
+
+
+def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    in_features = x.shape[-1]
+    _check(packed, scale, zero_point, in_features, bits)
+    check_input(x, in_features)
+    dtype = matmul_dtype(x.device.type, x.dtype)
+    rows = x.reshape(-1, in_features).to(dtype)
+    output = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
+    with without_autocast(x.device.type):
+        for span, block in _blocks(packed, scale, zero_point, in_features, bits, dtype):
+            output[:, span] = rows @ block.t()
+    return output.view(*x.shape[:-1], packed.shape[0])
+
+
+def _dequantize(
+    packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, bits: int, dtype: torch.dtype
+) -> Tensor:
+    _check(packed, scale, zero_point, in_features, bits)
+    weight = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
+    for span, block in _blocks(packed, scale, zero_point, in_features, bits, dtype):
+        weight[span] = block
+    return weight
+
+
+def _blocks(
+    packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, bits: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, W[rows]) for all rows."""
+    zeros = unpack_zeros(zero_point, packed.shape[0], bits)
+    for first in range(0, packed.shape[0], BLOCK_ROWS):
+        span = slice(first, min(first + BLOCK_ROWS, packed.shape[0]))
+        own_zeros = None if zeros is None else zeros[span]
+        yield span, dequantize_rows(packed[span], scale[span], own_zeros, in_features, bits, dtype)
+
+
+def _check(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, bits: int) -> None:
+    """ValueError unless the tensors are a linear's: dtypes and sizes."""
+    out_features = packed.shape[0]
+    n = scale.shape[-1]
+    expected = {
+        "packed": (packed, (out_features, words_for(in_features, bits)), torch.int32),
+        "scale": (scale, (out_features, n), scale.dtype if scale.is_floating_point() else torch.float16),
+    }
+    if zero_point is not None:
+        expected["zero_point"] = (zero_point, (words_for(out_features, bits), n), torch.int32)
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {shape} for {in_features} input "
+                f"channels of {bits} bits."
+            )
+    if not n or in_features % n:
+        raise ValueError(f"scale is {tuple(scale.shape)}; expected groups that divide {in_features} input channels.")
+
+
+for _name, _kernel in (("linear_pack_quantized", _linear), ("dequantize_pack_quantized", _dequantize)):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+_ops = torch.ops.hf_awq_offload
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_pack_quantized", lib=_library)
+def _(x, packed, scale, zero_point, bits):
+    _check(packed, scale, zero_point, x.shape[-1], bits)
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::dequantize_pack_quantized", lib=_library)
+def _(packed, scale, zero_point, in_features, bits, dtype):
+    return packed.new_empty(packed.shape[0], in_features, dtype=dtype)
+
+
+def _keep_packed(ctx, inputs, output) -> None:
+    x, packed, scale, zero_point, bits = inputs
+    ctx.save_for_backward(packed, scale, zero_point)
+    ctx.in_features, ctx.bits = x.shape[-1], bits
+
+
+def _linear_backward(ctx, grad_output: Tensor):
+    packed, scale, zero_point = ctx.saved_tensors
+    weight = _ops.dequantize_pack_quantized(packed, scale, zero_point, ctx.in_features, ctx.bits, grad_output.dtype)
+    return grad_output @ weight, None, None, None, None
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::linear_pack_quantized", _linear_backward, setup_context=_keep_packed, lib=_library
+)

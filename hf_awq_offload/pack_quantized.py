@@ -1,0 +1,125 @@
+"""The pack-quantized layout of compressed-tensors: integers of b bits in int32 words. Pure functions.
+
+Format (compressed-tensors 0.18 and later, `PackedQuantizationCompressor`; read by vLLM, SGLang and transformers):
+
+    weight_packed (out, ⌈in · b / 32⌉) int32          weight_scale (out, n), in the model's dtype
+    weight_zero_point (⌈out · b / 32⌉, n) int32       weight_shape (2,) int64: out, in
+
+A row of `weight_packed` is a stream of bits from the lowest of word 0 on: value i is in bits b · i … b · i + b - 1. At
+3 bits the values 10 and 21 of every 32 lie across two words. (Before 0.18 they did not: there were ten values to a
+word. At 2, 4 and 8 bits nothing has changed.) Rows are padded to whole words. Zero points are such streams along out,
+one column to a group; a symmetric grid has none.
+
+The library counts from -2^(b-1) and adds that offset before it packs, so that what is stored is q and z of `grid.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .grid import Grid, GroupParameters
+
+WORD_BITS = 32
+VALUES = 32
+"""Values after which a stream of any width is at a word's beginning again, b words later."""
+
+
+class PackQuantizedWeight(NamedTuple):
+    """The tensors of a linear in a pack-quantized checkpoint."""
+
+    weight_packed: Tensor  # (out, ⌈in · b / 32⌉) int32
+    weight_scale: Tensor  # (out, n)
+    weight_zero_point: Tensor | None  # (⌈out · b / 32⌉, n) int32; None on a symmetric grid
+    weight_shape: Tensor  # (2,) int64: out, in
+
+
+def words_for(values: int, bits: int) -> int:
+    """Length of a stream in words."""
+    return -(-values * bits // WORD_BITS)
+
+
+def pack_stream(
+    codes: Tensor,  # (rows, columns), integers 0 … 2^bits - 1 in any dtype
+    bits: int,
+) -> Tensor:
+    """Every row as a stream of bits, (rows, ⌈columns · bits / 32⌉) int32, contiguous."""
+    rows, columns = codes.shape
+    blocks = -(-columns // VALUES)
+    values = torch.zeros(rows, blocks * VALUES, dtype=torch.int32, device=codes.device)
+    values[:, :columns] = codes
+    values = values.unflatten(1, (blocks, VALUES))
+    words = torch.zeros(rows, blocks, bits, dtype=torch.int32, device=codes.device)
+    for i in range(VALUES):
+        word, shift = divmod(i * bits, WORD_BITS)
+        words[..., word] |= values[..., i] << shift
+        if shift + bits > WORD_BITS:
+            words[..., word + 1] |= values[..., i] >> (WORD_BITS - shift)
+    return words.flatten(1)[:, : words_for(columns, bits)].contiguous()
+
+
+def unpack_stream(
+    words: Tensor,  # (rows, ⌈columns · bits / 32⌉) int32
+    columns: int,
+    bits: int,
+) -> Tensor:
+    """Inverse of `pack_stream`: (rows, columns) uint8."""
+    mask = 2**bits - 1
+    # `>>` on int32 copies the sign bit in from the left; the masks remove it again.
+    if WORD_BITS % bits == 0:
+        shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
+        return ((words.unsqueeze(-1) >> shifts) & mask).to(torch.uint8).flatten(1)[:, :columns]
+    blocks = -(-columns // VALUES)
+    whole = torch.nn.functional.pad(words, (0, blocks * bits - words.shape[1])).unflatten(1, (blocks, bits))
+    codes = torch.empty(words.shape[0], blocks, VALUES, dtype=torch.uint8, device=words.device)
+    for i in range(VALUES):
+        word, shift = divmod(i * bits, WORD_BITS)
+        value = whole[..., word] >> shift
+        here = WORD_BITS - shift  # bits of the value in this word
+        if here < bits:
+            value = (value & (2**here - 1)) | (whole[..., word + 1] << here)
+        codes[..., i] = value & mask
+    return codes.flatten(1)[:, :columns]
+
+
+def pack_weight(
+    codes: Tensor,  # (out, in) integers on the grid
+    parameters: GroupParameters,  # (out, n)
+    grid: Grid,
+    scale_dtype: torch.dtype,
+) -> PackQuantizedWeight:
+    """The checkpoint tensors of one linear, contiguous."""
+    zeros = pack_stream(parameters.zero.t(), grid.bits).t().contiguous() if grid.zero_point else None
+    return PackQuantizedWeight(
+        pack_stream(codes, grid.bits),
+        parameters.scale.to(scale_dtype).contiguous(),
+        zeros,
+        torch.tensor(codes.shape, dtype=torch.int64, device=codes.device),
+    )
+
+
+def unpack_zeros(
+    weight_zero_point: Tensor | None,  # (⌈out · bits / 32⌉, n) int32
+    out_features: int,
+    bits: int,
+) -> Tensor | None:
+    """Zero points (out, n) uint8; None where every one is 2^(bits - 1)."""
+    return None if weight_zero_point is None else unpack_stream(weight_zero_point.t(), out_features, bits).t()
+
+
+def dequantize_rows(
+    packed: Tensor,  # (rows, ⌈in · bits / 32⌉) int32: rows of weight_packed
+    scale: Tensor,  # (rows, n)
+    zeros: Tensor | None,  # (rows, n) uint8
+    in_features: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of the dequantized weight, (rows, in); (q - z) · Δ is computed in fp32 (fp64 for fp64) and rounded once."""
+    working = torch.promote_types(dtype, torch.float32)
+    codes = unpack_stream(packed, in_features, bits).to(working).unflatten(1, (scale.shape[1], -1))
+    middle = 2 ** (bits - 1)
+    codes.sub_(middle if zeros is None else zeros.unsqueeze(-1).to(working))
+    return codes.mul_(scale.unsqueeze(-1).to(working)).flatten(1).to(dtype)
