@@ -31,6 +31,13 @@ class Renaming:
         """Whether these tensors of a linear are found again after saving and loading."""
         return all(self._comes_back(f"{name}.{tensor}") for tensor in tensors)
 
+    def name_in_checkpoint(
+        self,
+        name: str,  # of a module in the model
+    ) -> str:
+        """What the module is called in checkpoints."""
+        return _renamed(f"{name}.weight", self.on_saving).removesuffix(".weight")
+
     def _comes_back(self, key: str) -> bool:
         if _is_converted(key, self.on_saving):
             return False

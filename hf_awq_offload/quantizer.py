@@ -42,7 +42,7 @@ from .linears import is_linear, linears_in
 from .loading import ToGemm, replace_linears, to_gemm_converter
 from .logs import get_logger
 from .names import Renaming
-from .overrides import check_that_all_match
+from .overrides import GridChoice, check_that_all_match
 from .packed_checkpoint_config import PackedCheckpointConfig
 from .pipeline import quantize_layers
 from .quantized_linear import QuantizedLinear
@@ -289,9 +289,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             for layer_name, layer in candidate_layers(model).items()
             for name in router_linears(layer)
         }
-        renaming = Renaming(
-            self.update_weight_conversions(get_model_conversion_mapping(model, add_legacy=False), model)
-        )
+        renaming = self._renaming(model)
         linear_type = linear_class(config.checkpoint_format)
         left_out = {}
         for name, linear in model.named_modules():
@@ -314,6 +312,10 @@ class AwqOffloadQuantizer(HfQuantizer):
             elif unpackable is not None:
                 left_out[name] = unpackable
         return left_out
+
+    def _renaming(self, model: PreTrainedModel) -> Renaming:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        return Renaming(self.update_weight_conversions(conversions, model))
 
     def _modules_not_converted(self, model: PreTrainedModel, chosen: list[str] | None) -> list[str]:
         """Name patterns that transformers' own AWQ loader leaves in full precision, `chosen` among them."""
@@ -349,11 +351,17 @@ class AwqOffloadQuantizer(HfQuantizer):
         meta = self._meta(recipe)
         if recipe.checkpoint_format == "awq":
             return AwqCheckpointConfig.from_recipe(recipe, sorted(self.left_out), meta)
-        modules = dict(model.named_modules())
-        quantized = [name for name, module in modules.items() if isinstance(module, QuantizedLinear)]
-        ignored = [name for name, module in modules.items() if name not in quantized and _has_matrix(module)]
+        grids: dict[str, GridChoice] = {}
+        ignored: set[str] = set()
+        renaming = self._renaming(model)
+        for name, module in model.named_modules():
+            names = {name, renaming.name_in_checkpoint(name)}  # some readers match one, some the other
+            if isinstance(module, QuantizedLinear):
+                grids |= dict.fromkeys(names, recipe.choice(name))
+            elif _has_matrix(module):
+                ignored |= names
         setattr(model.config, META_ATTRIBUTE, meta)
-        return PackedCheckpointConfig.of_linears({name: recipe.choice(name) for name in quantized}, ignored)
+        return PackedCheckpointConfig.of_linears(grids, ignored)
 
     def _meta(self, recipe: AwqOffloadConfig) -> dict[str, Any]:
         """How the checkpoint was made; the data set by name or hash, never its text."""
