@@ -78,6 +78,11 @@ class AwqCheckpointConfig(QuantizationConfigMixin):
         """The one grid of all quantized linears."""
         return GridChoice(self.bits, self.group_size, self.zero_point)
 
+    def leave_out(self, names: list[str]) -> None:
+        """Linears that are dense by now are no longer said to be quantized."""
+        if names:
+            self.modules_to_not_convert = [*(self.modules_to_not_convert or []), *names]
+
     def to_dict(self) -> dict[str, Any]:
         """The fields of the standard; `desc_act` and `lm_head` are there because vLLM and TGI read them."""
         return {

@@ -48,7 +48,7 @@ def replace_linears(
         if not isinstance(linear, nn.Linear):
             continue
         prefix = stored.get(name, name)
-        choice = _choice(config, name, prefix, linear, skipped)
+        choice = choice_in(config, name, prefix, linear, skipped)
         if name not in stored and (name in dense or choice is None):
             continue
         if choice is None:
@@ -83,7 +83,7 @@ def replace_linears(
         )
 
 
-def _choice(
+def choice_in(
     config: AwqCheckpointConfig | PackedCheckpointConfig,
     name: str,  # in the model
     prefix: str,  # in the checkpoint

@@ -61,6 +61,10 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
         found = sorted(named, key=lambda target: (target not in names, target)) + sorted(of_class)
         return self.grids[found[0]] if found else None
 
+    def leave_out(self, names: list[str]) -> None:
+        """Linears that are dense by now are no longer said to be quantized."""
+        self.ignore = [*self.ignore, *names]
+
     def to_dict(self) -> dict[str, Any]:
         """The fields of the standard."""
         groups: dict[str, Any] = {}

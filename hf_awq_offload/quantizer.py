@@ -19,7 +19,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import QuantizationMethod
 
 from .checkpoint import read_headers
 from .checkpoint_config import AwqCheckpointConfig
@@ -42,19 +41,17 @@ from .linears import is_linear, linears_in
 from .loading import ToGemm, replace_linears, to_gemm_converter
 from .logs import get_logger
 from .names import Renaming
-from .overrides import GridChoice, check_that_all_match
+from .overrides import check_that_all_match
 from .packed_checkpoint_config import PackedCheckpointConfig
 from .pipeline import quantize_layers
 from .quantized_linear import QuantizedLinear
 from .report import QuantizationReport
+from .saving import checkpoint_config, config_of_result, dense_in_spite, meta_of
 from .streaming import default_execution_device, move_hook
 
 logger = get_logger(__name__)
 
 DeviceMap = dict[str, Any]
-
-META_ATTRIBUTE = "quantization_meta"
-"""Of a model's config: how a compressed-tensors checkpoint was made, for which that standard leaves no room."""
 
 
 class AwqOffloadQuantizer(HfQuantizer):
@@ -68,7 +65,7 @@ class AwqOffloadQuantizer(HfQuantizer):
                     "The checkpoint's config.json holds a recipe (quant_method 'awq_offload'), which no finished "
                     "checkpoint does; it was interrupted or edited. Quantize the original again."
                 )
-            self.quantization_config = _checkpoint_config(quantization_config)
+            self.quantization_config = checkpoint_config(quantization_config)
         self.final_device_map: DeviceMap | None = None
         self.calibration: CalibrationSet | None = None
         self.left_out: dict[str, str] = {}
@@ -125,10 +122,9 @@ class AwqOffloadQuantizer(HfQuantizer):
         peft.register()
         if self.pre_quantized:
             headers = read_headers(kwargs.get("checkpoint_files"))
-            meta = getattr(self.checkpoint, "meta", None) or getattr(model.config, META_ATTRIBUTE, {})
-            self._unfuse_experts(model, all_kinds=bool(meta.get("unfused_experts")))
-            not_converted = getattr(self.checkpoint, "modules_to_not_convert", None)
-            replace_linears(model, self.checkpoint, headers, self._modules_not_converted(model, not_converted))
+            unfused = meta_of(model, self.checkpoint).get("unfused_experts", False)
+            self._unfuse_experts(model, all_kinds=unfused)
+            replace_linears(model, self.checkpoint, headers, self._skipped(model))
             if isinstance(self.checkpoint, PackedCheckpointConfig):
                 model.config.quantization_config = self.checkpoint  # as saved, not as the library parses it
             return
@@ -177,7 +173,8 @@ class AwqOffloadQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, AwqLinear):
                 module.backend = recipe.backend
-        self.quantization_config = self._config_of_result(model, recipe)
+        renaming, left_out = self._renaming(model), sorted(self.left_out)
+        self.quantization_config = config_of_result(model, recipe, renaming, left_out, self._meta(recipe))
         self.calibration = None
         self.pre_quantized = True
         model.config.quantization_config = self.quantization_config
@@ -224,16 +221,8 @@ class AwqOffloadQuantizer(HfQuantizer):
         if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
             self.remove_quantization_config(model)
             return None, {}
-        known = self._modules_not_converted(model, self.checkpoint.modules_to_not_convert)
-        dense = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-            and not isinstance(module, QuantizedLinear)
-            and should_convert_module(name, known)
-        ]
-        if dense:
-            self.checkpoint.modules_to_not_convert = [*(self.checkpoint.modules_to_not_convert or []), *dense]
+        dense = dense_in_spite(model, self.checkpoint, self._renaming(model), self._skipped(model))
+        self.checkpoint.leave_out(dense)
         return None, {}
 
     @property
@@ -326,6 +315,10 @@ class AwqOffloadQuantizer(HfQuantizer):
             add_default_skips=True,
         )
 
+    def _skipped(self, model: PreTrainedModel) -> list[str]:
+        """Name patterns of linears that AWQ loaders leave in full precision, the checkpoint's among them."""
+        return self._modules_not_converted(model, getattr(self.checkpoint, "modules_to_not_convert", None))
+
     # -- odds and ends of one run ----------------------------------------------------------------------------------
 
     def _keep_final_device_map(self, device_map: DeviceMap) -> None:
@@ -343,25 +336,6 @@ class AwqOffloadQuantizer(HfQuantizer):
                 f"{len(unpackable)} linears stay in full precision because their shape does not fit the layout: "
                 f"{_list_reasons(unpackable)}."
             )
-
-    def _config_of_result(
-        self, model: PreTrainedModel, recipe: AwqOffloadConfig
-    ) -> AwqCheckpointConfig | PackedCheckpointConfig:
-        """What config.json will say of the model that was quantized."""
-        meta = self._meta(recipe)
-        if recipe.checkpoint_format == "awq":
-            return AwqCheckpointConfig.from_recipe(recipe, sorted(self.left_out), meta)
-        grids: dict[str, GridChoice] = {}
-        ignored: set[str] = set()
-        renaming = self._renaming(model)
-        for name, module in model.named_modules():
-            names = {name, renaming.name_in_checkpoint(name)}  # some readers match one, some the other
-            if isinstance(module, QuantizedLinear):
-                grids |= dict.fromkeys(names, recipe.choice(name))
-            elif _has_matrix(module):
-                ignored |= names
-        setattr(model.config, META_ATTRIBUTE, meta)
-        return PackedCheckpointConfig.of_linears(grids, ignored)
 
     def _meta(self, recipe: AwqOffloadConfig) -> dict[str, Any]:
         """How the checkpoint was made; the data set by name or hash, never its text."""
@@ -386,21 +360,6 @@ def _linears_in_layers(model: nn.Module) -> dict[str, nn.Linear]:
         for layer_name, layer in candidate_layers(model).items()
         for name, linear in linears_in(layer).items()
     }
-
-
-def _checkpoint_config(config: Any) -> AwqCheckpointConfig | PackedCheckpointConfig:
-    """Of a checkpoint, from what transformers parsed its config.json to."""
-    if isinstance(config, PackedCheckpointConfig):
-        return config
-    if config.quant_method == QuantizationMethod.COMPRESSED_TENSORS:
-        return PackedCheckpointConfig.from_dict(config.to_dict())
-    return AwqCheckpointConfig.from_awq_config(config)
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    """Whether readers of compressed-tensors may take it for a linear: linears, and routers that are none of ours."""
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
 def _operations(conversion: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_named_modules, match_targets
 from models import tiny_llama, tiny_qwen2, tiny_qwen3, token_batch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_experts import mixtral, qwen3_moe
 from test_pack_quantized import decompress
@@ -444,6 +446,35 @@ class TestExperts:
         assert all(grid.bits == (8 if ".experts.0." in n or ".experts.2." in n else 4) for n, grid in found.items())
         model.save_pretrained(tmp_path)
         assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+class TestAdapters:
+    @pytest.mark.parametrize("bits", [3, 8])
+    def test_lora_on_all_linears_trains_merges_and_comes_off_again(self, bits):
+        model = copy.deepcopy(quantized(bits=bits))
+        before = logits(model)
+        adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False))
+        adapted(INPUT, labels=INPUT).loss.backward()
+        gradients = {name: value.grad for name, value in adapted.named_parameters() if value.requires_grad}
+        assert len(gradients) == 2 * 14
+        assert all(bool(gradient.abs().sum() > 0) for gradient in gradients.values())
+        expected = logits(adapted)
+        adapted.merge_adapter()
+        torch.testing.assert_close(logits(adapted), expected, rtol=1e-4, atol=1e-4)
+        adapted.unmerge_adapter()
+        assert torch.equal(logits(adapted.unload()), before)
+
+    def test_what_is_merged_is_dense_in_the_checkpoint(self, tmp_path, ours):
+        model = copy.deepcopy(quantized(bits=8, zero_point=False))
+        names = ["v_proj", "down_proj"]
+        merged = get_peft_model(
+            model, LoraConfig(target_modules=names, r=2, init_lora_weights=False)
+        ).merge_and_unload()
+        assert len(packed_linears(merged)) == 10
+        merged.save_pretrained(tmp_path)
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), merged)
+        assert torch.equal(logits(by_the_library(tmp_path)), logits(merged))
 
 
 def load_file_of(directory: Path) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ LEVELS = {
     2: ["streaming", "layer_quantization"],
     3: ["pipeline"],
     4: [
-        *("quantizer", "in_memory", "loading", "registration", "evaluate", "demo", "demo.*"),
+        *("quantizer", "in_memory", "loading", "saving", "registration", "evaluate", "demo", "demo.*"),
         *("hub", "model_card", "integrations", "integrations.*", "__init__", "__main__"),
     ],
 }
