@@ -9,15 +9,19 @@ from .errors import (
     CalibrationDataError,
     CheckpointError,
     ConfigError,
+    JournalError,
+    MemoryLimitError,
     ModelStructureError,
     NumericalError,
     QuantizedWeightError,
+    StorageError,
 )
 from .in_memory import quantize_model
 from .linear import AwqLinear
 from .packed_linear import PackedLinear
 from .quantizer import AwqOffloadQuantizer
 from .registration import register, use_for_awq, use_for_compressed_tensors
+from .streamed import quantize
 
 __all__ = [
     "AwqLinear",
@@ -27,10 +31,14 @@ __all__ = [
     "CalibrationDataError",
     "CheckpointError",
     "ConfigError",
+    "JournalError",
+    "MemoryLimitError",
     "ModelStructureError",
     "NumericalError",
     "PackedLinear",
     "QuantizedWeightError",
+    "StorageError",
+    "quantize",
     "quantize_model",
     "use_for_awq",
     "use_for_compressed_tensors",

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import ConfigError
@@ -23,6 +24,8 @@ QUANT_METHOD = "awq_offload"
 """The name under which the recipe is registered with transformers."""
 
 FORMATS = ("auto", "awq", "compressed-tensors")
+
+OFFLOADS = ("auto", "cpu", "disk")
 
 ROUNDINGS = ("nearest", "error_feedback")
 
@@ -57,6 +60,11 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         modules_to_not_convert: names (suffixes, prefixes or regular expressions, as transformers matches them)
             of linears that stay in full precision.
         execution_device: where a decoder layer is processed; by default the accelerator, else the CPU.
+        offload: where the full-precision weights are meanwhile: "cpu" (RAM), "disk" (read from the checkpoint's own
+            safetensors files, layer by layer), or "auto": the disk if RAM is too small for them.
+        prefetch: read the next decoder layer while one is at work; it costs the memory of a second layer.
+        max_memory: device ("cpu", "cuda:0") -> bytes or text such as "8GiB" that are not exceeded.
+        checkpoint_dir: folder of a journal in which finished layers are kept; the same call goes on after a crash.
         seed: seed of everything random (the choice of samples, probes).
         backend: what computes the quantized linears of the model that is returned: "auto", or one of those in
             docs/kernels.md. It is not stored in the checkpoint; the environment variable HF_AWQ_OFFLOAD_BACKEND
@@ -87,6 +95,10 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         rounding: str = "error_feedback",
         modules_to_not_convert: list[str] | None = None,
         execution_device: Any = None,
+        offload: str = "auto",
+        prefetch: bool = True,
+        max_memory: Mapping[str, int | str] | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
         seed: int = 0,
         backend: str = "auto",
         **unknown: Any,
@@ -111,6 +123,10 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         self.rounding = rounding
         self.modules_to_not_convert = modules_to_not_convert
         self.execution_device = execution_device
+        self.offload = offload
+        self.prefetch = prefetch
+        self.max_memory = max_memory
+        self.checkpoint_dir = checkpoint_dir
         self.seed = seed
         self.backend = backend
         self._reject_unknown(unknown)
@@ -139,7 +155,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values; a data set or tokenizer given as an object is described, never spelled out."""
         fields = dict(self.__dict__)
-        for name in ("dataset", "tokenizer", "execution_device"):
+        for name in ("dataset", "tokenizer", "execution_device", "checkpoint_dir"):
             if not isinstance(fields[name], str | None):
                 is_plain = name == "execution_device" or isinstance(fields[name], os.PathLike)
                 fields[name] = str(fields[name]) if is_plain else f"<{type(fields[name]).__name__}>"
@@ -173,7 +189,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
                 f"{' and for different grids' if self.overrides else ''}; AWQ checkpoints hold 4 bits, the same "
                 "for all linears. Pass format='compressed-tensors' or 'auto', or bits=4 without overrides."
             )
-        for name in ("duo_scaling", "clip", "all_experts"):
+        for name in ("duo_scaling", "clip", "all_experts", "prefetch"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; pass True or False.")
         _require_int("n_samples", self.n_samples, "a positive number of sequences, such as 128", minimum=1)
@@ -205,6 +221,14 @@ class AwqOffloadConfig(QuantizationConfigMixin):
                 )
         if self.execution_device is not None:
             self.execution_device = _available_device(self.execution_device)
+        if self.offload not in OFFLOADS:
+            raise ConfigError(f"offload is {self.offload!r}; pass one of {', '.join(map(repr, OFFLOADS))}.")
+        if self.checkpoint_dir is not None and not isinstance(self.checkpoint_dir, str | os.PathLike):
+            raise ConfigError(f"checkpoint_dir is {self.checkpoint_dir!r}; pass the path of a folder, or None.")
+        if self.checkpoint_dir is not None and not os.fspath(self.checkpoint_dir):
+            raise ConfigError("checkpoint_dir is an empty string; pass the path of a folder, or None.")
+        if self.max_memory is not None:
+            self.max_memory = _memory_limits(self.max_memory)
 
     def _validate_data(self) -> None:
         if self.text_column is not None and not (isinstance(self.text_column, str) and self.text_column):
@@ -278,6 +302,30 @@ def _require_int(
     in_bounds = is_int and ((minimum is None or value >= minimum) and (maximum is None or value <= maximum))
     if not in_bounds:
         raise ConfigError(f"{name} is {value!r}; pass {remedy}.")
+
+
+def _memory_limits(limits: Any) -> dict[str, int]:
+    """Device as torch spells it -> bytes; ConfigError unless all are known."""
+    if not isinstance(limits, Mapping):
+        raise ConfigError(
+            f"max_memory is {limits!r}; pass a dict such as {{'cuda:0': '8GiB', 'cpu': '32GiB'}}, or None."
+        )
+    found = {}
+    for device, limit in limits.items():
+        try:
+            if isinstance(device, bool) or not isinstance(device, str | int):
+                raise ValueError(f"a {type(device).__name__} for a device")
+            name = str(torch.device(device))
+            limit_bytes = convert_file_size_to_int(limit)
+            if isinstance(limit, bool) or limit_bytes <= 0:
+                raise ValueError("not a positive size")
+        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"max_memory is {limits!r}: {device!r} has {str(error).splitlines()[0]}; pass devices such as 'cpu' or "
+                "'cuda:0' with a number of bytes, or a text such as '8GiB'."
+            ) from error
+        found[name] = int(limit_bytes)
+    return found
 
 
 def _available_device(device: Any) -> str:

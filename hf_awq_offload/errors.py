@@ -6,7 +6,10 @@
     ├── ModelStructureError  (ValueError)    the model has nothing to quantize, or can't be traced
     ├── NumericalError       (RuntimeError)  activations or weights of a layer are not finite
     ├── CheckpointError      (ValueError)    a quantized checkpoint contradicts its own config
-    └── QuantizedWeightError (RuntimeError)  something would write to, or train, a weight that is stored in 4 bits
+    ├── QuantizedWeightError (RuntimeError)  something would write to, or train, a weight that is stored in 4 bits
+    ├── MemoryLimitError     (ValueError)    the model can't be quantized within the memory or disk that there is
+    ├── JournalError         (ValueError)    checkpoint_dir belongs to another run, or is in use
+    └── StorageError         (OSError)       a file can't be written: the disk is full, or the folder read-only
 
 A message says what was found, what was expected and what to do.
 """
@@ -38,3 +41,15 @@ class CheckpointError(AwqOffloadError, ValueError):
 
 class QuantizedWeightError(AwqOffloadError, RuntimeError):
     """Something would change or train a quantized weight in a way that it can't be: the change would be lost."""
+
+
+class MemoryLimitError(AwqOffloadError, ValueError):
+    """The model can't be quantized within the memory or disk that there is, or that `max_memory` allows."""
+
+
+class JournalError(AwqOffloadError, ValueError):
+    """The journal in `checkpoint_dir` belongs to another run, is in use, or can't be read."""
+
+
+class StorageError(AwqOffloadError, OSError):
+    """A file can't be written: the disk is full, or the folder is read-only. What was there before is whole."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .errors import ModelStructureError
 from .halted import HaltedForward, halted_forwards, layer_at
+from .hidden_states import HiddenStates, HiddenWriter
 from .layers import LayerRunner, NotAChainError, Skeleton, candidate_layers, record_skeleton
 from .logs import get_logger
 from .probing import ProbeCalls
@@ -66,14 +68,42 @@ class Feed(Protocol):
 
 
 class SkeletonFeed:
-    """From a skeleton: `run` replaces a batch's hidden states by what the layer makes of them."""
+    """From a skeleton: `run` makes of a batch's hidden states what enters the next layer.
 
-    def __init__(self, skeleton: Skeleton):
+    The hidden states that enter the layer at hand stay until `hidden` is set: a layer can be run again.
+    """
+
+    def __init__(self, skeleton: Skeleton, record: Callable[[Sequence[Tensor]], Skeleton]):
+        """`record` makes the skeleton of other batches."""
         self.skeleton = skeleton
         self.layer_names = skeleton.layer_names
+        self.outputs: HiddenWriter | None = None
+        """Takes what `run` makes of the batches that are data, in their order. At the next layer that becomes `hidden`;
+        who puts another writer here, or None, sets `hidden` himself."""
+        self._record = record
+        self._hidden = HiddenStates(skeleton.hidden[PROBES:])
+
+    @property
+    def hidden(self) -> HiddenStates:
+        """What enters the layer at hand, of the batches that are data."""
+        return self._hidden
+
+    @hidden.setter
+    def hidden(self, states: HiddenStates) -> None:
+        self._hidden = states
+        self.skeleton.hidden[PROBES:] = states.batches
+
+    def rebatch(self, batches: Sequence[Tensor]) -> None:
+        """Go on with other micro-batches, the probes at their front; `hidden` is then what enters the first layer."""
+        self.skeleton = self._record(batches)
+        self._hidden = HiddenStates(self.skeleton.hidden[PROBES:])
 
     def visits(self) -> Iterator[Visit]:
-        return iter([Visit(name, is_last=True) for name in self.layer_names])
+        for name in self.layer_names:
+            self.outputs = HiddenWriter()
+            yield Visit(name, is_last=True)
+            if self.outputs is not None and self.outputs.shapes:
+                self.hidden = self.outputs.finish()
 
     def probes(self, name: str) -> ProbeCalls:
         several, single = ((self.skeleton.calls[name][index], self.skeleton.hidden[index]) for index in (0, 1))
@@ -85,7 +115,8 @@ class SkeletonFeed:
     def run(self, runner: LayerRunner, name: str, index: int) -> None:
         hidden = self.skeleton.hidden[index]
         output = runner(self.skeleton.calls[name][index], hidden)
-        self.skeleton.hidden[index] = output.to(device=hidden.device, dtype=hidden.dtype)
+        if self.outputs is not None and index >= PROBES:
+            self.outputs.append(output.to(device=hidden.device, dtype=hidden.dtype))
 
 
 class HaltedFeed:
@@ -148,7 +179,7 @@ def open_feed(
     except Exception as error:  # of any kind: stubs can break what a model computes between its layers
         logger.info("Forward passes of %s are halted at each decoder layer: %r", type(model).__name__, error)
     else:
-        yield SkeletonFeed(skeleton)
+        yield SkeletonFeed(skeleton, partial(record_skeleton, model))
         return
     layers = candidate_layers(model)
     order = _order_of_layers(model, layers, batches[0], run_layer)

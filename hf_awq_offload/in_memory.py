@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from typing import Any, cast
 
 from accelerate.hooks import remove_hook_from_submodules
@@ -51,7 +52,8 @@ def quantize_model(
         quantizer.preprocess_model(model)
         remove_hook_from_submodules(model)
         nn.Module.to(model, "cpu")
-        quantizer.quantize(model, undo)
+        with closing(quantizer.prepare(model)) as place:
+            quantizer.quantize(model, place, undo)
     except BaseException:
         for step in reversed(undo):
             step()

@@ -6,7 +6,7 @@ these together on the modules of a layer and decides nothing about numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -20,7 +20,7 @@ from .folds import InputGroup, LayerStructure, ProducerKind, absorb, storable_sc
 from .gathering import GatheredStatistics
 from .grid import Grid, group_parameters, group_range, quantize
 from .linear_classes import linear_class
-from .report import GroupReport
+from .report import GroupReport, LayerReport
 from .search.clip import search_clip
 from .search.rounding import FeedbackOrder, feedback_order, round_weight
 from .search.scale import ScaleSearch, output_mse, search_scale
@@ -178,6 +178,23 @@ def quantize_linear(
         linear.to("cpu")
         context.undo.append(partial(context.layer.set_submodule, name, linear))
     return loss
+
+
+def restore_layer(
+    context: LayerContext,
+    report: LayerReport,
+    state: Mapping[str, Tensor] | None,  # by names within the layer; None leaves it on the meta device
+) -> None:
+    """Put a layer that was quantized before in the place of the one in full precision."""
+    for name in (name for group in report.groups for name in group.consumers):
+        linear = context.linear(name)
+        bias, dtype = linear.bias is not None, linear.weight.dtype
+        quantized = linear_class(context.recipe.checkpoint_format)(
+            linear.in_features, linear.out_features, bias, context.grid(name), dtype, device="meta"
+        )
+        context.layer.set_submodule(name, quantized)
+    if state is not None:
+        context.layer.load_state_dict(dict(state), assign=True)
 
 
 def quantize_without_data(context: LayerContext) -> list[GroupReport]:

@@ -2,15 +2,16 @@
 
     skeleton pass (what each layer is given) -> for each layer: onload, statistics, scales, clip, round, pack, offload
 
-What happens on one layer is in `layer_quantization.py`; this file says in which order, on which data, and where.
+What happens on one layer is in `layer_quantization.py`; this file says in which order, on which data, and where. A
+layer is committed to the journal, if there is one, before the next begins; layers that are there already are not
+quantized again.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,15 +20,22 @@ from transformers.utils import logging
 
 from .config import AwqOffloadConfig
 from .data import CalibrationSet, micro_batches
-from .feeds import PROBES, Feed, layers_that_run, open_feed
+from .errors import MemoryLimitError
+from .feeds import PROBES, Feed, SkeletonFeed, Visit, layers_that_run, open_feed
 from .folds import LayerStructure, structure_key, without_folds_of
 from .gathering import LayerStatistics
+from .hidden_states import HiddenStates, HiddenWriter
+from .journal import LayerCommit
 from .layer_quantization import LayerContext, Undo, quantize_with_statistics, quantize_without_data
 from .layers import LayerRunner, calibration_mode, candidate_layers, shared_parameters
 from .linears import linears_in
-from .probing import ProbeCalls, discover_structure, provable_structure
+from .logs import get_logger
+from .probing import discover_structure, provable_structure
 from .report import LayerReport, QuantizationReport
-from .streaming import compute_dtype, onloaded, peak_memory_bytes
+from .streaming import compute_dtype, is_out_of_memory, peak_memory_bytes, release_cached
+from .workplace import Workplace
+
+logger = get_logger(__name__)
 
 PROBE_TOKENS = 32
 CPU_BATCH_TOKENS = 4096
@@ -39,74 +47,310 @@ ACCELERATOR_MEMORY_SHARE = 0.25
 def quantize_layers(
     model: nn.Module,
     recipe: AwqOffloadConfig,
-    device: torch.device,
+    place: Workplace,
     is_quantizable: Callable[[str], bool],  # full name of a linear -> whether to quantize it
     calibration: CalibrationSet | None,  # None: recipe.needs_calibration is False
     undo: Undo | None = None,
 ) -> QuantizationReport:
-    """Replace the quantizable linears of `model`'s decoder layers by `AwqLinear`, in place.
+    """Replace the quantizable linears of `model`'s decoder layers by packed ones, in place.
 
     Hidden states that the *original* weights produce are passed from layer to layer.
     """
-    with calibration_mode(model):
-        return _quantize_layers(model, recipe, device, is_quantizable, calibration, undo)
+    job = _Job(model, recipe, place, is_quantizable, undo)
+    with calibration_mode(model), place.onloader.on_demand():
+        if calibration is None:
+            job.without_data()
+        else:
+            _Calibrated(job, calibration).run()
+        place.install(job.adopted, job.context)
+    return _with_layers_left_out(job.report, model, is_quantizable)
 
 
-def _quantize_layers(
-    model: nn.Module,
-    recipe: AwqOffloadConfig,
-    device: torch.device,
-    is_quantizable: Callable[[str], bool],
-    calibration: CalibrationSet | None,
-    undo: Undo | None,
-) -> QuantizationReport:
-    report = QuantizationReport()
-    if calibration is None:
-        run_layer = partial(_run_layer, model, device)
-        for name in logging.tqdm(layers_that_run(model, run_layer), desc="Quantizing", unit="layer"):
-            context = _context(model, name, recipe, is_quantizable, undo)
-            with onloaded(context.layer, device):
-                report.layers.append(LayerReport(name, tuple(quantize_without_data(context)), 0.0))
-        return _with_layers_left_out(report, model, is_quantizable)
-    report.tokens = calibration.tokens
-    first = calibration.sequences[0]
-    probe_batches = [first[:PROBE_TOKENS].unsqueeze(0), first[:1].unsqueeze(0)]
-    indices = micro_batches(calibration, recipe.batch_tokens or default_batch_tokens(model, device))
-    batches = [torch.stack([calibration.sequences[i] for i in batch]) for batch in indices]
-    counted = [None] * len(probe_batches) + [_stack_counted(calibration, batch) for batch in indices]
-    structures: dict[object, LayerStructure] = {}
-    shared = shared_parameters(model)
-    collectors: dict[str, LayerStatistics] = {}
-    found: dict[str, LayerStructure] = {}
-    seconds: dict[str, float] = defaultdict(float)
-    with open_feed(model, probe_batches + batches, partial(_run_layer, model, device)) as feed:
-        progress = logging.tqdm(total=len(feed.layer_names), desc="Quantizing", unit="layer")
-        for visit in feed.visits():
-            name = visit.name
-            start = time.perf_counter()
-            context = _context(model, name, recipe, is_quantizable, undo)
-            with onloaded(context.layer, device):
-                if name not in found:
-                    structure = _structure_of(context.layer, feed.probes(name), device, recipe.seed, structures)
-                    found[name] = without_folds_of(structure, shared[name])
-                    collectors[name] = LayerStatistics(
-                        context.layer, found[name], context.quantizable, device, recipe.all_experts
-                    )
-                _advance(context, feed, collectors[name], device, counted)
-                groups, starved = [], {}
-                if visit.is_last:
-                    statistics = collectors.pop(name).gathered(name, recipe.min_expert_tokens)
-                    starved = statistics.starved()
-                    groups = quantize_with_statistics(context, found[name], statistics)
-            seconds[name] += time.perf_counter() - start
+class _Job:
+    """What runs with and without data have in common."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: AwqOffloadConfig,
+        place: Workplace,
+        is_quantizable: Callable[[str], bool],
+        undo: Undo | None,
+    ):
+        self.model, self.recipe, self.place, self.undo = model, recipe, place, undo
+        self.is_quantizable = is_quantizable
+        self.device = place.onloader.device
+        self.report = QuantizationReport()
+        self.adopted: list[LayerCommit] = []
+        """Layers that an earlier run has quantized."""
+
+    def context(self, name: str) -> LayerContext:
+        layer = self.model.get_submodule(name)
+        quantizable = frozenset(part for part in linears_in(layer) if self.is_quantizable(f"{name}.{part}"))
+        return LayerContext(name, layer, quantizable, self.recipe, self.undo)
+
+    def run_layer(self, name: str, use: Callable[[LayerRunner], Any]) -> Any:
+        with self.place.onloader.onloaded(name) as layer:
+            return use(_runner(layer, self.device))
+
+    def adopt(self, commit: LayerCommit) -> None:
+        """Take a layer from the journal."""
+        self.adopted.append(commit)
+        self.report.layers.append(LayerReport.from_dict(commit.report["layer"]))
+        self.report.left_out |= commit.report["left_out"]
+
+    def finish_layer(
+        self, index: int, report: LayerReport, left_out: dict[str, str], batch_tokens: int, hidden: HiddenWriter | None
+    ) -> None:
+        """The layer, which is onloaded, is quantized: make it last."""
+        self.report.layers.append(report)
+        self.report.left_out |= left_out
+        self.place.take_over(index, report, left_out, batch_tokens, hidden)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.report.phase_seconds[phase] = self.report.phase_seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def without_data(self) -> None:
+        with self.place.onloader.rest():
+            names = layers_that_run(self.model, self.run_layer)
+        commits = self.place.commits
+        self.place.onloader.expect([name for name in names if name not in commits])
+        for index, name in enumerate(logging.tqdm(names, desc="Quantizing", unit="layer")):
+            if name in commits:
+                self.adopt(commits[name])
+                continue
+            with self.place.onloader.onloaded(name):
+                report = LayerReport(name, tuple(quantize_without_data(self.context(name))), 0.0)
+                self.finish_layer(index, report, {}, 0, None)
+
+
+class _Calibrated:
+    """A run over calibration data."""
+
+    def __init__(self, job: _Job, calibration: CalibrationSet):
+        self.job, self.calibration = job, calibration
+        self.model, self.device, self.place = job.model, job.device, job.place
+        self.recipe = job.recipe
+        job.report.tokens = calibration.tokens
+        first = calibration.sequences[0]
+        self.probe_batches = [first[:PROBE_TOKENS].unsqueeze(0), first[:1].unsqueeze(0)]
+        self.shared = shared_parameters(self.model)
+        self.keys = {name: structure_key(layer) for name, layer in candidate_layers(self.model).items()}
+        """Of the layers as they were."""
+        self.structures: dict[object, LayerStructure] = {}
+        self.found: dict[str, LayerStructure] = {}
+        self.collectors: dict[str, LayerStatistics] = {}
+        self.position = 0
+        """Index of the layer that the feed's hidden states enter."""
+        self._set_batch_tokens(job.recipe.batch_tokens or default_batch_tokens(self.model, self.device))
+
+    def run(self) -> None:
+        commits = self.place.commits
+        with ExitStack() as rest, ExitStack() as stack:
+            rest.enter_context(self.place.onloader.rest())
+            with self.job.timed("skeleton"):
+                self.feed: Feed = stack.enter_context(open_feed(self.model, self.batches, self.job.run_layer))
+            self.names = self.feed.layer_names
+            self.index = {name: index for index, name in enumerate(self.names)}
+            if isinstance(self.feed, SkeletonFeed):
+                rest.close()  # until the skeleton pass is repeated
+                self.feed.hidden = self.place.settled(self.feed.hidden)
+                self.place.onloader.expect([name for name in self.names if name not in commits])
+            else:
+                self.place.onloader.expect([])
+            with logging.tqdm(total=len(self.names), desc="Quantizing", unit="layer") as progress:
+                for visit in self.feed.visits():
+                    self._visit(visit, commits.get(visit.name))
+                    if visit.is_last:
+                        progress.update()
+                        progress.set_postfix_str(_progress_text(self.job.report.layers[-1], self.device))
+
+    def _visit(self, visit: Visit, commit: LayerCommit | None) -> None:
+        name = visit.name
+        if commit is not None:
+            if not isinstance(self.feed, SkeletonFeed):
+                self._pass_through(visit)
             if visit.is_last:
-                layer_report = LayerReport(name, tuple(groups), seconds[name], starved)
-                report.layers.append(layer_report)
-                report.left_out |= _not_reached(context, found[name])
-                progress.update()
-                progress.set_postfix_str(_progress_text(layer_report, device))
-        progress.close()
-    return _with_layers_left_out(report, model, is_quantizable)
+                self.job.adopt(commit)
+            return
+        while True:
+            try:
+                if isinstance(self.feed, SkeletonFeed):
+                    self._bring_hidden_to(self.index[name])
+                    self._learn_structure_from_first(name)
+                self._quantize(visit)
+                return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve_batches(name, error)
+
+    def _quantize(self, visit: Visit) -> None:
+        """Statistics of a layer, and at its last visit all the rest."""
+        name, index, start = visit.name, self.index[visit.name], time.perf_counter()
+        context = self.job.context(name)
+        with self.job.timed("onload"), ExitStack() as onloading:
+            layer = onloading.enter_context(self.place.onloader.onloaded(name))
+            onloaded = onloading.pop_all()
+        with onloaded, ExitStack() as closing:
+            with self.job.timed("structure"):
+                self._find_structure(name, layer)
+            if name not in self.collectors:
+                self.collectors[name] = LayerStatistics(
+                    layer, self.found[name], context.quantizable, self.device, self.recipe.all_experts
+                )
+            outputs = None
+            with self.job.timed("forward"):
+                if isinstance(self.feed, SkeletonFeed):
+                    outputs = self.place.hidden_writer(index + 1) if index + 1 < len(self.names) else None
+                    self.feed.outputs = outputs
+                if outputs is not None:
+                    closing.callback(outputs.close)
+                self._advance(name, layer, self.collectors[name])
+            if not visit.is_last:
+                return
+            with self.job.timed("search"):
+                statistics = self.collectors.pop(name).gathered(name, self.recipe.min_expert_tokens)
+                self.began = name
+                groups = quantize_with_statistics(context, self.found[name], statistics)
+            report = LayerReport(name, tuple(groups), time.perf_counter() - start, statistics.starved())
+            with self.job.timed("commit"):
+                left_out = _not_reached(context, self.found[name])
+                self.job.finish_layer(index, report, left_out, self.batch_tokens, outputs)
+        if outputs is not None:
+            self._take_hidden(index, self.place.written(index + 1, outputs))
+
+    def _advance(self, name: str, layer: nn.Module, collector: LayerStatistics | None) -> None:
+        """Run the layer over all batches: statistics from those that are data, and its outputs handed on."""
+        run = _runner(layer, self.device)
+        self.feed.run_probes(run)
+        with ExitStack() as stack:
+            if collector is not None:
+                stack.enter_context(collector.collecting())
+            for index in range(PROBES, len(self.counted)):
+                if collector is not None:
+                    collector.count_only(self.counted[index])
+                self.feed.run(run, name, index)
+
+    # -- structures ------------------------------------------------------------------------------------------------
+
+    def _find_structure(self, name: str, layer: nn.Module) -> None:
+        """Probed once per structure, and proven on every layer before it is used."""
+        if name in self.found:
+            return
+        key, probes, seed = self.keys[name], self.feed.probes(name), self.recipe.seed
+        if key in self.structures:
+            structure = provable_structure(layer, self.structures[key], probes, self.device, seed)
+        else:
+            structure = self.structures[key] = discover_structure(layer, probes, self.device, seed)
+        self.found[name] = without_folds_of(structure, self.shared[name])
+
+    def _learn_structure_from_first(self, name: str) -> None:
+        """Where a run goes on: probe the layer that the run before probed, so that both find the same."""
+        first = next(other for other in self.names if self.keys[other] == self.keys[name])
+        if first != name and self.keys[name] not in self.structures:
+            with self.place.onloader.onloaded(first) as layer:
+                self._find_structure(first, layer)
+
+    # -- hidden states: going on, and running again ------------------------------------------------------------------
+
+    def _take_hidden(self, index: int, states: HiddenStates) -> None:
+        """What the layer made of the hidden states is what the next one is given."""
+        assert isinstance(self.feed, SkeletonFeed)
+        self.feed.outputs = None
+        self.feed.hidden = states
+        self.position = index + 1
+
+    def _bring_hidden_to(self, index: int) -> None:
+        """Have the feed at a layer: from the journal, or by forward passes of the layers before it."""
+        assert isinstance(self.feed, SkeletonFeed)
+        if self.position == index:
+            return
+        known = [each for each in range(1, index + 1) if self.place.has_hidden(each)]
+        start = max([*known, self.position if self.position <= index else 0, 0])
+        commits = self.place.commits
+        if start != self.position:
+            before = commits.get(self.names[start - 1]) if start else None
+            batch_tokens = self.batch_tokens if before is None else before.batch_tokens
+            if not start or batch_tokens != self.batch_tokens:
+                self._rebatch(batch_tokens)
+            if start:
+                states = self.place.hidden(start)
+                self.feed.hidden = states.regrouped([len(batch) for batch in self.batches[PROBES:]])
+            self.position = start
+        for each in range(start, index):
+            logger.info("Forward pass through %s, whose outputs the journal has no more.", self.names[each])
+            name = self.names[each]
+            if name in commits and commits[name].batch_tokens != self.batch_tokens:
+                self._change_batch_tokens(commits[name].batch_tokens)
+            outputs = self.feed.outputs = self.place.scratch_writer(each + 1)
+            with self.place.onloader.onloaded(name) as layer:
+                self._advance(name, layer, None)
+            self._take_hidden(each, outputs.finish())
+
+    def _pass_through(self, visit: Visit) -> None:
+        """Let halted forward passes go past a layer that an earlier run has quantized."""
+        with self.place.onloader.onloaded(visit.name) as layer:
+            if self.keys[visit.name] not in self.structures:
+                self._find_structure(visit.name, layer)
+            self._advance(visit.name, layer, None)
+
+    # -- micro-batches -----------------------------------------------------------------------------------------------
+
+    def _set_batch_tokens(self, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        indices = micro_batches(self.calibration, batch_tokens)
+        data = [torch.stack([self.calibration.sequences[i] for i in batch]) for batch in indices]
+        self.batches = [*self.probe_batches, *data]
+        self.counted = [*[None] * PROBES, *(_stack_counted(self.calibration, batch) for batch in indices)]
+
+    def _rebatch(self, batch_tokens: int) -> None:
+        """Go on with micro-batches of this size; the feed is then at the first layer."""
+        assert isinstance(self.feed, SkeletonFeed)
+        self._set_batch_tokens(batch_tokens)
+        with self.place.onloader.rest():
+            self.feed.rebatch(self.batches)
+        self.feed.hidden = self.place.settled(self.feed.hidden)
+        self.position = 0
+
+    def _change_batch_tokens(self, batch_tokens: int) -> None:
+        """The same at the layer where the feed is."""
+        assert isinstance(self.feed, SkeletonFeed)
+        states, position = self.feed.hidden, self.position
+        self._rebatch(batch_tokens)
+        if position:
+            self.feed.hidden = states.regrouped([len(batch) for batch in self.batches[PROBES:]])
+        self.position = position
+
+    def _halve_batches(self, name: str, error: Exception) -> None:
+        """After running out of memory on a layer: smaller micro-batches, and the layer once more.
+
+        Raises:
+            MemoryLimitError: that can't help.
+        """
+        longest = max(len(sequence) for sequence in self.calibration.sequences)
+        halved = self.batch_tokens // 2
+        helps = isinstance(self.feed, SkeletonFeed) and self.batch_tokens > longest and self.began != name
+        if not helps:
+            raise MemoryLimitError(
+                f"{self.device} ran out of memory on layer {name}, with micro-batches of {self.batch_tokens} tokens: "
+                f"{str(error).splitlines()[0]} Set batch_tokens or max_seq_len to less, prefetch=False, or another "
+                "execution_device."
+            ) from error
+        logger.warning(
+            "%s ran out of memory on layer %s; going on with micro-batches of %d tokens instead of %d.",
+            self.device, name, halved, self.batch_tokens,
+        )  # fmt: skip
+        self.collectors.pop(name, None)
+        error.__traceback__ = None  # it holds the activations
+        release_cached(self.device)
+        self._change_batch_tokens(halved)
+
+    began: str | None = None
+    """The layer whose weights have been changed last."""
 
 
 def _with_layers_left_out(
@@ -119,20 +363,6 @@ def _with_layers_left_out(
             if is_quantizable(f"{name}.{part}"):
                 report.left_out[f"{name}.{part}"] = "does not run on text alone: not part of the decoder"
     return report
-
-
-def _context(
-    model: nn.Module, name: str, recipe: AwqOffloadConfig, is_quantizable: Callable[[str], bool], undo: Undo | None
-) -> LayerContext:
-    layer = model.get_submodule(name)
-    quantizable = frozenset(part for part in linears_in(layer) if is_quantizable(f"{name}.{part}"))
-    return LayerContext(name, layer, quantizable, recipe, undo)
-
-
-def _run_layer(model: nn.Module, device: torch.device, name: str, use: Callable[[LayerRunner], Any]) -> Any:
-    layer = model.get_submodule(name)
-    with onloaded(layer, device):
-        return use(_runner(layer, device))
 
 
 def _runner(layer: nn.Module, device: torch.device) -> LayerRunner:
@@ -164,33 +394,6 @@ def _stack_counted(calibration: CalibrationSet, indices: list[int]) -> Tensor | 
         return None
     ones = torch.ones(calibration.sequences[indices[0]].shape[0], dtype=torch.bool)
     return torch.stack([ones if mask is None else mask for mask in masks])
-
-
-def _structure_of(
-    layer: nn.Module, probes: ProbeCalls, device: torch.device, seed: int, known: dict[object, LayerStructure]
-) -> LayerStructure:
-    """Probed once per structure, and proven on every layer before it is used."""
-    key = structure_key(layer)
-    if key in known:
-        return provable_structure(layer, known[key], probes, device, seed)
-    known[key] = discover_structure(layer, probes, device, seed)
-    return known[key]
-
-
-def _advance(
-    context: LayerContext,
-    feed: Feed,
-    collector: LayerStatistics,
-    device: torch.device,
-    counted: list[Tensor | None],  # per batch, the probes included
-) -> None:
-    """Run the layer over all batches: statistics from those that are data, and its outputs handed on."""
-    run = _runner(context.layer, device)
-    feed.run_probes(run)
-    with collector.collecting():
-        for index in range(PROBES, len(counted)):
-            collector.count_only(counted[index])
-            feed.run(run, context.name, index)
 
 
 def _progress_text(report: LayerReport, device: torch.device) -> str:

@@ -9,7 +9,10 @@ Two jobs behind one class, told apart by `pre_quantized`:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import closing
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -41,13 +44,16 @@ from .linears import is_linear, linears_in
 from .loading import ToGemm, replace_linears, to_gemm_converter
 from .logs import get_logger
 from .names import Renaming
+from .offloading import chosen_offload, is_only_loading, open_workplace, stays_on_disk, take_experts_apart
 from .overrides import check_that_all_match
 from .packed_checkpoint_config import PackedCheckpointConfig
 from .pipeline import quantize_layers
 from .quantized_linear import QuantizedLinear
 from .report import QuantizationReport
 from .saving import checkpoint_config, config_of_result, dense_in_spite, meta_of
-from .streaming import default_execution_device, move_hook
+from .stored_weights import StoredWeights
+from .streaming import detach_stored_weights, move_hook
+from .workplace import ToCheckpoint, Workplace
 
 logger = get_logger(__name__)
 
@@ -72,6 +78,10 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.quantizable: frozenset[str] = frozenset()
         self.report: QuantizationReport | None = None
         self.model: PreTrainedModel | None = None
+        self.files: list[str] = []
+        """The checkpoint's, of tensors."""
+        self.offload = "cpu"
+        """ "cpu" or "disk": where the full-precision weights are."""
         self.fused: dict[str, nn.Module] = {}
         """Experts modules that were taken apart, by name, as they were."""
 
@@ -97,7 +107,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             return device_map  # transformers resolves it for the quantized sizes, then asks validate_environment
         if device_map is not None:
             self._keep_final_device_map(device_map)
-        return {"": "cpu"}
+        return {"": "disk" if self.recipe.offload == "disk" else "cpu"}
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         """transformers calls this again with the map it resolved from "auto": kept; loading goes to the CPU."""
@@ -106,7 +116,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         if "weights_only" not in kwargs:
             self._keep_final_device_map(device_map)
             device_map.clear()
-            device_map[""] = "cpu"
+            device_map[""] = self.offload
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes per element that a weight will take once quantized, so that device_map="auto" fits the result."""
@@ -133,7 +143,9 @@ class AwqOffloadQuantizer(HfQuantizer):
                 f"{type(model).__name__} is an encoder-decoder model; supported are decoder-only models "
                 "(AutoModelForCausalLM)."
             )
+        self._choose_place(kwargs.get("device_map"), kwargs.get("checkpoint_files"))
         self._unfuse_experts(model, all_kinds=False)
+        stays_on_disk(model, self)
         self._choose_linears(model)
         if not self.quantizable and not any(map(is_fused_experts, model.modules())):
             raise ModelStructureError(
@@ -153,21 +165,33 @@ class AwqOffloadQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._finish_loading(model)
             return model
-        self.quantize(model)
+        if is_only_loading():
+            return model
+        weights = detach_stored_weights(model) if self.offload == "disk" else None
+        place = self.prepare(model, weights)
+        with closing(place):
+            self.quantize(model, place)
+            place.onloader.load_rest()
         if self.final_device_map is not None:
             dispatch(model, self.final_device_map)
         return model
 
-    def quantize(self, model: PreTrainedModel, undo: Undo | None = None) -> None:
-        """Quantize `model`, whose weights are on the CPU, in place, and make its config that of an AWQ checkpoint."""
+    def prepare(
+        self, model: PreTrainedModel, weights: StoredWeights | None = None, to_checkpoint: ToCheckpoint | None = None
+    ) -> Workplace:
+        """Settle which linears of `model` are quantized, and where; see `open_workplace`."""
         self._unfuse_experts(model, all_kinds=True)
         self._choose_linears(model)
+        if weights is not None:
+            take_experts_apart(weights, model, self.fused)
+        files = [Path(file) for file in self.files]
+        return open_workplace(model, self.recipe, self.calibration, weights, to_checkpoint, files)
+
+    def quantize(self, model: PreTrainedModel, place: Workplace, undo: Undo | None = None) -> None:
+        """Quantize `model` in place, once prepared, and make its config that of an AWQ checkpoint."""
         recipe = self.recipe
-        device = (
-            default_execution_device() if recipe.execution_device is None else torch.device(recipe.execution_device)
-        )
         self._warn_of_unpackable()
-        self.report = quantize_layers(model, recipe, device, self.quantizable.__contains__, self.calibration, undo)
+        self.report = quantize_layers(model, recipe, place, self.quantizable.__contains__, self.calibration, undo)
         self.left_out |= self.report.left_out
         self.report.left_out = dict(self.left_out)
         for module in model.modules():
@@ -258,6 +282,13 @@ class AwqOffloadQuantizer(HfQuantizer):
                     model.set_submodule(name, unfused(module, projections))
         if getattr(model, "_weight_conversions", None):
             cast(Any, model)._weight_conversions = self.update_weight_conversions(model._weight_conversions, model)
+
+    def _choose_place(self, device_map: Any, checkpoint_files: Sequence[str] | None) -> None:
+        """RAM or disk for the full-precision weights; transformers loads by `device_map`, which is changed in place."""
+        self.files = list(checkpoint_files or ())
+        self.offload = chosen_offload(self.recipe, self.files)
+        if isinstance(device_map, dict):
+            device_map[""] = self.offload
 
     # -- which linears -------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class LayerReport:
     starved_experts: dict[str, int] = field(default_factory=dict)
     """Experts that saw fewer tokens than the config's `min_expert_tokens` -> how many."""
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> LayerReport:
+        """The inverse of `dataclasses.asdict`, also by way of JSON."""
+        groups = tuple(GroupReport(**{**group, "consumers": tuple(group["consumers"])}) for group in fields["groups"])
+        return cls(**{**fields, "groups": groups})
+
     @property
     def loss_nearest(self) -> float:
         return sum(group.loss_nearest for group in self.groups)
@@ -42,3 +49,4 @@ class QuantizationReport:
     layers: list[LayerReport] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)  # linear -> why it stays in full precision
     tokens: int = 0  # calibration tokens that entered the statistics
+    phase_seconds: dict[str, float] = field(default_factory=dict)  # where the time went, in this process

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -22,6 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hf_awq_offload import AwqOffloadConfig
 from hf_awq_offload.grid import Grid, group_parameters, group_range, quantize
 from hf_awq_offload.linear import AwqLinear
 from hf_awq_offload.packing import pack_weight
@@ -73,6 +81,22 @@ def tiny_gemma3(**changes: Any) -> PreTrainedModel:
     )
 
 
+def tiny_mixtral(**changes: Any) -> PreTrainedModel:
+    """Experts that stand one by one in checkpoints."""
+    return _build(MixtralForCausalLM, MixtralConfig, **{"num_local_experts": 3} | changes)
+
+
+def tiny_ernie_moe(**changes: Any) -> PreTrainedModel:
+    """Its routers stay in fp32 whatever the model's dtype."""
+    sizes = {"moe_num_experts": 3, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 0}
+    return _build(Ernie4_5_MoeForCausalLM, Ernie4_5_MoeConfig, **sizes | changes)
+
+
+def tiny_gpt_oss(**changes: Any) -> PreTrainedModel:
+    """Experts that stand fused in checkpoints; norms that stay in fp32."""
+    return _build(GptOssForCausalLM, GptOssConfig, **{"num_local_experts": 3, "num_experts_per_tok": 2} | changes)
+
+
 def _build(model_class: type[PreTrainedModel], config_class: type, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Evaluation mode, fp32; norms and biases are random too, where transformers would start from ones and zeros."""
     torch.manual_seed(seed)
@@ -116,3 +140,22 @@ def dense_twin(linear: AwqLinear, dtype: torch.dtype) -> nn.Linear:
         if linear.bias is not None:
             dense.bias.copy_(linear.bias)
     return dense
+
+
+def save_model(model: PreTrainedModel, directory: Path) -> Path:
+    """On disk, with a tokenizer's files left out: calibration is on token ids."""
+    model.save_pretrained(directory)
+    return directory
+
+
+def token_recipe(**changes: Any) -> AwqOffloadConfig:
+    """Few short sequences of token ids and few candidates; two sequences in a micro-batch."""
+    fields = {
+        "dataset": token_batch(6, 20).tolist(),
+        "n_samples": 6,
+        "max_seq_len": 20,
+        "batch_tokens": 40,
+        "group_size": 32,
+        "n_grid": 3,
+    }
+    return AwqOffloadConfig(**fields | changes)

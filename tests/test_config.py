@@ -40,6 +40,10 @@ BAD_VALUES = {
     "rounding": [None, True, "", "gptq", "Nearest", ["nearest"]],
     "modules_to_not_convert": ["lm_head", "", 3, True, [3], ["lm_head", None], [""], b"lm_head"],
     "execution_device": ["gpu", "", "cuda:", 1.5, True, ["cpu"], "meta"],
+    "offload": [None, True, "", "ram", "Disk", ["disk"]],
+    "prefetch": NO_FLAG,
+    "max_memory": ["8GiB", 8, [("cpu", 8)], {"cpu": 0}, {"cpu": "8 apples"}, {"tpux": 8}, {"cpu": None}, {"cpu": True}],
+    "checkpoint_dir": ["", 3, True, ["journal"]],
     "seed": [-1, 2**63, *NO_INTEGER],
     "backend": ["", "marlin", "CPU", None, True, 4, ["cpu"]],
 }
@@ -71,6 +75,10 @@ GOOD_VALUES = {
     "rounding": ["nearest", "error_feedback"],
     "modules_to_not_convert": [None, [], ["lm_head"], ("lm_head", r"layers\.0\.")],
     "execution_device": [None, "cpu", torch.device("cpu")],
+    "offload": ["auto", "cpu", "disk"],
+    "prefetch": [True, False],
+    "max_memory": [None, {}, {"cpu": 2**30}],
+    "checkpoint_dir": [None, "journal", Path("journal")],
     "seed": [0, 2**63 - 1],
     "backend": ["auto", "torch", "cpu", "triton", "tinygemm", "xpu"],
 }

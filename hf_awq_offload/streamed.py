@@ -1,0 +1,277 @@
+"""`quantize`: from a checkpoint on disk to a quantized one, never with more than a few layers in memory.
+
+The model stays on the meta device. Every decoder layer is read, quantized, committed to the journal and let go of; at
+the end the journal's files are joined to the checkpoint's, which appears under its name in one step.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from .config import AwqOffloadConfig
+from .durable import flush_directory
+from .errors import ConfigError, StorageError
+from .journal import Journal
+from .layers import candidate_layers
+from .logs import get_logger
+from .offloading import only_loading
+from .quantizer import AwqOffloadQuantizer
+from .report import QuantizationReport
+from .safetensors_files import tensor_places, write_shards
+from .stored_weights import StoredWeights
+from .streaming import detach_stored_weights
+from .workplace import ToCheckpoint
+
+logger = get_logger(__name__)
+
+MAX_SHARD_SIZE = "50GB"
+"""As in `save_pretrained`."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""A folder without any has no tokenizer; transformers would make one up."""
+LARGE_BYTES = 1 << 26
+"""Larger tensors outside the decoder layers are handled one by one."""
+
+
+def quantize(
+    src: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    config: AwqOffloadConfig,
+    *,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    max_memory: Mapping[str, int | str] | None = None,
+    prefetch: bool | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    model_class: Any = AutoModelForCausalLM,
+    dtype: Any = "auto",
+    **kwargs: Any,
+) -> QuantizationReport:
+    """Quantize the checkpoint `src` and write the result to `out_dir`, decoder layer by decoder layer.
+
+    In memory at any time: embeddings while the first layer's inputs are made; after that one decoder layer, the
+    next one where it is read ahead, statistics, one micro-batch; the hidden states between two layers are on disk.
+    What is written is what `from_pretrained` and `save_pretrained` would write, with the tokenizer and a model card.
+
+    Args:
+        src: name or folder of a full-precision checkpoint in safetensors files.
+        out_dir: where the quantized checkpoint goes; appears when it is complete.
+        config: the recipe. Its offload does not matter: weights are read from the disk.
+        checkpoint_dir: keeps a journal; the same call after a crash goes on from the last finished layer, to
+            bit-identical output. It is removed at the end. By default `config.checkpoint_dir`.
+        max_memory: device -> bytes or "8GiB"; by default `config.max_memory`.
+        prefetch: read the next layer while one is at work; by default `config.prefetch`. Changes no bit.
+        overwrite: put the result in the place of a folder that exists. By default that is refused.
+        max_shard_size: of the safetensors files.
+        model_class: the Auto class that knows the model.
+        dtype: of the model; "auto" is the checkpoint's.
+        kwargs: passed to `from_pretrained` (revision, token, trust_remote_code, …).
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        ConfigError: `out_dir` exists and is not empty, or a value is not allowed.
+        JournalError: `checkpoint_dir` is the journal of another run.
+        StorageError: a file can't be written; the journal stays usable.
+        AwqOffloadError: the model can't be quantized, or the data can't be used.
+    """
+    if not isinstance(config, AwqOffloadConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
+    recipe = copy.copy(config)
+    recipe.offload = "disk"
+    changes = {"checkpoint_dir": checkpoint_dir, "max_memory": max_memory, "prefetch": prefetch}
+    recipe.update(**{name: value for name, value in changes.items() if value is not None})
+    target = Path(out_dir).absolute()
+    _refuse_existing(target, overwrite)
+    with _work_folder(target) as work:
+        keeps_journal = recipe.checkpoint_dir is not None
+        recipe.checkpoint_dir = recipe.checkpoint_dir or work / "journal"
+        model = _load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)
+        quantizer = cast(AwqOffloadQuantizer, cast(Any, model).hf_quantizer)
+        weights = detach_stored_weights(model)
+        to_checkpoint = _to_checkpoint(model)
+        place = quantizer.prepare(model, weights, to_checkpoint)
+        assert place.journal is not None
+        try:
+            quantizer.quantize(model, place=place)
+            assembled = work / "checkpoint"
+            _assemble(assembled, model, place.journal, weights, to_checkpoint, max_shard_size)
+            _save_tokenizer(src, assembled, kwargs)
+            _write_model_card(assembled, src, quantizer)
+            _move(assembled, target, work)
+        except KeyboardInterrupt:
+            if keeps_journal:
+                logger.warning(
+                    "Interrupted with %d layers finished. They are kept in %s: the same call goes on from there.",
+                    len(place.commits),
+                    place.journal.directory,
+                )
+            raise
+        finally:
+            place.close()
+        place.journal.remove()
+        assert quantizer.report is not None
+        return quantizer.report
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"out_dir {target} is a file; name a folder.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ConfigError(
+            f"out_dir {target} exists and is not empty; nothing was changed. Name another folder, or pass "
+            "overwrite=True to put the quantized checkpoint in its place."
+        )
+
+
+@contextmanager
+def _work_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, on the same file system, that is gone afterwards."""
+    work = target.with_name(f".{target.name}.work")
+    try:
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"{work} can't be made: {error}. Correct the folder's permissions.") from error
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _load_on_meta(
+    src: str | os.PathLike[str], recipe: AwqOffloadConfig, model_class: Any, dtype: Any, folder: Path, kwargs: Any
+) -> PreTrainedModel:
+    """As transformers builds it, its weights left in the files; those that transformers converts go to `folder`."""
+    with only_loading():
+        return model_class.from_pretrained(
+            src, quantization_config=recipe, dtype=dtype, offload_folder=str(folder), **kwargs
+        )
+
+
+def _to_checkpoint(model: PreTrainedModel) -> ToCheckpoint:
+    """What `save_pretrained` makes of names and tensors."""
+    state = dict(model.state_dict())
+    kept = remove_tied_weights_from_state_dict(dict(state), model)
+    left_out = (state.keys() - kept.keys()) | set(model._keys_to_ignore_on_save or ())
+
+    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return revert_weight_conversion(model, {name: t for name, t in tensors.items() if name not in left_out})
+
+    return convert
+
+
+def _assemble(
+    directory: Path,
+    model: PreTrainedModel,
+    journal: Journal,
+    weights: StoredWeights,
+    to_checkpoint: ToCheckpoint,
+    max_shard_size: int | str,
+) -> None:
+    """The checkpoint's tensors from the journal and the source, and what `save_pretrained` writes beside them."""
+    try:
+        _save_what_is_no_tensor(directory, model)
+        pieces = [commit.file for commit in sorted(journal.commits.values(), key=lambda commit: commit.index)]
+        for index, names in enumerate(_groups_outside(model, set(journal.commits))):
+            piece = directory.parent / f"rest-{index:05}.safetensors"
+            tensors = to_checkpoint({name: _value(model, weights, name) for name in names})
+            if tensors:
+                save_file({name: value.contiguous() for name, value in tensors.items()}, piece, {"format": "pt"})
+                pieces.append(piece)
+        buffers = {name for name, _ in model.named_buffers()}
+        places = [entry for piece in pieces for entry in tensor_places(piece).items()]
+        total_parameters = sum(math.prod(place.shape) for name, place in places if name not in buffers)
+        write_shards(directory, pieces, max_shard_size, total_parameters)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"The checkpoint can't be written: {error}. All layers are quantized: make room, and repeat the call."
+        ) from error
+
+
+def _save_what_is_no_tensor(directory: Path, model: PreTrainedModel) -> None:
+    """config.json and the like, by `save_pretrained`; it would take away shards that are there already."""
+    quantizer = model.__dict__.pop("hf_quantizer")  # it would have all of the model's tensors saved
+    try:
+        model.save_pretrained(directory, state_dict={})
+    finally:
+        cast(Any, model).hf_quantizer = quantizer
+
+
+def _groups_outside(model: PreTrainedModel, done: set[str]) -> Iterator[list[str]]:
+    """Names of what is not in a quantized layer: layer by layer, large tensors alone, the rest together."""
+    layers = [name for name in candidate_layers(model) if name not in done]
+    rest = {name: value for name, value in model.state_dict().items() if not _is_in(name, done)}
+    for layer in layers:
+        yield [name for name in rest if _is_in(name, {layer})]
+    outside = {name: value for name, value in rest.items() if not _is_in(name, set(layers))}
+    large = {name for name, value in outside.items() if value.numel() * value.element_size() > LARGE_BYTES}
+    for name in sorted(large):
+        yield [name]
+    yield [name for name in outside if name not in large]
+
+
+def _is_in(name: str, modules: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in modules for length in range(1, len(parts)))
+
+
+def _value(model: PreTrainedModel, weights: StoredWeights, name: str) -> Tensor:
+    value = cast(Tensor, model.get_parameter_or_buffer(name))
+    return weights.read(name) if value.is_meta else value.detach()
+
+
+def _save_tokenizer(src: str | os.PathLike[str], directory: Path, kwargs: Mapping[str, Any]) -> None:
+    if Path(src).is_dir() and not any((Path(src) / name).exists() for name in TOKENIZER_FILES):
+        logger.warning("%s has no tokenizer, and so has the new checkpoint none.", src)
+        return
+    try:
+        AutoTokenizer.from_pretrained(src, **kwargs).save_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("The tokenizer of %s is not in the new checkpoint: it can't be loaded (%s).", src, error)
+
+
+def _write_model_card(directory: Path, src: str | os.PathLike[str], quantizer: AwqOffloadQuantizer) -> None:
+    name = Path(src).name if Path(src).is_dir() else os.fspath(src)
+    base = "" if Path(src).is_dir() else f"base_model: {name}\nbase_model_relation: quantized\n"
+    text = f"""---
+library_name: transformers
+{base}tags:
+- awq
+---
+
+# {name}, AWQ
+
+Made with hf_awq_offload.
+
+```json
+{json.dumps(quantizer.checkpoint.to_dict(), indent=2)}
+```
+"""
+    (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def _move(assembled: Path, target: Path, work: Path) -> None:
+    """Give the finished checkpoint its name; what is there is moved aside first, and gone only after that."""
+    try:
+        if target.is_dir():
+            os.replace(target, work / "replaced")
+        os.replace(assembled, target)
+        flush_directory(target.parent)
+    except OSError as error:
+        raise StorageError(f"The finished checkpoint can't be moved to {target}: {error}. Repeat the call.") from error

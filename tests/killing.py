@@ -1,0 +1,111 @@
+"""Runs of `quantize` that are killed: at a moment, or inside a step of a commit. SIGKILL, nothing is cleaned up.
+
+A run is a process of its own, forked from a server that has imported torch, so that a kill costs a run and not a start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STEPS = {"os": ("fsync", "replace"), "Path": ("write_text", "unlink"), "journal": ("save_file",)}
+"""What a commit is made of; a run can be killed before and after each call of these."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every process of an experiment does."""
+
+    source: Path
+    target: Path
+    journal: Path
+    recipe: dict[str, Any]  # fields of AwqOffloadConfig
+
+
+def processes() -> Any:
+    """Processes that have imported everything and run nothing yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_awq_offload", "killing"])
+    return context
+
+
+def run_to_the_end(run: Run, kill_after_s: float | None = None, kill_at_step: int | None = None) -> tuple[bool, float]:
+    """Whether the run came to its end, and its seconds; it is killed after so many, or at a step."""
+    process = processes().Process(target=_work, args=(run, kill_at_step))
+    start = time.perf_counter()
+    process.start()
+    process.join(kill_after_s)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    seconds = time.perf_counter() - start
+    if process.exitcode not in (0, -signal.SIGKILL):
+        raise AssertionError(f"the run ended with exit code {process.exitcode}")
+    return process.exitcode == 0, seconds
+
+
+def count_steps(run: Run) -> int:
+    """How many steps a run has that nothing disturbs."""
+    with processes().Manager() as manager:
+        steps = manager.Value("i", 0)
+        process = processes().Process(target=_work, args=(run, None, steps))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        return int(steps.value)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file in a checkpoint."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+def _work(run: Run, kill_at_step: int | None, steps: Any = None) -> None:
+    import torch
+    from transformers.utils import logging
+
+    from hf_awq_offload import AwqOffloadConfig, quantize
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    counter = _Counter(kill_at_step)
+    counter.watch()
+    quantize(run.source, run.target, AwqOffloadConfig(**run.recipe), checkpoint_dir=run.journal)
+    if steps is not None:
+        steps.value = counter.count
+
+
+class _Counter:
+    """Counts the steps, and ends the process at one of them."""
+
+    def __init__(self, kill_at: int | None):
+        self.kill_at, self.count = kill_at, 0
+
+    def watch(self) -> None:
+        from hf_awq_offload import journal
+
+        for owner, names in ((os, STEPS["os"]), (Path, STEPS["Path"]), (journal, STEPS["journal"])):
+            for name in names:
+                setattr(owner, name, self._watched(getattr(owner, name)))
+
+    def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self._next()
+            result = call(*args, **kwargs)
+            self._next()
+            return result
+
+        return step
+
+    def _next(self) -> None:
+        self.count += 1
+        if self.count == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
