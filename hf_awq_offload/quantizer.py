@@ -9,6 +9,7 @@ Two jobs behind one class, told apart by `pre_quantized`:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from importlib.metadata import version
@@ -35,6 +36,7 @@ from .experts import (
     router_linears,
     unfused,
 )
+from .hub import accompany
 from .integrations import peft
 from .layer_quantization import Undo
 from .layers import candidate_layers
@@ -203,6 +205,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.pre_quantized = True
         model.config.quantization_config = self.quantization_config
         cast(Any, model).quantization_method = self.quantization_config.quant_method
+        accompany(model, self.report, None if isinstance(recipe.tokenizer, str | os.PathLike) else recipe.tokenizer)
 
     def get_weight_conversions(self) -> list[Any]:
         """Other layouts than GEMM are converted while they load."""
@@ -216,8 +219,9 @@ class AwqOffloadQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None) or []
         kept = [entry for entry in conversions if not any(isinstance(op, ToGemm) for op in _operations(entry))]
         cast(Any, model)._weight_conversions = kept
+        accompany(model)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Put plain linears in the place of the quantized ones, where they are."""
         linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
         offloaded = next((name for name, linear in linears.items() if linear.is_on_meta), None)
@@ -226,8 +230,9 @@ class AwqOffloadQuantizer(HfQuantizer):
                 f"{offloaded} is offloaded to the CPU or the disk. Load the model with a device_map without offload, "
                 'such as "cpu", to dequantize it.'
             )
+        wanted: Any = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving makes config.dtype a name
         for name, linear in linears.items():
-            dense = linear.to_dense(dtype or linear.dtype)
+            dense = linear.to_dense(wanted or linear.dtype)
             move_hook(linear, dense)
             model.set_submodule(name, dense)
         for module in model.modules():

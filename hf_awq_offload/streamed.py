@@ -7,7 +7,6 @@ the end the journal's files are joined to the checkpoint's, which appears under 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import shutil
@@ -26,6 +25,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from .config import AwqOffloadConfig
 from .durable import flush_directory
 from .errors import ConfigError, StorageError
+from .hub import complete
 from .journal import Journal
 from .layers import candidate_layers
 from .logs import get_logger
@@ -112,7 +112,7 @@ def quantize(
             assembled = work / "checkpoint"
             _assemble(assembled, model, place.journal, weights, to_checkpoint, max_shard_size)
             _save_tokenizer(src, assembled, kwargs)
-            _write_model_card(assembled, src, quantizer)
+            complete(model, assembled)
             _move(assembled, target, work)
         except KeyboardInterrupt:
             if keeps_journal:
@@ -244,26 +244,6 @@ def _save_tokenizer(src: str | os.PathLike[str], directory: Path, kwargs: Mappin
         AutoTokenizer.from_pretrained(src, **kwargs).save_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
         logger.warning("The tokenizer of %s is not in the new checkpoint: it can't be loaded (%s).", src, error)
-
-
-def _write_model_card(directory: Path, src: str | os.PathLike[str], quantizer: AwqOffloadQuantizer) -> None:
-    name = Path(src).name if Path(src).is_dir() else os.fspath(src)
-    base = "" if Path(src).is_dir() else f"base_model: {name}\nbase_model_relation: quantized\n"
-    text = f"""---
-library_name: transformers
-{base}tags:
-- awq
----
-
-# {name}, AWQ
-
-Made with hf_awq_offload.
-
-```json
-{json.dumps(quantizer.checkpoint.to_dict(), indent=2)}
-```
-"""
-    (directory / "README.md").write_text(text, encoding="utf-8")
 
 
 def _move(assembled: Path, target: Path, work: Path) -> None:
