@@ -71,7 +71,7 @@ class LayerStatistics:
             NumericalError: activations were NaN or infinite, or no token reached a linear outside experts.
         """
         own = {
-            name: self.collector.statistics(name, layer_name, may_be_empty=name in self.parts)
+            name: self.collector.take(name, layer_name, may_be_empty=name in self.parts)
             for name in self.collector.inputs
         }
         return GatheredStatistics(own, self.leader_of, self.parts, min_expert_tokens)

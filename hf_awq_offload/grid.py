@@ -121,9 +121,14 @@ def quantize_dequantize(
     grid: Grid,
     ranges: GroupRange | None = None,
 ) -> Tensor:
-    """The nearest weight that the grid can represent, (out, in); `ranges` default to the weight's own."""
+    """The nearest weight that the grid can represent, (out, in); `ranges` default to the weight's own.
+
+    Equal to `dequantize(quantize(…))`, in fewer passes over the weight.
+    """
     parameters = group_parameters(group_range(weight, grid) if ranges is None else ranges, grid)
-    return dequantize(quantize(weight, parameters, grid), parameters, grid)
+    scale, zero = (parameter.unsqueeze(-1) for parameter in parameters)
+    integers = (grid.groups(weight) / scale).round_()
+    return integers.clamp_(-zero, grid.levels - zero).mul_(scale).flatten(-2)
 
 
 def _to_stored_precision(scale: Tensor, grid: Grid) -> Tensor:

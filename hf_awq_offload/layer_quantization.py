@@ -6,6 +6,7 @@ these together on the modules of a layer and decides nothing about numbers.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +19,16 @@ from .config import AwqOffloadConfig
 from .errors import NumericalError
 from .folds import InputGroup, LayerStructure, ProducerKind, absorb, storable_scale
 from .gathering import GatheredStatistics
-from .grid import Grid, group_parameters, group_range, quantize
+from .grid import Grid, GroupParameters, GroupRange, group_parameters, group_range, quantize
 from .linear_classes import linear_class
 from .report import GroupReport, LayerReport
 from .search.clip import search_clip
-from .search.rounding import FeedbackOrder, feedback_order, round_weight
-from .search.scale import ScaleSearch, output_mse, search_scale
+from .search.rounding import FeedbackOrder, RoundedWeight, feedback_order, round_weight
+from .search.scale import ScaleSearch, search_scale, without_scale
 from .statistics import InputStatistics
+
+STACK_ELEMENTS = 2**26
+"""Weights of several linears that are rounded together: 256 MiB for each fp32 temporary."""
 
 Undo = list[Callable[[], None]]
 """What brings the model back to what it was, to be called in reverse order."""
@@ -44,8 +48,21 @@ class LayerContext:
         linear = self.linear(linear_name)
         return self.recipe.grid(f"{self.name}.{linear_name}", linear.in_features, linear.weight.dtype)
 
+    def quantizable_of(self, group: InputGroup) -> tuple[str, ...]:
+        return tuple(name for name in group.consumers if name in self.quantizable)
+
     def linear(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.layer.get_submodule(name))
+
+
+@dataclass(frozen=True)
+class RoundingData:
+    """What is known about the input of linears that are to be rounded."""
+
+    gram: Tensor  # (in, in) fp32, of the scaled input
+    order: FeedbackOrder | None  # None: to the nearest
+    clippable: frozenset[str]
+    nearest_mse: Mapping[str, Tensor]  # (out,) of rounding to the nearest on the full range; empty: not known
 
 
 def quantize_with_statistics(
@@ -53,41 +70,88 @@ def quantize_with_statistics(
 ) -> list[GroupReport]:
     """Scales for every group, folded; then clip, round and pack every linear."""
     searched = [
-        (group, _search_group_scale(context, group, group_statistics))
+        (group, group_statistics, _search_group_scale(context, group, group_statistics))
         for group in structure.groups
         if (group_statistics := statistics.of_group(group)) is not None
     ]
-    row_scales, channel_scales = _fold_scales(context, searched)
+    row_scales, channel_scales = _fold_scales(context, [(group, search) for group, _, search in searched])
     reports = []
-    for group, search in searched:
-        quantized = tuple(name for name in group.consumers if name in context.quantizable)
-        grams: dict[str, tuple[Tensor, FeedbackOrder | None]] = {}  # by whose input it is: experts have their own
+    for group, group_statistics, search in searched:
+        names = context.quantizable_of(group)
+        nearest_mse = dict(
+            zip(names, search.row_mse.split([context.linear(name).out_features for name in names]), strict=True)
+        )
         loss = 0.0
-        for name in quantized:
-            scale = channel_scales.get(name)
-            leader = statistics.leader_of[name]
-            if leader not in grams:
-                own = statistics.of_linear(group, name)
-                gram = own.gram if scale is None else own.divided(scale).gram
-                grams[leader] = gram, feedback_order(gram) if context.recipe.rounding == "error_feedback" else None
-            clip = context.recipe.clip and name not in structure.softmax_only
-            loss += quantize_linear(
-                context, name, scale, row_scales.get(name), grams[leader][0], clip, grams[leader][1]
+        for leader, sharing in _by_leader(names, statistics).items():  # experts have their own input each
+            own = statistics.of_linear(group, leader)
+            scale = channel_scales.get(leader)
+            gram = own.gram if scale is None else own.divided(scale).gram
+            data = RoundingData(
+                gram=gram,
+                order=feedback_order(gram) if context.recipe.rounding == "error_feedback" else None,
+                clippable=frozenset(sharing) - structure.softmax_only if context.recipe.clip else frozenset(),
+                nearest_mse=nearest_mse if own is group_statistics else {},
             )
+            for stack in _stacks(context, sharing):
+                loss += quantize_stack(context, stack, scale, row_scales, data)
         producer = group.fold.producer if group.fold is not None else None
-        reports.append(GroupReport(quantized, producer, search.alpha, search.identity_loss, loss))
+        reports.append(GroupReport(names, producer, search.alpha, search.identity_loss, loss))
     return reports
+
+
+def restore_layer(
+    context: LayerContext,
+    report: LayerReport,
+    state: Mapping[str, Tensor] | None,  # by names within the layer; None leaves it on the meta device
+) -> None:
+    """Put a layer that was quantized before in the place of the one in full precision."""
+    for name in (name for group in report.groups for name in group.consumers):
+        linear = context.linear(name)
+        bias, dtype = linear.bias is not None, linear.weight.dtype
+        quantized = linear_class(context.recipe.checkpoint_format)(
+            linear.in_features, linear.out_features, bias, context.grid(name), dtype, device="meta"
+        )
+        context.layer.set_submodule(name, quantized)
+    if state is not None:
+        context.layer.load_state_dict(dict(state), assign=True)
+
+
+def quantize_without_data(context: LayerContext) -> list[GroupReport]:
+    """Round every linear to nearest, each a group of its own; losses need data and are 0."""
+    for name in sorted(context.quantizable):
+        quantize_stack(context, (name,), None, {}, None)
+    return [GroupReport((name,), None, None, 0.0, 0.0) for name in sorted(context.quantizable)]
+
+
+def _by_leader(names: tuple[str, ...], statistics: GatheredStatistics) -> dict[str, list[str]]:
+    """The linears of a group by whose input theirs is."""
+    sharing: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        sharing[statistics.leader_of[name]].append(name)
+    return sharing
+
+
+def _stacks(context: LayerContext, names: list[str]) -> list[tuple[str, ...]]:
+    """Linears of one input and grid whose rows are rounded together, as far as STACK_ELEMENTS goes."""
+    stacks: list[tuple[str, ...]] = []
+    for grid in dict.fromkeys(context.grid(name) for name in names):
+        elements = STACK_ELEMENTS
+        for name in [name for name in names if context.grid(name) == grid]:
+            elements += context.linear(name).weight.numel()
+            if elements > STACK_ELEMENTS:
+                stacks.append(())
+                elements = context.linear(name).weight.numel()
+            stacks[-1] += (name,)
+    return stacks
 
 
 def _search_group_scale(context: LayerContext, group: InputGroup, statistics: InputStatistics) -> ScaleSearch:
     """The best scale of a group; the identity where nothing can absorb one or the search is off."""
-    names = [name for name in group.consumers if name in context.quantizable]
+    names = context.quantizable_of(group)
     weights = [context.layer.get_parameter(f"{name}.weight").detach() for name in names]
     grids = [context.grid(name) for name in names]
     if group.fold is None or context.recipe.n_grid == 0:
-        identity = torch.ones(weights[0].shape[1], device=statistics.gram.device)
-        loss = output_mse(weights, statistics.gram, grids, identity)
-        return ScaleSearch(identity, None, loss, loss)
+        return without_scale(weights, grids, statistics.gram, rows=weights[0].shape[1])
     return search_scale(
         weights,
         statistics,
@@ -137,71 +201,94 @@ def _fold_scales(
     return row_scales, channel_scales
 
 
-def quantize_linear(
+def quantize_stack(
+    context: LayerContext,
+    names: tuple[str, ...],  # linears of one input and one grid
+    channel_scale: Tensor | None,  # (in,) multiplies the columns
+    row_scales: Mapping[str, Tensor],  # name -> (out,) divides the rows
+    data: RoundingData | None,  # None: to the nearest
+) -> float:
+    """Round, pack and replace linears; returns their squared output error per token, summed, 0 without data."""
+    grid = context.grid(names[0])
+    weights = {name: _weight_on_grid(context, name, channel_scale, row_scales.get(name)) for name in names}
+    if data is None:
+        weight = torch.cat([*weights.values()])
+        parameters = group_parameters(group_range(weight, grid), grid)
+        codes, loss = quantize(weight, parameters, grid), 0.0
+    else:
+        # What a row is divided by, its consumer is multiplied by: errors count in the units of the layer as it was.
+        units = {
+            name: row_scales[name].square() if name in row_scales else torch.ones_like(weights[name][:, 0])
+            for name in names
+        }
+        rounded = _round_stack(weights, grid, units, data)
+        codes, parameters = rounded.codes, rounded.parameters
+        loss = float((rounded.mse * torch.cat([*units.values()])).sum(dtype=torch.float64))
+    sizes = [len(weight) for weight in weights.values()]
+    for name, *parts in zip(names, codes.split(sizes), *(each.split(sizes) for each in parameters), strict=True):
+        _replace(context, name, parts[0], GroupParameters(*parts[1:]), row_scales.get(name))
+    return loss
+
+
+def _round_stack(
+    weights: Mapping[str, Tensor],  # (out, in) fp32, scaled
+    grid: Grid,
+    units: Mapping[str, Tensor],  # (out,): what the squared error of a row is to be multiplied by
+    data: RoundingData,
+) -> RoundedWeight:
+    clipped = nearest_mse = None
+    if not data.clippable.isdisjoint(weights):
+        ranges = [
+            search_clip(weight, data.gram, grid) if name in data.clippable else group_range(weight, grid)
+            for name, weight in weights.items()
+        ]
+        clipped = GroupRange(*map(torch.cat, zip(*ranges, strict=True)))
+    if data.nearest_mse:
+        nearest_mse = torch.cat([data.nearest_mse[name] / units[name] for name in weights])
+    weight = torch.cat([*weights.values()])
+    return round_weight(weight, data.gram, grid, clipped=clipped, order=data.order, nearest_mse=nearest_mse)
+
+
+def _weight_on_grid(
     context: LayerContext,
     name: str,
-    channel_scale: Tensor | None,  # (in,) multiplies the columns
-    row_scale: Tensor | None,  # (out,) divides the rows
-    gram: Tensor | None,  # (in, in) fp32, of the scaled input; None without data
-    clip: bool = False,
-    order: FeedbackOrder | None = None,  # None rounds to the nearest
-) -> float:
-    """Round, pack and replace one linear; returns its mean squared output error per token, 0 without data."""
-    linear = context.linear(name)
-    grid = context.grid(name)
-    weight = linear.weight.detach().float()
+    channel_scale: Tensor | None,  # (in,)
+    row_scale: Tensor | None,  # (out,)
+) -> Tensor:
+    """The weight that is to be rounded, (out, in) fp32.
+
+    Raises:
+        NumericalError: the weight holds NaN or infinite values.
+    """
+    weight = context.linear(name).weight.detach().float()
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError(
             f"The weight of {context.name}.{name} holds NaN or infinite values; expected finite ones. Repair the "
             "checkpoint, or name the module in modules_to_not_convert."
         )
-    bias = None if linear.bias is None else linear.bias.detach()
     if channel_scale is not None:
         weight = weight * channel_scale
-    if row_scale is not None:
-        weight = weight / row_scale.unsqueeze(1)
-        bias = None if bias is None else (bias.float() / row_scale).to(bias.dtype)
-    ranges = search_clip(weight, gram, grid) if clip and gram is not None else group_range(weight, grid)
-    parameters = group_parameters(ranges, grid)
-    if gram is None:
-        codes, loss = quantize(weight, parameters, grid), 0.0
-    else:
-        codes, mse = round_weight(weight, gram, parameters, grid, order)
-        if row_scale is not None:
-            mse = mse * row_scale.square()  # in the units of the layer as it was
-        loss = float(mse.sum(dtype=torch.float64))
+    return weight if row_scale is None else weight / row_scale.unsqueeze(1)
+
+
+def _replace(
+    context: LayerContext,
+    name: str,
+    codes: Tensor,  # (out, in)
+    parameters: GroupParameters,  # (out, n)
+    row_scale: Tensor | None,  # (out,) divides the bias
+) -> None:
+    linear = context.linear(name)
+    bias = None if linear.bias is None else linear.bias.detach()
+    if row_scale is not None and bias is not None:
+        bias = (bias.float() / row_scale).to(bias.dtype)
     quantized = linear_class(context.recipe.checkpoint_format).from_codes(
-        codes, parameters, bias, grid, linear.weight.dtype
+        codes, parameters, bias, context.grid(name), linear.weight.dtype
     )
     context.layer.set_submodule(name, quantized)
     if context.undo is not None:
         linear.to("cpu")
         context.undo.append(partial(context.layer.set_submodule, name, linear))
-    return loss
-
-
-def restore_layer(
-    context: LayerContext,
-    report: LayerReport,
-    state: Mapping[str, Tensor] | None,  # by names within the layer; None leaves it on the meta device
-) -> None:
-    """Put a layer that was quantized before in the place of the one in full precision."""
-    for name in (name for group in report.groups for name in group.consumers):
-        linear = context.linear(name)
-        bias, dtype = linear.bias is not None, linear.weight.dtype
-        quantized = linear_class(context.recipe.checkpoint_format)(
-            linear.in_features, linear.out_features, bias, context.grid(name), dtype, device="meta"
-        )
-        context.layer.set_submodule(name, quantized)
-    if state is not None:
-        context.layer.load_state_dict(dict(state), assign=True)
-
-
-def quantize_without_data(context: LayerContext) -> list[GroupReport]:
-    """Round every linear to nearest, each a group of its own; losses need data and are 0."""
-    for name in sorted(context.quantizable):
-        quantize_linear(context, name, None, None, None)
-    return [GroupReport((name,), None, None, 0.0, 0.0) for name in sorted(context.quantizable)]
 
 
 def _remember(context: LayerContext, names: list[str]) -> None:

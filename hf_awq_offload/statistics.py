@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from .errors import NumericalError
 
+BLOCK_CHANNELS = 512
+
 
 @dataclass(frozen=True)
 class InputStatistics:
@@ -92,14 +94,16 @@ class StatisticsCollector:
         """Which tokens of the batch that comes next enter the statistics; None means all of them."""
         self.counted = counted
 
-    def statistics(self, name: str, layer_name: str, may_be_empty: bool = False) -> InputStatistics:
-        """The statistics of one input, zeros if no token reached it; `layer_name` is for the error only.
+    def take(self, name: str, layer_name: str, may_be_empty: bool = False) -> InputStatistics:
+        """The statistics of one input, zeros if no token reached it; its sums are given up for them.
+
+        `layer_name` is for the error only.
 
         Raises:
             NumericalError: activations were NaN or infinite, or no token reached an input that may not be empty.
         """
         tokens = self.tokens[name]
-        gram, abs_sum = self.sums[name]
+        gram, abs_sum = self.sums.pop(name)
         if tokens == 0 and may_be_empty:
             return InputStatistics(gram, abs_sum, 0)
         if tokens == 0:
@@ -109,17 +113,38 @@ class StatisticsCollector:
                 f"The input of {layer_name}.{name} holds NaN or infinite values on the calibration data. Load the "
                 "model in a wider dtype (dtype=torch.bfloat16 or torch.float32), or check its weights."
             )
-        return InputStatistics(gram / tokens, abs_sum / tokens, tokens)
+        mirror_upper(gram)
+        return InputStatistics(gram.div_(tokens), abs_sum.div_(tokens), tokens)
 
     def _hook(self, name: str):
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = _counted_rows(args[0], self.counted).float()
             gram, abs_sum = self.sums[name]
-            gram.addmm_(rows.t(), rows)
+            add_gram(gram, rows)
             abs_sum.add_(rows.abs().sum(dim=0))
             self.tokens[name] += rows.shape[0]
 
         return add
+
+
+def add_gram(
+    gram: Tensor,  # (in, in) fp32
+    rows: Tensor,  # (tokens, in) fp32
+) -> None:
+    """gram += XᵀX in the blocks on and above the diagonal: little more than half of the products."""
+    for start in range(0, gram.shape[0], BLOCK_CHANNELS):
+        gram[start : start + BLOCK_CHANNELS, start:].addmm_(
+            rows[:, start : start + BLOCK_CHANNELS].t(), rows[:, start:]
+        )
+
+
+def mirror_upper(
+    gram: Tensor,  # (in, in)
+) -> None:
+    """Fill the blocks below the diagonal, in place, from those above."""
+    for start in range(0, gram.shape[0], BLOCK_CHANNELS):
+        stop = start + BLOCK_CHANNELS
+        gram[stop:, start:stop] = gram[start:stop, stop:].t()
 
 
 def _counted_rows(

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from hf_awq_offload.errors import NumericalError
 from hf_awq_offload.grid import Grid, GroupParameters, dequantize, group_parameters, group_range, quantize
-from hf_awq_offload.search.rounding import DAMPING, FeedbackOrder, feedback_order, round_weight, round_with_feedback
-from hf_awq_offload.search.scale import row_mse
+from hf_awq_offload.search import rounding
+from hf_awq_offload.search.clip import search_clip
+from hf_awq_offload.search.loss import row_mse
+from hf_awq_offload.search.rounding import DAMPING, feedback_order, round_weight, round_with_feedback
 
 GRID = Grid(4, 32, zero_point=True)
 OUT, IN = 24, 320  # more channels than a block, not a multiple of it
@@ -53,24 +55,26 @@ def test_equals_optimal_brain_quantization_without_the_tricks(seed):
     """Ties and near-ties may fall the other way in fp32, so nearly all codes agree, and the error does."""
     gram = correlated_gram(seed)
     weight, parameters = random_weight(seed)
-    codes = round_with_feedback(weight, feedback_order(gram), parameters, GRID)
+    codes, own_mse = round_with_feedback(weight, feedback_order(gram), parameters, GRID)
     expected = reference_feedback(weight, gram, parameters).float()
     assert float((codes == expected).float().mean()) > 0.98
-    mse, expected_mse = (row_mse(dequantize(c, parameters, GRID) - weight, gram).sum() for c in (codes, expected))
-    assert float(mse) == pytest.approx(float(expected_mse), rel=0.02)
+    mse, expected_mse = (row_mse(dequantize(c, parameters, GRID) - weight, gram) for c in (codes, expected))
+    assert float(mse.sum()) == pytest.approx(float(expected_mse.sum()), rel=0.02)
+    torch.testing.assert_close(own_mse, mse, rtol=1e-3, atol=1e-4 * float(mse.mean()))
 
 
 def test_the_error_is_far_below_that_of_the_nearest_where_inputs_are_correlated():
     gram = correlated_gram(2)
     weight, parameters = random_weight(2)
-    nearest, nearest_mse = round_weight(weight, gram, parameters, GRID, None)
-    _, mse = round_weight(weight, gram, parameters, GRID, feedback_order(gram))
-    assert torch.equal(nearest, quantize(weight, parameters, GRID))
-    assert float(mse.sum()) < 0.5 * float(nearest_mse.sum())
+    nearest = round_weight(weight, gram, GRID)
+    feedback = round_weight(weight, gram, GRID, order=feedback_order(gram))
+    assert torch.equal(nearest.codes, quantize(weight, parameters, GRID))
+    assert float(feedback.mse.sum()) < 0.5 * float(nearest.mse.sum())
 
 
+@pytest.mark.parametrize("clip", [False, True], ids=["full range", "clip"])
 @pytest.mark.parametrize("kind", ["random", "rank one", "zero", "one huge channel", "dead channels"])
-def test_no_row_is_ever_worse_than_rounded_to_the_nearest(kind):
+def test_no_row_is_ever_worse_than_rounded_to_the_nearest(kind, clip):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(500, IN, generator=generator)
     if kind == "rank one":
@@ -82,17 +86,45 @@ def test_no_row_is_ever_worse_than_rounded_to_the_nearest(kind):
     elif kind == "dead channels":
         x[:, ::3] = 0
     gram = x.t() @ x / 500
-    weight, parameters = random_weight(3)
-    _, nearest_mse = round_weight(weight, gram, parameters, GRID, None)
-    codes, mse = round_weight(weight, gram, parameters, GRID, feedback_order(gram))
-    assert bool((mse <= nearest_mse).all())
+    weight, _ = random_weight(3)
+    nearest = round_weight(weight, gram, GRID)
+    clipped = search_clip(weight, gram, GRID) if clip else None
+    codes, mse, parameters = round_weight(weight, gram, GRID, clipped=clipped, order=feedback_order(gram))
+    assert bool((mse <= nearest.mse).all())
     assert bool(((codes >= 0) & (codes <= GRID.levels) & (codes == codes.round())).all())
+    # By the inputs themselves, in fp64: what the function says of its rows is true of what it returns.
+    explicit, explicit_nearest = (
+        (x.double() @ (dequantize(*rounded, GRID).double() - weight.double()).t()).square().mean(dim=0)
+        for rounded in ((codes, parameters), (nearest.codes, nearest.parameters))
+    )
+    assert bool((explicit <= explicit_nearest * (1 + 1e-3) + 1e-6 * float(explicit_nearest.mean())).all())
+
+
+def test_rows_that_feedback_worsens_are_rounded_to_the_nearest():
+    """An order of another matrix misleads the feedback."""
+    weight, parameters = random_weight(8)
+    gram = correlated_gram(8)
+    nearest = round_weight(weight, gram, GRID)
+    misled = feedback_order(correlated_gram(9))
+    misled = misled._replace(pivots=misled.pivots * 1e6)  # its own loss says that it is worse everywhere
+    rounded = round_weight(weight, gram, GRID, order=misled, nearest_mse=nearest.mse)
+    assert torch.equal(rounded.codes, quantize(weight, parameters, GRID))
+    assert torch.equal(rounded.mse, nearest.mse)
+
+
+@pytest.mark.parametrize("width", [24, 513, 1100])
+def test_the_loss_by_blocks_is_that_of_the_whole_matrix(width):
+    generator = torch.Generator().manual_seed(0)
+    x, difference = torch.randn(300, width, generator=generator), torch.randn(7, width, generator=generator)
+    gram = x.t() @ x / 300
+    expected = ((difference.double() @ gram.double()) * difference.double()).sum(dim=1)
+    torch.testing.assert_close(row_mse(difference, gram).double(), expected, rtol=1e-4, atol=0)
 
 
 def test_with_uncorrelated_inputs_it_is_rounding_to_the_nearest():
     weight, parameters = random_weight(4)
     gram = torch.diag(torch.rand(IN, generator=torch.Generator().manual_seed(4)) + 0.5)
-    codes = round_with_feedback(weight, feedback_order(gram), parameters, GRID)
+    codes, _ = round_with_feedback(weight, feedback_order(gram), parameters, GRID)
     assert torch.equal(codes, quantize(weight, parameters, GRID))
 
 
@@ -100,24 +132,36 @@ def test_rows_do_not_depend_on_each_other():
     """Linears that share an input may be stacked, or rounded one by one."""
     order = feedback_order(correlated_gram(5))
     weight, parameters = random_weight(5)
-    whole = round_with_feedback(weight, order, parameters, GRID)
+    whole, _ = round_with_feedback(weight, order, parameters, GRID)
     halves = [
-        round_with_feedback(weight[rows], order, GroupParameters(*(p[rows] for p in parameters)), GRID)
+        round_with_feedback(weight[rows], order, GroupParameters(*(p[rows] for p in parameters)), GRID)[0]
         for rows in (slice(0, 8), slice(8, None))
     ]
     assert float((whole == torch.cat(halves)).float().mean()) > 0.999
 
 
-def test_channels_go_from_loud_to_quiet_and_the_factor_is_of_the_damped_inverse():
+def test_channels_go_from_loud_to_quiet_and_the_factor_is_of_the_damped_matrix():
     gram = correlated_gram(6)
     order = feedback_order(gram)
-    assert isinstance(order, FeedbackOrder)
     assert bool((gram.diagonal()[order.channels].diff() <= 0).all())
     ordered = gram[order.channels][:, order.channels].double()
-    damped = ordered + DAMPING * ordered.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
-    product = order.factor.double().t() @ order.factor.double() @ damped
-    torch.testing.assert_close(product, torch.eye(IN, dtype=torch.float64), atol=2e-3, rtol=0)
-    assert bool((order.factor.tril(-1) == 0).all())
+    assert float(order.damping) == pytest.approx(DAMPING * float(gram.diagonal().mean()), rel=1e-5)
+    damped = ordered + order.damping.double() * torch.eye(IN, dtype=torch.float64)
+    coupling = order.coupling.double()
+    product = coupling @ torch.diag(order.pivots.double()) @ coupling.t()
+    torch.testing.assert_close(product, damped, atol=1e-5 * float(damped.max()), rtol=0)
+    assert bool((order.coupling.tril(-1) == 0).all())
+    assert torch.equal(order.coupling.diagonal(), torch.ones(IN))
+
+
+def test_how_many_rows_and_channels_are_rounded_at_a_time_changes_next_to_nothing(monkeypatch):
+    order, (weight, parameters) = feedback_order(correlated_gram(5)), random_weight(5)
+    whole, mse = round_with_feedback(weight, order, parameters, GRID)
+    monkeypatch.setattr(rounding, "ROWS_ELEMENTS", 5 * IN)
+    monkeypatch.setattr(rounding, "LEAF_CHANNELS", 3)
+    parts, parts_mse = round_with_feedback(weight, order, parameters, GRID)
+    assert float((whole == parts).float().mean()) > 0.99
+    assert float(parts_mse.sum()) == pytest.approx(float(mse.sum()), rel=0.01)
 
 
 def test_a_matrix_that_is_not_finite_is_an_error():

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import hf_awq_offload.search.clip
+import hf_awq_offload.search.loss
 import hf_awq_offload.search.scale
-from hf_awq_offload.grid import Grid, GroupRange, group_range, quantize_dequantize
+from hf_awq_offload.grid import Grid, GroupRange, dequantize, group_parameters, group_range, quantize_dequantize
 from hf_awq_offload.search.clip import STEP, STEPS, search_clip
+from hf_awq_offload.search.rounding import round_weight
 from hf_awq_offload.search.scale import SMALLEST_SCALE, ScaleSearch, scale_candidates, search_scale
 from hf_awq_offload.statistics import InputStatistics
 
@@ -111,6 +114,14 @@ def reference_candidates(
     return found
 
 
+@pytest.fixture
+def exhaustive(monkeypatch):
+    """Every candidate is tried, as in the loops that the results are compared with."""
+    monkeypatch.setattr(hf_awq_offload.search.scale, "COARSE_STEP", 1)
+    monkeypatch.setattr(hf_awq_offload.search.clip, "COARSE_STEP", 1)
+
+
+@pytest.mark.usefixtures("exhaustive")
 @DUO
 @GRIDS
 @pytest.mark.parametrize("seed", [0, 1])
@@ -211,6 +222,7 @@ GROUPED = torch.arange(IN) % 6 + 6 * (torch.arange(IN) // 12)
 """Row of each channel as with grouped queries: 12 of 14 rows feed two channels each, rows 12 and 13 feed none."""
 
 
+@pytest.mark.usefixtures("exhaustive")
 @DUO
 @pytest.mark.parametrize("seed", [0, 1])
 def test_channels_of_one_row_share_a_scale_found_from_their_means(seed, duo_scaling):
@@ -224,6 +236,7 @@ def test_channels_of_one_row_share_a_scale_found_from_their_means(seed, duo_scal
     torch.testing.assert_close(search.row_scale, dict(candidates)[search.alpha], rtol=1e-4, atol=0)
 
 
+@pytest.mark.usefixtures("exhaustive")
 @DUO
 def test_candidates_that_can_not_be_stored_are_not_taken(duo_scaling):
     x, weights = outlier_input(0), random_weights(0)
@@ -331,6 +344,7 @@ def row_error(weight: Tensor, gram: Tensor, grid: Grid, ranges: GroupRange) -> T
     return ((difference @ gram.double()) * difference).sum(dim=1)
 
 
+@pytest.mark.usefixtures("exhaustive")
 @GRIDS
 @pytest.mark.parametrize("seed", [0, 1])
 def test_clipping_without_coupled_groups_is_the_best_of_a_loop_over_every_row_and_group(seed, grid):
@@ -352,7 +366,9 @@ def test_clipping_without_coupled_groups_is_the_best_of_a_loop_over_every_row_an
                 found.low[row : row + 1, group : group + 1], found.high[row : row + 1, group : group + 1]
             )
             step = next(
-                i for i, c in enumerate(candidates) if torch.equal(c.low, taken.low) and torch.equal(c.high, taken.high)
+                i
+                for i, c in enumerate(candidates)
+                if torch.allclose(c.low, taken.low, rtol=1e-6) and torch.allclose(c.high, taken.high, rtol=1e-6)
             )
             assert errors[step] <= min(errors) * (1 + 1e-4)
             steps_taken.add(step)
@@ -366,35 +382,37 @@ def test_a_row_keeps_its_clipped_ranges_only_where_they_lower_its_error_on_the_f
     weight[:, 3] *= 6
     # A common part in all channels couples the groups: errors that are small one by one add up.
     gram = statistics_of(outlier_input(seed) + 20).gram
-    clipped = search_clip(weight, block_diagonal(gram, grid), grid)
-    full = group_range(weight, grid)
-    found = search_clip(weight, gram, grid)
+    clipped, full = search_clip(weight, gram, grid), group_range(weight, grid)
+    taken = round_weight(weight, gram, grid, clipped=clipped).parameters
     error_clipped, error_full = row_error(weight, gram, grid, clipped), row_error(weight, gram, grid, full)
     clear = (error_clipped - error_full).abs() > 1e-4 * (error_clipped + error_full)
     better = error_clipped < error_full
     for row in range(weight.shape[0]):
         if clear[row]:
-            expected = clipped if better[row] else full
-            assert torch.equal(found.low[row], expected.low[row])
-            assert torch.equal(found.high[row], expected.high[row])
+            expected = group_parameters(clipped if better[row] else full, grid)
+            assert torch.equal(taken.scale[row], expected.scale[row])
+            assert torch.equal(taken.zero[row], expected.zero[row])
     assert bool(better.any())
     if grid.group_size < IN:
         assert not bool(better[clear].all()), "some row must need the confirmation"
 
 
+def rounded_with_clip(weight: Tensor, gram: Tensor, grid: Grid) -> Tensor:
+    rounded = round_weight(weight, gram, grid, clipped=search_clip(weight, gram, grid))
+    return dequantize(rounded.codes, rounded.parameters, grid)
+
+
 @GRIDS
 @pytest.mark.parametrize(("x", "weights"), [pytest.param(*case, id=name) for name, case in adversarial().items()])
 def test_clipping_never_raises_the_error_of_any_row(x, weights, grid):
-    weight, gram = weights[0], statistics_of(x).gram
+    weight, gram = weights[0].float(), statistics_of(x).gram
     ranges = search_clip(weight, gram, grid)
-    weight = weight.float()
     assert ranges.low.shape == ranges.high.shape == (weight.shape[0], IN // grid.group_size)
-    clipped = quantize_dequantize(weight, grid, ranges)
     nearest = quantize_dequantize(weight, grid)
     # fp32 sums of terms that cancel: the error is judged to rounding of the terms.
     terms = ((nearest - weight).abs().double() @ gram.abs().double() * (nearest - weight).abs().double()).sum(dim=1)
     allowed = explicit_mse(x, weight, nearest) + 1e-5 * terms
-    assert bool((explicit_mse(x, weight, clipped) <= allowed).all())
+    assert bool((explicit_mse(x, weight, rounded_with_clip(weight, gram, grid)) <= allowed).all())
 
 
 @settings(max_examples=25)
@@ -402,10 +420,9 @@ def test_clipping_never_raises_the_error_of_any_row(x, weights, grid):
 def test_clipping_never_raises_the_error_of_any_row_on_any_input(seed, tokens, shift):
     x, weight = outlier_input(seed, tokens) + shift, random_weights(seed, rows=(6,))[0]
     gram = statistics_of(x).gram
-    ranges = search_clip(weight, gram, GRID)
     nearest = quantize_dequantize(weight, GRID)
     terms = ((nearest - weight).abs().double() @ gram.abs().double() * (nearest - weight).abs().double()).sum(dim=1)
-    clipped = explicit_mse(x, weight, quantize_dequantize(weight, GRID, ranges))
+    clipped = explicit_mse(x, weight, rounded_with_clip(weight, gram, GRID))
     assert bool((clipped <= explicit_mse(x, weight, nearest) + 1e-5 * terms).all())
 
 
@@ -421,7 +438,8 @@ def test_how_many_rows_are_searched_at_a_time_does_not_change_results(monkeypatc
     x, weights = outlier_input(0), random_weights(0)
     gram = statistics_of(x).gram
     scale, clip = run_search(x, weights), search_clip(weights[0], gram, GRID)
-    monkeypatch.setattr(hf_awq_offload.search.scale, "CHUNK_ELEMENTS", rows_at_a_time * IN)
+    monkeypatch.setattr(hf_awq_offload.search.loss, "CACHED_ELEMENTS", rows_at_a_time * IN)
+    monkeypatch.setattr(hf_awq_offload.search.loss, "CACHED_ROWS", 1)
     scale_in_chunks, clip_in_chunks = run_search(x, weights), search_clip(weights[0], gram, GRID)
     assert scale_in_chunks.alpha == scale.alpha
     assert scale_in_chunks.loss == pytest.approx(scale.loss, rel=1e-5)

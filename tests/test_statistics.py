@@ -39,7 +39,7 @@ def collect(
         for index, x in enumerate(batches):
             collector.count_only(None if counted is None else counted[index])
             layer(x)
-    return {name: collector.statistics(name, "layers.0") for name in ("up", "down")}
+    return {name: collector.take(name, "layers.0") for name in ("up", "down")}
 
 
 def assert_statistics_of(statistics: InputStatistics, rows: Tensor) -> None:
@@ -148,7 +148,7 @@ def test_values_that_are_not_finite_are_reported_with_the_name_of_the_layer(valu
 def test_an_input_that_no_token_reached_is_reported_with_its_name():
     collector = StatisticsCollector({"up": nn.Linear(IN, 3)}, torch.device("cpu"))
     with pytest.raises(NumericalError, match=r"No calibration token reached layers\.7\.up; give more"):
-        collector.statistics("up", "layers.7")
+        collector.take("up", "layers.7")
 
 
 def hooks_of(layer: nn.Module) -> int:

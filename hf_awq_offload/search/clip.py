@@ -3,8 +3,8 @@
 Shrinking a group's range makes its grid finer and saturates its largest weights. For every (row, group) the candidate
 c = max|w| · (1 - i/20), i = 0 … 9, with the least error is taken. The error of a group alone is dᵀ G_gg d, with
 G_gg the (group × group) diagonal block of the gram matrix: what other groups do is held at zero, so that groups are
-independent and no activation is needed. Errors of a row's groups can still add up, so a row keeps its clipped ranges
-only where they lower its error on the full gram matrix: the result is never worse than no clipping.
+independent and no activation is needed. Errors of a row's groups can still add up: whoever rounds keeps the clipped
+ranges of a row only where they lower its error on the full gram matrix (`rounding.round_weight`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid, GroupRange, group_range, quantize_dequantize
-from .scale import fp32_chunks, row_mse
+from .loss import row_chunks
 
 STEPS = 10
 STEP = 1 / 20
+COARSE_STEP = 2
 
 
 def search_clip(
@@ -26,7 +27,7 @@ def search_clip(
 ) -> GroupRange:
     """The best range of every group, (out, n) each."""
     blocks = gram_blocks(gram, grid)
-    chunks = [_keep_if_better(rows, _search_rows(rows, blocks, grid), gram, grid) for rows in fp32_chunks([weight])]
+    chunks = [_search_rows(weight[span].float(), blocks, grid) for span in row_chunks(weight)]
     return GroupRange(torch.cat([chunk.low for chunk in chunks]), torch.cat([chunk.high for chunk in chunks]))
 
 
@@ -52,35 +53,43 @@ def group_mse(
 
 def _search_rows(
     rows: Tensor,  # (rows, in) fp32
+    blocks: Tensor,  # (n, group_size, group_size)
+    grid: Grid,
+) -> GroupRange:
+    """Every second step first, then the two next to the best of these: the error has one minimum in most groups."""
+    full = group_range(rows, grid)
+    best_step = torch.zeros_like(full.low)
+    best_error = group_mse(quantize_dequantize(rows, grid, full).sub_(rows), blocks, grid)
+    for coarse in range(COARSE_STEP, STEPS, COARSE_STEP):
+        best_step, best_error = _better(
+            rows, blocks, grid, full, torch.full_like(best_step, coarse), best_step, best_error
+        )
+    inward = torch.where(best_step == STEPS - 1, -1.0, 1.0)  # the two next to an end lie on one side of it
+    outward = torch.where(best_step == 0, 2.0, torch.where(best_step == STEPS - 1, -2.0, -1.0))
+    center = best_step
+    for offset in (inward, outward):
+        best_step, best_error = _better(rows, blocks, grid, full, center + offset, best_step, best_error)
+    return clipped_range(full, best_step)
+
+
+def clipped_range(
+    full: GroupRange,  # (rows, n)
+    step: Tensor,  # (rows, n)
+) -> GroupRange:
+    bound = torch.maximum(-full.low, full.high) * (1 - step * STEP)
+    return GroupRange(full.low.maximum(-bound), full.high.minimum(bound))
+
+
+def _better(
+    rows: Tensor,  # (rows, in)
     blocks: Tensor,
     grid: Grid,
-) -> GroupRange:
-    full = group_range(rows, grid)
-    largest = torch.maximum(-full.low, full.high)
-    best, best_error = full, None
-    for step in range(STEPS):
-        bound = largest * (1 - step * STEP)
-        candidate = GroupRange(full.low.maximum(-bound), full.high.minimum(bound))
-        error = group_mse(quantize_dequantize(rows, grid, candidate).sub_(rows), blocks, grid)
-        if best_error is None:
-            best_error = error
-            continue
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = GroupRange(torch.where(better, candidate.low, best.low), torch.where(better, candidate.high, best.high))
-    return best
-
-
-def _keep_if_better(
-    rows: Tensor,  # (rows, in) fp32
-    clipped: GroupRange,
-    gram: Tensor,  # (in, in)
-    grid: Grid,
-) -> GroupRange:
-    """`clipped` for the rows whose error on the full gram matrix it lowers, the full range for the others."""
-    full = group_range(rows, grid)
-    better = row_mse(quantize_dequantize(rows, grid, clipped) - rows, gram) < row_mse(
-        quantize_dequantize(rows, grid, full) - rows, gram
-    )
-    keep = better.unsqueeze(1)
-    return GroupRange(torch.where(keep, clipped.low, full.low), torch.where(keep, clipped.high, full.high))
+    full: GroupRange,
+    step: Tensor,  # (rows, n) the candidate
+    best_step: Tensor,
+    best_error: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The better step of every group, and its error."""
+    error = group_mse(quantize_dequantize(rows, grid, clipped_range(full, step)).sub_(rows), blocks, grid)
+    better = error < best_error
+    return torch.where(better, step, best_step), torch.where(better, error, best_error)

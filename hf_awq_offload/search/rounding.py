@@ -1,10 +1,11 @@
 """Rounding to the grid: to the nearest integer, or with the error fed back into what is still to be rounded.
 
-Error feedback is GPTQ's update (Frantar et al. 2023, arXiv:2210.17323, section 3) on the gram matrix that the scale
-search has already. Input channels are rounded one after another; what rounding channel i does to the output is taken
-out of the channels after it, as far as their inputs are correlated with its own:
+Error feedback is GPTQ (Frantar et al. 2023, arXiv:2210.17323) on the gram matrix that the scale search has already, in
+the form of LDLQ (Chee et al. 2023, arXiv:2307.13304, theorem 6: the same codes), which needs no inverse. Input channels
+are rounded one after another, each corrected for what rounding the earlier ones does to the output:
 
-    e_i = (w_i - ŵ_i) / U_ii,   w_j ← w_j - e_i U_ij  for j > i,   UᵀU = (G + λI)⁻¹,  U upper triangular
+    G + λI = (I + N) diag(c²) (I + N)ᵀ,  N strictly upper triangular
+    w'_k = w_k + Σ_{j<k} (w_j - ŵ_j) N_jk,   ŵ_k = nearest to w'_k on the grid,   loss = Σ_k c_k² (w'_k - ŵ_k)²
 
 Channels are taken in the order of falling G_ii: errors of the loud ones can then still be made up for (natural order is
 worse, docs/design/002). The grid of every group is fixed beforehand, from the weights as they are, so that the order
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
-from ..grid import Grid, GroupParameters, dequantize, quantize
-from .scale import row_mse
+from ..grid import Grid, GroupParameters, GroupRange, dequantize, group_parameters, group_range, quantize
+from .loss import row_chunks, row_mse
 
-BLOCK_CHANNELS = 128
-"""Channels between two updates of all the later ones (GPTQ's lazy batches): most of the work is matrix products."""
+LEAF_CHANNELS = 16
+"""Channels rounded one by one between two matrix products."""
+ROWS_ELEMENTS = 2**26
+"""Weights that are rounded together: 256 MiB for each fp32 temporary."""
 DAMPING = 0.01
 """λ, relative to the mean of G's diagonal; it is multiplied by ten until the factorization succeeds."""
 LARGEST_DAMPING = 1e3
@@ -33,54 +36,65 @@ class FeedbackOrder(NamedTuple):
     """What rounding all linears of one input shares."""
 
     channels: Tensor  # (in,) int64: input channels in the order in which they are rounded
-    factor: Tensor  # (in, in) fp32: U, for channels in that order
+    coupling: Tensor  # (in, in) fp32: I + N, for channels in that order
+    pivots: Tensor  # (in,) fp32: c², in that order
+    damping: Tensor  # () fp32: λ
+
+
+class RoundedWeight(NamedTuple):
+    """A weight on the grid, and what that costs."""
+
+    codes: Tensor  # (out, in) fp32 integers
+    mse: Tensor  # (out,) fp32, squared output error per token of every row
+    parameters: GroupParameters  # (out, n)
 
 
 def feedback_order(
     gram: Tensor,  # (in, in) fp32
 ) -> FeedbackOrder:
-    """Order of the channels and the triangular factor of the damped inverse.
+    """Order of the channels and the unit triangular factor of the damped matrix.
 
     Raises:
         NumericalError: the matrix can't be factorized even when strongly damped (it is not finite).
     """
     channels = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    ordered = gram[channels][:, channels]
-    mean = ordered.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    damping = DAMPING
-    while damping <= LARGEST_DAMPING:
-        damped = ordered + torch.diag(damping * mean.expand(ordered.shape[0]))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not bool(failed):
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bool(failed) and bool(torch.isfinite(factor).all()):
-                return FeedbackOrder(channels, factor)
-        damping *= 10
-    raise NumericalError(
-        f"A gram matrix of {gram.shape[0]} channels can't be factorized even with damping {LARGEST_DAMPING:g}; "
-        "expected finite calibration activations. Use other calibration data, or rounding='nearest'."
-    )
+    # The upper factor of a matrix is the lower one of the matrix in reversed order, reversed.
+    backwards = channels.flip(0)
+    lower, damping = _damped_cholesky(gram.index_select(0, backwards).index_select(1, backwards), DAMPING)
+    upper = lower.flip((0, 1))
+    diagonal = upper.diagonal().clone()
+    return FeedbackOrder(channels, upper.div_(diagonal), diagonal.square(), damping)
 
 
 def round_weight(
     weight: Tensor,  # (out, in) fp32
     gram: Tensor,  # (in, in) fp32
-    parameters: GroupParameters,  # (out, n)
     grid: Grid,
-    order: FeedbackOrder | None,  # None: to the nearest
-) -> tuple[Tensor, Tensor]:
-    """Codes (out, in) in fp32, and each row's squared output error per token, (out,).
+    *,
+    clipped: GroupRange | None = None,  # (out, n); None: the full range
+    order: FeedbackOrder | None = None,  # None: to the nearest
+    nearest_mse: Tensor | None = None,  # (out,) of rounding to the nearest on the full range, where it is known
+) -> RoundedWeight:
+    """The weight rounded with error feedback (`order`) on `clipped` ranges, as far as that pays.
 
-    A row that error feedback does not improve is rounded to the nearest: the result is never worse than that.
+    A row that both together do not improve is rounded to the nearest on its full range: never worse than that.
     """
-    codes = quantize(weight, parameters, grid)
-    mse = row_mse(dequantize(codes, parameters, grid).sub_(weight), gram)
+    full = group_parameters(group_range(weight, grid), grid)
+    if order is None and clipped is None:
+        return _nearest(weight, gram, full, grid, nearest_mse)
+    if nearest_mse is None:
+        nearest_mse = _nearest(weight, gram, full, grid).mse
+    parameters = full if clipped is None else group_parameters(clipped, grid)
     if order is None:
-        return codes, mse
-    feedback_codes = round_with_feedback(weight, order, parameters, grid)
-    feedback_mse = row_mse(dequantize(feedback_codes, parameters, grid).sub_(weight), gram)
-    better = feedback_mse < mse
-    return torch.where(better.unsqueeze(1), feedback_codes, codes), torch.where(better, feedback_mse, mse)
+        rounded = _nearest(weight, gram, parameters, grid)
+    else:
+        rounded = RoundedWeight(*round_with_feedback(weight, order, parameters, grid), parameters)
+    worse = (~(rounded.mse < nearest_mse)).nonzero().squeeze(1)
+    if len(worse):
+        fallback = _nearest(weight[worse], gram, _rows_of(full, worse), grid, nearest_mse[worse])
+        for ours, theirs in zip(_tensors(rounded), _tensors(fallback), strict=True):
+            ours[worse] = theirs
+    return rounded
 
 
 def round_with_feedback(
@@ -88,38 +102,99 @@ def round_with_feedback(
     order: FeedbackOrder,
     parameters: GroupParameters,  # (out, n)
     grid: Grid,
-) -> Tensor:
-    """Integers on the grid, (out, in) in fp32, that keep tr(D G Dᵀ) low. Rows are independent of each other."""
-    group_of_channel = order.channels // grid.group_size
-    remaining = weight.t()[order.channels].contiguous()  # (in, out), rounded from the top
-    codes = torch.empty_like(remaining)
-    scale, zero = (parameter.t().contiguous() for parameter in parameters)  # (n, out)
-    for start in range(0, len(remaining), BLOCK_CHANNELS):
-        block = slice(start, start + BLOCK_CHANNELS)
-        groups = group_of_channel[block]
-        codes[block], errors = _round_block(
-            remaining[block], order.factor[block, block], scale[groups], zero[groups], grid.levels
-        )
-        later = slice(block.stop, None)
-        remaining[later].addmm_(order.factor[block, later].t(), errors, alpha=-1)
-    in_place = torch.empty_like(codes)
-    in_place[order.channels] = codes
-    return in_place.t().contiguous()
-
-
-def _round_block(
-    rows: Tensor,  # (block, out): one input channel a row, changed in place
-    factor: Tensor,  # (block, block) upper triangular
-    scale: Tensor,  # (block, out)
-    zero: Tensor,  # (block, out)
-    levels: int,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scaled errors e of a block's channels, (block, out) each."""
-    codes, errors = torch.empty_like(rows), torch.empty_like(rows)
-    pivots = factor.diagonal().tolist()
-    for i, pivot in enumerate(pivots):
-        code = torch.div(rows[i], scale[i], out=codes[i]).round_().add_(zero[i]).clamp_(0, levels)
-        rounded = torch.sub(code, zero[i], out=errors[i]).mul_(scale[i])
-        error = torch.sub(rows[i], rounded, out=errors[i]).div_(pivot)
-        rows[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
-    return codes, errors
+    """Integers on the grid, (out, in) in fp32, that keep tr(D G Dᵀ) low, and that of each row, (out,).
+
+    Rows are independent of each other.
+    """
+    most_rows = max(1, ROWS_ELEMENTS // weight.shape[1])
+    parts = [
+        _round_rows(rows, GroupParameters(*own), order, grid)
+        for rows, *own in zip(weight.split(most_rows), *(each.split(most_rows) for each in parameters), strict=True)
+    ]
+    return torch.cat([codes for codes, _ in parts]), torch.cat([mse for _, mse in parts])
+
+
+def _round_rows(
+    weight: Tensor,  # (out, in) fp32
+    parameters: GroupParameters,  # (out, n)
+    order: FeedbackOrder,
+    grid: Grid,
+) -> tuple[Tensor, Tensor]:
+    # Transposed first: gathering rows of a contiguous matrix is several times faster than columns.
+    errors = weight.t().contiguous().index_select(0, order.channels)  # (in, out), w - ŵ once rounded
+    remaining = errors.clone()  # w', codes once rounded
+    squares = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    scale, zero = (each.t().contiguous() for each in parameters)  # (n, out)
+    groups, pivots = (order.channels // grid.group_size).tolist(), order.pivots.tolist()
+
+    def round_span(start: int, stop: int) -> None:
+        if stop - start > LEAF_CHANNELS:
+            middle = (start + stop) // 2
+            round_span(start, middle)
+            coupling = order.coupling[start:middle, middle:stop]
+            remaining[middle:stop].addmm_(coupling.t(), errors[start:middle])
+            round_span(middle, stop)
+            return
+        for i in range(start, stop):
+            step, offset = scale[groups[i]], zero[groups[i]]
+            codes = (remaining[i] / step).round_().add_(offset).clamp_(0, grid.levels)
+            rounded = (codes - offset).mul_(step)
+            residual = remaining[i].sub_(rounded)
+            squares.addcmul_(residual, residual, value=pivots[i])
+            remaining[i] = codes
+            errors[i].sub_(rounded)
+            remaining[i + 1 : stop].addr_(order.coupling[i, i + 1 : stop], errors[i])
+
+    round_span(0, len(groups))
+    mse = squares.sub_(errors.square().sum(dim=0).mul_(order.damping)).clamp_(min=0)
+    codes = torch.empty_like(remaining).index_copy_(0, order.channels, remaining)
+    return codes.t().contiguous(), mse
+
+
+def _damped_cholesky(
+    gram: Tensor,  # (in, in) fp32
+    damping: float,  # relative to the mean of the diagonal; times ten until the factorization succeeds
+) -> tuple[Tensor, Tensor]:
+    """Lower L, (in, in), with L Lᵀ = G + λI, and λ, ().
+
+    Raises:
+        NumericalError: the matrix can't be factorized even when strongly damped (it is not finite).
+    """
+    mean = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    while damping <= LARGEST_DAMPING:
+        damped = gram.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed) and bool(torch.isfinite(lower.diagonal()).all()):
+            return lower, damping * mean
+        damping *= 10
+    raise NumericalError(
+        f"A gram matrix of {gram.shape[0]} channels can't be factorized even with damping {LARGEST_DAMPING:g}; "
+        "expected finite calibration activations. Use other calibration data, or rounding='nearest'."
+    )
+
+
+def _nearest(
+    weight: Tensor,  # (out, in) fp32
+    gram: Tensor,  # (in, in)
+    parameters: GroupParameters,  # (out, n)
+    grid: Grid,
+    mse: Tensor | None = None,  # (out,) where it is known
+) -> RoundedWeight:
+    codes = torch.empty_like(weight)
+    found = torch.empty_like(weight[:, 0]) if mse is None else mse
+    for span in row_chunks(weight):
+        rows, own = weight[span], _rows_of(parameters, span)
+        codes[span] = quantize(rows, own, grid)
+        if mse is None:
+            found[span] = row_mse(dequantize(codes[span], own, grid).sub_(rows), gram)
+    return RoundedWeight(codes, found, parameters)
+
+
+def _rows_of(parameters: GroupParameters, rows: slice | Tensor) -> GroupParameters:
+    return GroupParameters(parameters.scale[rows], parameters.zero[rows])
+
+
+def _tensors(rounded: RoundedWeight) -> tuple[Tensor, ...]:
+    return rounded.codes, rounded.mse, *rounded.parameters

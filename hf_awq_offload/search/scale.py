@@ -7,6 +7,11 @@ channel and w̄ that of its weights relative to their group's largest, normalize
 The identity is always a candidate: under duo scaling α = 0 is 1/w̄, not 1, and a search without the identity can lose
 to rounding to nearest.
 
+Candidates are ranked on a sample of the rows, first every COARSE_STEP-th α and then those around the best two of these.
+A few rows make most of the loss, so rows are drawn in proportion to their share of it under the identity (evenly drawn
+ones took scales that cost up to 1.5 times the best, docs/log.md). Whether the winner beats the identity is decided on
+all rows.
+
 Where several input channels are fed by one producer row (grouped queries), they share that row's scale: x̄ and w̄
 are pooled over them first.
 """
@@ -21,10 +26,14 @@ from torch import Tensor
 
 from ..grid import Grid, quantize_dequantize
 from ..statistics import InputStatistics
+from .loss import row_chunks, row_mse
 
 SMALLEST_SCALE = 1e-4
-CHUNK_ELEMENTS = 2**24
-"""Weights that are widened to fp32 at a time: 64 MiB for each temporary."""
+SAMPLE_ROWS = 256
+"""About so many rows of a group's weights are what candidates are ranked on."""
+SMALLEST_SHARE = 0.05
+"""Of the mean: even a row without error under the identity may have some under another scale."""
+COARSE_STEP = 3
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,12 @@ class ScaleSearch:
     row_scale: Tensor  # (rows,) fp32; all ones when the identity won
     alpha: float | None  # exponent of the winner, None for the identity
     identity_loss: float  # mean squared output error of rounding to nearest without scales
-    loss: float  # the same with the winner, ≤ identity_loss
+    row_mse: Tensor  # (out_0 + out_1 + …,) fp32: squared output error per token of every row with the winner
+
+    @property
+    def loss(self) -> float:
+        """Mean squared output error of rounding to nearest with the winner, ≤ identity_loss."""
+        return float(self.row_mse.sum(dtype=torch.float64))
 
 
 def search_scale(
@@ -54,19 +68,33 @@ def search_scale(
     be: candidates are judged by that, so that the scale which is used is the one that was measured.
     """
     row_of_channel = row_of_channel.to(statistics.gram.device)
-    identity = torch.ones(rows, device=statistics.gram.device)
-    identity_loss = output_mse(weights, statistics.gram, grids, identity[row_of_channel])
-    best = ScaleSearch(identity, None, identity_loss, identity_loss)
+    without = without_scale(weights, grids, statistics.gram, rows)
     x_mean = _pool(statistics.mean_abs, row_of_channel, rows)
     w_mean = _pool(mean_relative_magnitude(weights, grids), row_of_channel, rows) if duo_scaling else None
+    candidates = {}
     for alpha, candidate in scale_candidates(x_mean, w_mean, n_grid):
         row_scale = storable(candidate)
-        if row_scale is None:
-            continue
-        loss = output_mse(weights, statistics.gram, grids, row_scale[row_of_channel])
-        if loss < best.loss:
-            best = ScaleSearch(row_scale, alpha, identity_loss, loss)
-    return best
+        if row_scale is not None:
+            candidates[alpha] = row_scale
+    if not candidates:
+        return without
+    loss_of = _ranking(weights, grids, statistics.gram, without.row_mse)
+    alpha = _coarse_to_fine(sorted(candidates), lambda alpha: loss_of(candidates[alpha][row_of_channel]))
+    mse = weights_mse(weights, grids, statistics.gram, candidates[alpha][row_of_channel])
+    found = ScaleSearch(candidates[alpha], alpha, without.identity_loss, mse)
+    return found if found.loss < without.loss else without
+
+
+def without_scale(
+    weights: Sequence[Tensor],  # (out_i, in) each
+    grids: Sequence[Grid],
+    gram: Tensor,  # (in, in) fp32
+    rows: int,
+) -> ScaleSearch:
+    """The identity, and what it costs."""
+    mse = weights_mse(weights, grids, gram)
+    ones = torch.ones(rows, device=gram.device)
+    return ScaleSearch(ones, None, float(mse.sum(dtype=torch.float64)), mse)
 
 
 def scale_candidates(
@@ -90,53 +118,101 @@ def scale_candidates(
             yield alpha, scale
 
 
-def output_mse(
+def weights_mse(
     weights: Sequence[Tensor],  # (out_i, in) each
+    grids: Sequence[Grid],
     gram: Tensor,  # (in, in) fp32
-    grids: Sequence[Grid],  # of each weight
-    scale: Tensor,  # (in,)
-) -> float:
-    """Σ tr(D G Dᵀ) of rounding W·s to nearest: the squared output error per token, summed over output channels."""
-    total = torch.zeros((), dtype=torch.float64, device=gram.device)
-    for rows, grid in _chunks_with_grids(weights, grids):
-        difference = quantize_dequantize(rows * scale, grid).div_(scale).sub_(rows)
-        total += row_mse(difference, gram).sum(dtype=torch.float64)
-    return float(total)
-
-
-def row_mse(
-    difference: Tensor,  # (rows, in) Ŵ - W
-    gram: Tensor,  # (in, in)
+    scale: Tensor | None = None,  # (in,)
 ) -> Tensor:
-    """The diagonal of D G Dᵀ: squared output error per token of every output channel, (rows,)."""
-    return (difference @ gram).mul_(difference).sum(dim=1)
+    """Squared output error per token of rounding W·s to nearest, for every row of all weights, (out_0 + out_1 + …,)."""
+    parts = [
+        row_mse(_difference(weight[span].float(), grid, scale), gram)
+        for weight, grid in zip(weights, grids, strict=True)
+        for span in row_chunks(weight)
+    ]
+    return torch.cat(parts)
+
+
+def _difference(
+    rows: Tensor,  # (rows, in) fp32
+    grid: Grid,
+    scale: Tensor | None,  # (in,)
+) -> Tensor:
+    """D = Q(W·s)/s - W, (rows, in)."""
+    if scale is None:
+        return quantize_dequantize(rows, grid).sub_(rows)
+    return quantize_dequantize(rows * scale, grid).div_(scale).sub_(rows)
+
+
+def _ranking(
+    weights: Sequence[Tensor],  # (out_i, in) each
+    grids: Sequence[Grid],
+    gram: Tensor,  # (in, in) fp32
+    mse: Tensor,  # (out_0 + out_1 + …,) of the identity
+) -> Callable[[Tensor], float]:
+    """An estimate of the loss of a scale (in,), without bias, to compare candidates by.
+
+    A row is drawn with a probability in proportion to its share of the identity's loss, and counts by the inverse.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chance = _inclusion(mse.double().cpu(), SAMPLE_ROWS)
+    drawn = torch.rand(len(chance), generator=generator, dtype=chance.dtype) < chance
+    samples = []
+    for weight, grid, own, p in zip(
+        weights, grids, *(each.split([len(weight) for weight in weights]) for each in (drawn, chance)), strict=True
+    ):
+        rows = own.nonzero().squeeze(1).to(weight.device)
+        share = p[own].reciprocal().to(gram.device)
+        samples += [(weight[rows[span]].float(), grid, share[span]) for span in row_chunks(weight[: len(rows)])]
+
+    def loss_of(scale: Tensor) -> float:
+        loss = torch.zeros((), dtype=torch.float64, device=gram.device)
+        for rows, grid, share in samples:
+            loss += (row_mse(_difference(rows, grid, scale), gram) * share).sum(dtype=torch.float64)
+        return float(loss)
+
+    return loss_of
+
+
+def _inclusion(
+    sizes: Tensor,  # (n,) fp64
+    count: int,
+) -> Tensor:
+    """Probabilities of drawing each of n items, in proportion to its size, 1 at most, that sum up to `count`, (n,)."""
+    if count >= len(sizes):
+        return torch.ones_like(sizes)
+    sizes = sizes + SMALLEST_SHARE * sizes.mean() + torch.finfo(sizes.dtype).tiny
+    chance = torch.zeros_like(sizes)
+    while True:  # those that are sure to be drawn leave less for the others
+        sure = chance >= 1
+        chance = torch.where(sure, 1.0, sizes * (count - int(sure.sum())) / sizes[~sure].sum())
+        if not bool((chance > 1).any()):
+            return chance
+
+
+def _coarse_to_fine(alphas: Sequence[float], loss_of: Callable[[float], float]) -> float:
+    """The α with the least loss among every COARSE_STEP-th and the neighbours of the best two of these."""
+    losses = {alpha: loss_of(alpha) for alpha in alphas[::COARSE_STEP]}
+    for best in sorted(losses, key=losses.__getitem__)[:2]:
+        center = alphas.index(best)
+        for alpha in alphas[max(0, center - COARSE_STEP + 1) : center + COARSE_STEP]:
+            if alpha not in losses:
+                losses[alpha] = loss_of(alpha)
+    return min(losses, key=losses.__getitem__)
 
 
 def mean_relative_magnitude(
     weights: Sequence[Tensor],  # (out_i, in) each
-    grids: Sequence[Grid],  # of each weight
+    grids: Sequence[Grid],
 ) -> Tensor:
     """w̄: per input channel, |W| relative to the largest of its group, averaged over the rows of all linears, (in,)."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
-    for rows, grid in _chunks_with_grids(weights, grids):
-        groups = grid.groups(rows.abs())
-        largest = groups.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-        total += (groups / largest).flatten(-2).sum(dim=0)
-    return total / sum(weight.shape[0] for weight in weights)
-
-
-def fp32_chunks(weights: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Blocks of rows, (≤ rows, in) fp32, so that fp32 temporaries stay small beside the layer."""
-    for weight in weights:
-        for rows in weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1])):
-            yield rows.float()
-
-
-def _chunks_with_grids(weights: Sequence[Tensor], grids: Sequence[Grid]) -> Iterator[tuple[Tensor, Grid]]:
-    """As `fp32_chunks`, each block with the grid of its weight."""
     for weight, grid in zip(weights, grids, strict=True):
-        for rows in fp32_chunks([weight]):
-            yield rows, grid
+        for span in row_chunks(weight):
+            groups = grid.groups(weight[span].float().abs())
+            largest = groups.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(groups.dtype).tiny)
+            total += (groups / largest).flatten(-2).sum(dim=0)
+    return total / sum(weight.shape[0] for weight in weights)
 
 
 def _pool(

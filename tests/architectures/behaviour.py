@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,18 +69,23 @@ def no_rounding() -> Iterator[None]:
     """The identity quantizer: scales are folded as ever, but linears stay dense."""
 
     def keep_dense(
-        context: Any, name: str, channel_scale: Tensor | None, row_scale: Tensor | None, *args: Any, **kwargs: Any
+        context: Any,
+        names: tuple[str, ...],
+        channel_scale: Tensor | None,
+        row_scales: Mapping[str, Tensor],
+        *args: Any,
     ) -> float:
-        linear = context.linear(name)
-        if channel_scale is not None:
-            linear.weight.data.mul_(channel_scale)
-        if row_scale is not None:
-            linear.weight.data.div_(row_scale.unsqueeze(1))
-            if linear.bias is not None:
-                linear.bias.data.div_(row_scale)
+        for name in names:
+            linear, row_scale = context.linear(name), row_scales.get(name)
+            if channel_scale is not None:
+                linear.weight.data.mul_(channel_scale)
+            if row_scale is not None:
+                linear.weight.data.div_(row_scale.unsqueeze(1))
+                if linear.bias is not None:
+                    linear.bias.data.div_(row_scale)
         return 0.0
 
-    with mock.patch.object(layer_quantization, "quantize_linear", keep_dense):
+    with mock.patch.object(layer_quantization, "quantize_stack", keep_dense):
         yield
 
 

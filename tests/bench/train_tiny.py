@@ -34,7 +34,6 @@ EOS = "<|endoftext|>"
 VOCAB_SIZE = 2048
 SEQUENCE = 512
 BATCH = 2
-THREADS = 2  # part of what the result depends on
 WINDOW = 512
 HELDOUT_CHARS = 150_000
 HELDOUT_LONGEST_DOCUMENT = 20_000
@@ -305,8 +304,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--outlier-factor", type=int, default=32, help="a power of two; 1 for no outliers")
+    parser.add_argument("--threads", type=int, default=2, help="part of what the result depends on")
     arguments = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
 
     train_documents, heldout_documents = corpus()
@@ -345,7 +345,7 @@ def main() -> None:
         "steps": steps,
         "batch": BATCH,
         "sequence": SEQUENCE,
-        "threads": THREADS,
+        "threads": arguments.threads,
         "tokens_seen": steps * BATCH * SEQUENCE,
         "train_tokens": len(tokens),
         "peak_learning_rate": arguments.rate,

@@ -1,0 +1,82 @@
+"""Sampled rows and coarse steps against the exhaustive searches, on the statistics of the shipped model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_awq_offload.search.clip
+import hf_awq_offload.search.scale
+from hf_awq_offload.grid import Grid
+from hf_awq_offload.search.clip import search_clip
+from hf_awq_offload.search.rounding import round_weight
+from hf_awq_offload.search.scale import ScaleSearch, search_scale
+from hf_awq_offload.statistics import InputStatistics, StatisticsCollector
+
+GROUPS = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
+GRIDS = [Grid(4, 128, True), Grid(4, 32, True), Grid(3, 128, True), Grid(4, 64, False)]
+pytestmark = pytest.mark.xdist_group("shortcuts")
+
+Case = tuple[list[Tensor], InputStatistics]
+
+
+@pytest.fixture(scope="module")
+def groups(tiny_llama_dir) -> list[Case]:
+    """Weights and statistics of all input groups of the shipped model."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    text = (tiny_llama_dir / "heldout.txt").read_text(encoding="utf-8")
+    token_ids = AutoTokenizer.from_pretrained(tiny_llama_dir)(text, return_tensors="pt", verbose=False).input_ids
+    layers = list(enumerate(model.model.layers))
+    linears = {f"{i}.{names[0]}": layer.get_submodule(names[0]) for i, layer in layers for names in GROUPS}
+    collector = StatisticsCollector(linears, torch.device("cpu"))
+    with collector.collecting(), torch.no_grad():
+        model(input_ids=token_ids[:, :4096].reshape(8, 512), use_cache=False)
+    return [
+        ([layer.get_parameter(f"{name}.weight").detach() for name in names], collector.take(f"{i}.{names[0]}", ""))
+        for i, layer in layers
+        for names in GROUPS
+    ]
+
+
+def searches(groups: list[Case]) -> Iterator[ScaleSearch]:
+    for grid in GRIDS:
+        for weights, statistics in groups:
+            channels = statistics.gram.shape[0]
+            yield search_scale(
+                weights, statistics, [grid] * len(weights), n_grid=20, duo_scaling=True,
+                row_of_channel=torch.arange(channels), rows=channels,
+            )  # fmt: skip
+
+
+def test_the_scale_found_is_within_a_percent_of_the_exhaustive_search_on_nearly_all_groups(groups, monkeypatch):
+    found = list(searches(groups))
+    monkeypatch.setattr(hf_awq_offload.search.scale, "SAMPLE_ROWS", 2**20)
+    monkeypatch.setattr(hf_awq_offload.search.scale, "COARSE_STEP", 1)
+    best = list(searches(groups))
+    close = [ours.loss <= 1.01 * exhaustive.loss for ours, exhaustive in zip(found, best, strict=True)]
+    print(f"{sum(close)} of {len(close)} groups within 1 %")
+    assert len(close) == 64
+    assert sum(close) >= 0.95 * len(close)
+
+
+def test_the_clipping_ranges_found_cost_hardly_more_than_those_of_all_steps(groups, monkeypatch):
+    def losses() -> Tensor:
+        linears = [(weight, each.gram, grid) for weights, each in groups for weight in weights for grid in GRIDS]
+        return torch.tensor([float(round_weight(*each, clipped=search_clip(*each)).mse.sum()) for each in linears])
+
+    found = losses()
+    monkeypatch.setattr(hf_awq_offload.search.clip, "COARSE_STEP", 1)
+    ratio = found / losses()
+    print(f"loss relative to all steps: mean {float(ratio.mean()):.3f}, 95 % below {float(ratio.quantile(0.95)):.3f}")
+    assert len(ratio) == 112
+    assert float(ratio.mean()) <= 1.02
+    assert float(ratio.quantile(0.95)) <= 1.05
