@@ -82,9 +82,9 @@ def quantize_with_statistics(
             zip(names, search.row_mse.split([context.linear(name).out_features for name in names]), strict=True)
         )
         loss = 0.0
-        for leader, sharing in _by_leader(names, statistics).items():  # experts have their own input each
-            own = statistics.of_linear(group, leader)
-            scale = channel_scales.get(leader)
+        for sharing in _by_input(names, statistics):
+            own = statistics.of_linear(group, sharing[0])
+            scale = channel_scales.get(sharing[0])
             gram = own.gram if scale is None else own.divided(scale).gram
             data = RoundingData(
                 gram=gram,
@@ -123,12 +123,12 @@ def quantize_without_data(context: LayerContext) -> list[GroupReport]:
     return [GroupReport((name,), None, None, 0.0, 0.0) for name in sorted(context.quantizable)]
 
 
-def _by_leader(names: tuple[str, ...], statistics: GatheredStatistics) -> dict[str, list[str]]:
-    """The linears of a group by whose input theirs is."""
+def _by_input(names: tuple[str, ...], statistics: GatheredStatistics) -> list[list[str]]:
+    """The linears of a group that have the same statistics: experts have an input of their own each."""
     sharing: dict[str, list[str]] = defaultdict(list)
     for name in names:
         sharing[statistics.leader_of[name]].append(name)
-    return sharing
+    return list(sharing.values())
 
 
 def _stacks(context: LayerContext, names: list[str]) -> list[tuple[str, ...]]:
