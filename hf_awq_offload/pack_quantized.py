@@ -15,6 +15,7 @@ The library counts from -2^(b-1) and adds that offset before it packs, so that w
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -65,23 +66,24 @@ def unpack_stream(
     columns: int,
     bits: int,
 ) -> Tensor:
-    """Inverse of `pack_stream`: (rows, columns) uint8."""
+    """Inverse of `pack_stream`: (rows, columns) uint8; of 8 bits it may be a view of `words`."""
     mask = 2**bits - 1
-    # `>>` on int32 copies the sign bit in from the left; the masks remove it again.
-    if WORD_BITS % bits == 0:
-        shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
-        return ((words.unsqueeze(-1) >> shifts) & mask).to(torch.uint8).flatten(1)[:, :columns]
-    blocks = -(-columns // VALUES)
-    whole = torch.nn.functional.pad(words, (0, blocks * bits - words.shape[1])).unflatten(1, (blocks, bits))
-    codes = torch.empty(words.shape[0], blocks, VALUES, dtype=torch.uint8, device=words.device)
-    for i in range(VALUES):
-        word, shift = divmod(i * bits, WORD_BITS)
-        value = whole[..., word] >> shift
-        here = WORD_BITS - shift  # bits of the value in this word
-        if here < bits:
-            value = (value & (2**here - 1)) | (whole[..., word + 1] << here)
-        codes[..., i] = value & mask
-    return codes.flatten(1)[:, :columns]
+    if sys.byteorder == "big":
+        words = words.contiguous().view(torch.uint8).unflatten(1, (-1, 4)).flip(-1).flatten(1).view(torch.int32)
+    stream = words.contiguous().view(torch.uint8)
+    if 8 % bits == 0:
+        parts = [stream >> shift & mask for shift in range(0, 8, bits)] if bits < 8 else [stream]
+    else:  # eight values are in `bits` bytes
+        blocks = -(-columns // 8)
+        spare = blocks * bits - stream.shape[1]
+        stream = torch.nn.functional.pad(stream, (0, spare)) if spare > 0 else stream[:, : blocks * bits]
+        eights = stream.unflatten(1, (blocks, bits)).to(torch.int32 if bits < 4 else torch.int64)
+        value = eights[..., 0].clone()
+        for byte in range(1, bits):
+            value |= eights[..., byte] << (8 * byte)
+        parts = [(value >> (bits * i) & mask).to(torch.uint8) for i in range(8)]
+    codes = parts[0] if len(parts) == 1 else torch.stack(parts, dim=-1).flatten(1)
+    return codes[:, :columns]
 
 
 def pack_weight(

@@ -15,8 +15,9 @@ from references.metrics import compute_logits, kl_divergence, perplexity
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_awq_offload import AwqLinear, AwqOffloadConfig
+from hf_awq_offload import AwqOffloadConfig
 from hf_awq_offload.data import load_calibration_set
+from hf_awq_offload.quantized_linear import QuantizedLinear
 
 RECIPE = {"bits": 4, "group_size": 128, "n_samples": 48, "max_seq_len": 512, "rounding": "nearest"}
 SEQ_LEN = 512
@@ -95,10 +96,30 @@ def test_perplexity_is_nearly_that_of_full_precision(full, awq, heldout):
     assert awq_perplexity <= 1.02 * full_perplexity
 
 
+def test_more_bits_are_closer_to_full_precision(tiny_llama_dir, awq_kl, full_logits, heldout):
+    recipes = {
+        "2": {"bits": 2},
+        "3": {"bits": 3},
+        "4 in compressed-tensors": {"format": "compressed-tensors"},
+        "4, down_proj 8": {"overrides": {"down_proj$": {"bits": 8}}},
+        "8": {"bits": 8},
+    }
+    kl = {
+        bits: kl_divergence(_quantize(tiny_llama_dir, **fields), full_logits, heldout)
+        for bits, fields in recipes.items()
+    }
+    print(f"KL in nats per token: {', '.join(f'{bits} bits {value:.6f}' for bits, value in kl.items())}")
+    values = list(kl.values())
+    assert values == sorted(values, reverse=True)
+    assert kl["8"] < 0.05 * kl["4 in compressed-tensors"]
+    # The same integers as in the AWQ format, computed by other kernels.
+    assert kl["4 in compressed-tensors"] == pytest.approx(awq_kl, rel=0.05)
+
+
 def _quantize(directory: Path, **changes) -> PreTrainedModel:
     config = AwqOffloadConfig(**{**RECIPE, **changes})
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, quantization_config=config)
     linears = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
     assert linears
-    assert all(isinstance(linear, AwqLinear) for linear in linears)
+    assert all(isinstance(linear, QuantizedLinear) for linear in linears)
     return model
