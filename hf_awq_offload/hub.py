@@ -24,6 +24,7 @@ from .logs import get_logger
 from .model_card import BEGIN, PICTURE, CardFacts, hub_id, write_card
 from .quantized_linear import QuantizedLinear
 from .report import QuantizationReport
+from .saving import META_ATTRIBUTE
 
 logger = get_logger(__name__)
 
@@ -128,8 +129,9 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
             shutil.copyfile(own_card.parent / PICTURE, folder / PICTURE)
         return
     config = model.config.quantization_config
+    fields = config if isinstance(config, dict) else config.to_dict()
     facts = CardFacts(
-        quantization_config=config if isinstance(config, dict) else config.to_dict(),
+        quantization_config={"meta": getattr(model.config, META_ATTRIBUTE, {})} | fields,
         base_model=known.base_model,
         report=known.report,
         evaluations=known.evaluations,

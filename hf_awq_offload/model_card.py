@@ -23,6 +23,8 @@ END = "<!-- hf_awq_offload: end -->"
 PICTURE = "awq_losses.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 CACHE_FOLDER = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
+SERVED_BITS = (4, 8)
+"""What vLLM and SGLang have kernels for in all releases that read packed weights (docs/formats.md)."""
 AUTOMATIC = re.compile(r"This is the model card of .* has been automatically generated\.")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{10,}\b|(?<=://)[^/\s@]+@")
 """A token of the hub, or the credentials in an address."""
@@ -128,10 +130,18 @@ def draw_losses(report: QuantizationReport, path: Path) -> bool:
     return True
 
 
+def _grids(config: Mapping[str, Any]) -> list[tuple[int, int | None, bool]]:
+    """Bits, group size and whether there are zero points, of every kind of linear; the commonest first."""
+    groups = [group["weights"] for group in config.get("config_groups", {}).values()]
+    if not groups:
+        return [(config.get("bits", 4), config.get("group_size"), config.get("zero_point", True))]
+    return [(weights["num_bits"], weights["group_size"] or -1, not weights["symmetric"]) for weights in groups]
+
+
 def _metadata(facts: CardFacts) -> dict[str, Any]:
     method = str(facts.quantization_config.get("quant_method", "awq"))
-    bits = facts.quantization_config.get("bits", 4)
-    tags = list(dict.fromkeys(["awq", method, f"{bits}-bit"]))
+    bits = sorted({bits for bits, *_ in _grids(facts.quantization_config)})
+    tags = list(dict.fromkeys(["awq", method, *(f"{each}-bit" for each in bits)]))
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": tags}
     if facts.base_model:
         metadata |= {"base_model": facts.base_model, "base_model_relation": "quantized"}
@@ -150,19 +160,29 @@ def _section(facts: CardFacts, has_picture: bool) -> str:
 
 
 def _introduction(facts: CardFacts) -> str:
-    config = facts.quantization_config
     base = f" of [{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else ""
-    group = config.get("group_size")
-    kind = "asymmetric" if config.get("zero_point", True) else "symmetric"
-    grouping = "" if group is None else f", groups of {group} input channels" if group > 0 else ", one group per row"
-    return f"## AWQ quantization\n\nA {config.get('bits', 4)}-bit version{base}: {kind}{grouping}."
+    kinds = [_described(*grid) for grid in _grids(facts.quantization_config)]
+    if len(kinds) == 1:
+        bits, rest = kinds[0]
+        return f"## AWQ quantization\n\nA{'n' if bits == 8 else ''} {bits}-bit version{base}: {rest}."
+    mixture = "; ".join(f"{bits} bits, {rest}" for bits, rest in kinds)
+    return (
+        f"## AWQ quantization\n\nA version{base} of mixed precision: {mixture}. config.json says which linear is which."
+    )
+
+
+def _described(bits: int, group_size: int | None, zero_point: bool) -> tuple[int, str]:
+    kind = "asymmetric" if zero_point else "symmetric"
+    if group_size is None:
+        return bits, kind
+    return bits, kind + (f", groups of {group_size} input channels" if group_size > 0 else ", one group per row")
 
 
 def _how(facts: CardFacts) -> str:
     meta = dict(facts.quantization_config.get("meta") or {})
     rows = [(name, meta[name]) for name in meta if name != "quantizer"]
     quantizer = ", ".join(map(str, meta.get("quantizer", ()))) or "hf_awq_offload"
-    kept = facts.quantization_config.get("modules_to_not_convert")
+    kept = facts.quantization_config.get("modules_to_not_convert") or facts.quantization_config.get("ignore")
     if kept:
         shown = ", ".join(f"`{name}`" for name in kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
         rows.append(("in full precision", shown))
@@ -196,18 +216,26 @@ def _measured(facts: CardFacts) -> str:
 
 def _loading(facts: CardFacts) -> str:
     repo = facts.repo_id
-    return f"""### How to load it
+    is_awq = facts.quantization_config.get("quant_method", "awq") == "awq"
+    instead = "gptqmodel instead of the first import" if is_awq else "compressed-tensors where there are no zero points"
+    transformers = f"""### How to load it
 
 ```python
-# transformers; `pip install hf_awq_offload`, or gptqmodel instead of the first import
+# transformers; `pip install hf_awq_offload`, or {instead}
 import hf_awq_offload
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
-```
+```"""
+    if any(bits not in SERVED_BITS for bits, *_ in _grids(facts.quantization_config)):
+        return transformers
+    return (
+        transformers
+        + f"""
 
 ```bash
 vllm serve {repo}                                  # vLLM
 python -m sglang.launch_server --model-path {repo} # SGLang
 ```"""
+    )

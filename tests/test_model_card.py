@@ -13,6 +13,8 @@ from hf_awq_offload import AwqOffloadConfig, quantize_model
 from hf_awq_offload.evaluate import Evaluation
 from hf_awq_offload.hub import full_precision_bytes, record_evaluation
 from hf_awq_offload.model_card import BEGIN, END, PICTURE, CardFacts, draw_losses, hub_id, updated, write_card
+from hf_awq_offload.overrides import GridChoice
+from hf_awq_offload.packed_checkpoint_config import PackedCheckpointConfig
 from hf_awq_offload.report import GroupReport, LayerReport, QuantizationReport
 
 CONFIG = {
@@ -66,6 +68,32 @@ def test_a_new_card_says_what_was_done_and_measured_and_how_to_load_it():
         "sglang.launch_server --model-path me/model-AWQ",
     ):
         assert words in card, words
+
+
+def packed_config(*grids: GridChoice) -> dict:
+    targets = {f"target{i}": grid for i, grid in enumerate(grids)}
+    return PackedCheckpointConfig(grids=targets, ignore=["lm_head"]).to_dict() | {"meta": CONFIG["meta"]}
+
+
+def test_a_card_of_packed_weights():
+    card = updated(None, facts(quantization_config=packed_config(GridChoice(8, -1, False))), has_picture=False)
+    assert metadata(card)["tags"] == ["awq", "compressed-tensors", "8-bit"]
+    for words in (
+        "An 8-bit version: symmetric, one group per row.",
+        "| dataset | wikitext2 |",
+        "| in full precision | `lm_head` |",
+        "compressed-tensors where there are no zero points",
+        "vllm serve",
+    ):
+        assert words in card, words
+
+
+def test_a_card_of_mixed_precision_names_no_server_for_bits_that_few_serve():
+    grids = [GridChoice(4, 128, True), GridChoice(3, 32, False)]
+    card = updated(None, facts(quantization_config=packed_config(*grids)), has_picture=False)
+    assert metadata(card)["tags"] == ["awq", "compressed-tensors", "3-bit", "4-bit"]
+    assert "4 bits, asymmetric, groups of 128 input channels; 3 bits, symmetric, groups of 32 input channels" in card
+    assert "vllm" not in card
 
 
 def test_what_is_not_known_is_not_said():
