@@ -216,7 +216,7 @@ class Journal:
 
     def remove(self) -> None:
         """Take the journal's own files away, and the folder if nothing else is in it. The journal's end."""
-        for pattern in (HEADER_NAME, "layer-*.json", "layer-*.safetensors", "hidden-*.bin", f"*{PARTIAL_SUFFIX}"):
+        for pattern in ("layer-*.json", "layer-*.safetensors", "hidden-*.bin", f"*{PARTIAL_SUFFIX}", HEADER_NAME):
             for path in self.directory.glob(pattern):
                 path.unlink(missing_ok=True)
         self.close()

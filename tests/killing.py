@@ -51,15 +51,21 @@ def run_to_the_end(run: Run, kill_after_s: float | None = None, kill_at_step: in
     return process.exitcode == 0, seconds
 
 
-def count_steps(run: Run) -> int:
-    """How many steps a run has that nothing disturbs."""
+def steps_of(run: Run) -> list[str]:
+    """What the steps of a run are that nothing disturbs; step 1 is the first of them."""
     with processes().Manager() as manager:
-        steps = manager.Value("i", 0)
+        steps = manager.list()
         process = processes().Process(target=_work, args=(run, None, steps))
         process.start()
         process.join()
         assert process.exitcode == 0
-        return int(steps.value)
+        return list(steps)
+
+
+def commit_and_end(steps: list[str], layer: int) -> list[int]:
+    """Numbers of the steps of one layer's commit, and of everything after the last one."""
+    begins = [number for number, words in enumerate(steps, 1) if words == "before save_file"]
+    return [*range(begins[layer], begins[layer + 1]), *range(begins[-1], len(steps) + 1)]
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -80,14 +86,15 @@ def _work(run: Run, kill_at_step: int | None, steps: Any = None) -> None:
     counter.watch()
     quantize(run.source, run.target, AwqOffloadConfig(**run.recipe), checkpoint_dir=run.journal)
     if steps is not None:
-        steps.value = counter.count
+        steps.extend(counter.steps)
 
 
 class _Counter:
     """Counts the steps, and ends the process at one of them."""
 
     def __init__(self, kill_at: int | None):
-        self.kill_at, self.count = kill_at, 0
+        self.kill_at = kill_at
+        self.steps: list[str] = []
 
     def watch(self) -> None:
         from hf_awq_offload import journal
@@ -98,14 +105,14 @@ class _Counter:
 
     def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def step(*args: Any, **kwargs: Any) -> Any:
-            self._next()
+            self._next(f"before {call.__name__}")
             result = call(*args, **kwargs)
-            self._next()
+            self._next(f"after {call.__name__}")
             return result
 
         return step
 
-    def _next(self) -> None:
-        self.count += 1
-        if self.count == self.kill_at:
+    def _next(self, words: str) -> None:
+        self.steps.append(words)
+        if len(self.steps) == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)

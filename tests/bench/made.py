@@ -1,0 +1,97 @@
+"""Checkpoints of random weights for benchmarks of memory, written layer by layer, and runs that measure themselves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 1024, 2816, 2048, 8
+
+
+def make_checkpoint(folder: Path, n_layers: int, layers_per_shard: int = 8, **changes: Any) -> Path:
+    """A Llama in bf16; nothing but one shard is in memory at once."""
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 2,
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": n_layers,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    config = LlamaConfig(**sizes | changes)
+    folder.mkdir(parents=True)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    shards: dict[int, dict[str, torch.Size]] = {}
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        shard = int(parts[2]) // layers_per_shard if "layers" in parts else -1
+        shards.setdefault(shard, {})[name] = shape
+    weight_map = {}
+    for number, names in enumerate(shards.values(), 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: _random(shape, generator) for name, shape in names.items()}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(torch.bfloat16)
+
+
+def size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def token_ids(folder: Path, sequences: int, tokens: int) -> list[list[int]]:
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(vocabulary, (sequences, tokens), generator=generator).tolist()
+
+
+MEASURED = """
+import json, sys, time, warnings
+sys.path[:0] = {paths!r}
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from transformers.utils import logging
+logging.disable_progress_bar(); logging.set_verbosity_error()
+from made import *
+from rss import baseline_bytes, peak_bytes
+import hf_awq_offload
+from hf_awq_offload import AwqOffloadConfig, quantize
+baseline = baseline_bytes()
+{limit}
+start = time.perf_counter(), time.process_time()
+{body}
+result = {{"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1],
+          "baseline": baseline, "peak": peak_bytes(), **locals().get("more", {{}})}}
+print("RESULT", json.dumps(result))
+"""
+
+
+def measured(body: str, limit: str = "") -> dict[str, Any]:
+    """Run Python code in a process of its own: seconds, and its memory before and at its peak, in bytes."""
+    here = Path(__file__).resolve().parent
+    code = MEASURED.format(paths=[str(here), str(here.parents[1])], body=body, limit=limit)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise RuntimeError(f"the measured run failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(lines[0].removeprefix("RESULT "))
