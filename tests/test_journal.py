@@ -300,14 +300,14 @@ def test_a_header_that_can_not_be_read_is_an_error(tmp_path):
 
 @pytest.mark.slow
 def test_killed_inside_a_commit_a_run_goes_on_to_the_same_bits(llama, expected, tmp_path):
-    """Every third step; `tests/bench/kill.py` takes all of them, and random moments."""
+    """Every seventh step; `tests/bench/kill.py` takes all of them, and random moments."""
     fields: Callable[[str], object] = lambda name: getattr(token_recipe(), name)  # noqa: E731
     recipe = {
         name: fields(name) for name in ("dataset", "n_samples", "max_seq_len", "batch_tokens", "group_size", "n_grid")
     }
     steps = steps_of(Run(llama, tmp_path / "counted", tmp_path / "counted-journal", recipe))
     assert digests(tmp_path / "counted") == expected
-    for step in commit_and_end(steps, layer=1)[::3]:
+    for step in commit_and_end(steps, layer=1)[::7]:
         run = Run(llama, tmp_path / "out", tmp_path / "journal", recipe)
         finished, _ = run_to_the_end(run, kill_at_step=step)
         assert not finished
