@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,16 +42,10 @@ def hub():
 
 def run(hub: Hub, script: str, folder: Path, home: str = "home") -> str:
     """Run `script` against `hub` in a process of its own; returns what it printed."""
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_TOKEN": hub.token,
-        "HF_HOME": str(folder / home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
     command = [sys.executable, "-c", script, str(folder)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
+    result = subprocess.run(
+        command, env=hub.environment(folder / home), capture_output=True, text=True, cwd=folder, check=False
+    )
     assert TOKEN not in result.stdout + result.stderr
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout

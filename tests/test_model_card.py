@@ -9,7 +9,7 @@ import pytest
 import yaml
 from models import tiny_llama
 
-from hf_awq_offload import AwqOffloadConfig, quantize_model
+from hf_awq_offload import AwqOffloadConfig, quantize, quantize_model
 from hf_awq_offload.evaluate import Evaluation
 from hf_awq_offload.hub import full_precision_bytes, record_evaluation
 from hf_awq_offload.model_card import BEGIN, END, PICTURE, CardFacts, draw_losses, hub_id, updated, write_card
@@ -197,3 +197,17 @@ def test_a_saved_model_has_a_card_and_its_tokenizer(tmp_path, tiny_llama_dir: Pa
     assert not (tmp_path / "saved" / "heldout.txt").exists()
     model.dequantize().save_pretrained(tmp_path / "dense")
     assert not (tmp_path / "dense" / "README.md").exists()
+
+
+def test_a_checkpoint_that_was_streamed_has_the_same_card(tmp_path, tiny_llama_dir: Path):
+    recipe = AwqOffloadConfig(n_grid=2, clip=False, n_samples=2, max_seq_len=32)
+    quantize(tiny_llama_dir, tmp_path / "out", recipe)
+    card = (tmp_path / "out" / "README.md").read_text()
+    size_bytes = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    before_bytes = (tiny_llama_dir / "model.safetensors").stat().st_size
+    assert f"Weights: {size_bytes / 1e6:.1f} MB, {before_bytes / 1e6:.1f} MB before." in card
+    assert "| calibration_tokens | 64 |" in card
+    assert (tmp_path / "out" / PICTURE).exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    for secret in (str(tiny_llama_dir), str(tmp_path), "base_model"):
+        assert secret not in card

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from models import SHAPE, tiny_llama, token_batch
 from peft import (
     AdaLoraConfig,
@@ -442,6 +443,23 @@ def test_experts_of_a_model_that_is_not_ours_are_left_to_peft():
     rounded(mixtral())  # registers
     model = get_peft_model(mixtral(), LoraConfig(target_modules=["w1", "w2", "w3"]))
     assert model.peft_config["default"].target_parameters
+
+
+def test_a_model_that_accelerate_has_dispatched_is_trained_merged_and_unmerged():
+    """With accelerate's hooks on every module, as on several devices; this test has but one."""
+    base = quantized()
+    dispatch_model(base, device_map={"": "cpu"}, force_hooks=True)
+    assert all(hasattr(linear, "_hf_hook") for linear in awq_linears(base).values())
+    model = get_peft_model(base, lora())
+    expected, state = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
+    assert all(gradient.any() for gradient in loss_gradients(model).values())
+    model.merge_adapter()
+    layers = [module for module in model.modules() if isinstance(module, AwqLoraLinear)]
+    assert all(hasattr(layer.base_layer, "_hf_hook") for layer in layers)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert_equal(dict(model.state_dict()), state)
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.fixture

@@ -262,8 +262,7 @@ tests.train(tests.tiny(tokenizer), folder, tokenizer, callback)
 @pytest.mark.slow
 def test_it_is_pushed_where_the_arguments_say(tmp_path):
     with Hub("hf_" + "onlyForThisTest") as hub:
-        environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = hub.environment(tmp_path / "home")
         command = [sys.executable, "-c", PUSH, str(tmp_path / "run"), str(Path(__file__).parent)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr[-3000:]

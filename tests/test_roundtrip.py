@@ -338,7 +338,9 @@ class TestStoredConfig:
         quantize_and_save(source, tmp_path, recipe)
         for path in tmp_path.iterdir():
             content = path.read_bytes()
-            assert not [word for word in words if word.encode() in content], path.name
+            assert " ".join(words).encode() not in content, path.name
+            if path.name != "tokenizer.json":  # the tokenizer's vocabulary is not the text
+                assert not [word for word in words if word.encode() in content], path.name
 
     def test_no_calibration_token_ids_are_saved(self, quantized):
         text = (quantized.directory / "config.json").read_text()
