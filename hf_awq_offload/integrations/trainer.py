@@ -33,6 +33,7 @@ from ..in_memory import quantize_model
 from ..logs import get_logger
 from ..model_card import hub_id
 from ..report import QuantizationReport
+from ..saving import meta_of
 
 logger = get_logger(__name__)
 
@@ -273,7 +274,7 @@ def _name_data(model: Any, dataloader: Any) -> None:
     """The training data's own name, if it has one, beside the hash of what was read."""
     info = getattr(getattr(dataloader, "dataset", None), "info", None)
     name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)
-    meta = model.hf_quantizer.checkpoint.meta
+    meta = meta_of(model, model.hf_quantizer.checkpoint)
     meta["dataset"] = f"{name or 'training data'} ({meta['dataset']})"
 
 
