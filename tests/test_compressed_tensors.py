@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -344,6 +346,32 @@ def library_grids(directory: Path) -> dict[str, GridChoice]:
         group_size = weights.group_size or module.in_features
         found[name] = GridChoice(weights.num_bits, group_size, not weights.symmetric)
     return found
+
+
+WITHOUT_THE_LIBRARY = """
+import sys
+sys.modules["compressed_tensors"] = None  # as if it were not installed
+import torch
+import hf_awq_offload
+from transformers import AutoModelForCausalLM
+source, target, tokens = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(source)
+assert any(isinstance(module, hf_awq_offload.PackedLinear) for module in model.modules())
+model.save_pretrained(target)
+with torch.no_grad():
+    torch.save(model(torch.load(tokens)).logits, tokens)
+"""
+
+
+def test_where_compressed_tensors_is_not_installed_models_load_and_save(tmp_path, ours):
+    model = quantized(bits=3, zero_point=False)
+    model.save_pretrained(tmp_path / "first")
+    torch.save(INPUT, tmp_path / "tokens.pt")
+    paths = [str(tmp_path / name) for name in ("first", "second", "tokens.pt")]
+    subprocess.run([sys.executable, "-c", WITHOUT_THE_LIBRARY, *paths], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "tokens.pt"), logits(model))
+    assert config_of(tmp_path / "second") == config_of(tmp_path / "first")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "second"), model)
 
 
 class TestDamage:
