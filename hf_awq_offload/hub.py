@@ -28,12 +28,13 @@ from .saving import META_ATTRIBUTE
 
 logger = get_logger(__name__)
 
-PROCESSING_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer.model", "*.tiktoken", "spiece.model", "sentencepiece*.model", "tekken.json"),
-    *("vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "LICENSE*"),
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     "additional_chat_templates/*",
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+PROCESSING_FILES = (*TOKENIZER_FILES, *PROCESSOR_FILES, "LICENSE*")
 """Files of a checkpoint by which text, images and sound become its input; and under which licence it is."""
 
 NOT_PUSHED = (
@@ -144,15 +145,18 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
 
 def copy_processing(source: str, folder: Path, revision: str | None = None) -> None:
     """Copy tokenizer and processor files from `source` (a folder, or a name on the hub); what is there stays."""
-    if (folder / "tokenizer_config.json").exists() or (folder / "preprocessor_config.json").exists():
-        return
+    wanted = ["LICENSE*"]
+    if not (folder / "tokenizer_config.json").exists():  # else it has a whole tokenizer: none is made of two
+        wanted += TOKENIZER_FILES
+    if not any((folder / name).exists() for name in PROCESSOR_FILES):
+        wanted += PROCESSOR_FILES
     origin = _origin(source, revision)
     if origin is None:
         return
     for file in sorted(origin.rglob("*")):
         name = file.relative_to(origin).as_posix()
         target = folder / name
-        if file.is_file() and not target.exists() and any(fnmatch(name, pattern) for pattern in PROCESSING_FILES):
+        if file.is_file() and not target.exists() and any(fnmatch(name, pattern) for pattern in wanted):
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
 

@@ -11,7 +11,7 @@ from models import tiny_llama
 
 from hf_awq_offload import AwqOffloadConfig, quantize, quantize_model
 from hf_awq_offload.evaluate import Evaluation
-from hf_awq_offload.hub import full_precision_bytes, record_evaluation
+from hf_awq_offload.hub import copy_processing, full_precision_bytes, record_evaluation
 from hf_awq_offload.model_card import BEGIN, END, PICTURE, CardFacts, draw_losses, hub_id, updated, write_card
 from hf_awq_offload.overrides import GridChoice
 from hf_awq_offload.packed_checkpoint_config import PackedCheckpointConfig
@@ -211,3 +211,25 @@ def test_a_checkpoint_that_was_streamed_has_the_same_card(tmp_path, tiny_llama_d
     assert (tmp_path / "out" / "tokenizer.json").exists()
     for secret in (str(tiny_llama_dir), str(tmp_path), "base_model"):
         assert secret not in card
+
+
+def test_processing_files_are_copied_whole_or_not_at_all(tmp_path):
+    origin, folder = tmp_path / "origin", tmp_path / "folder"
+    (origin / "additional_chat_templates").mkdir(parents=True)
+    tokenizer = ["tokenizer_config.json", "vocab.json", "merges.txt", "additional_chat_templates/tools.jinja"]
+    processor = ["preprocessor_config.json", "processor_config.json"]
+    for name in [*tokenizer, *processor, "LICENSE.txt", "model.safetensors", "config.json", "notes.txt"]:
+        (origin / name).write_text("of the origin")
+    folder.mkdir()
+    copy_processing(str(origin), folder)
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*tokenizer, *processor, "LICENSE.txt"}
+
+    other = tmp_path / "with a tokenizer of its own"
+    other.mkdir()
+    (other / "tokenizer_config.json").write_text("its own")
+    copy_processing(str(origin), other)
+    assert {path.name for path in other.iterdir()} == {"tokenizer_config.json", *processor, "LICENSE.txt"}
+    assert (other / "tokenizer_config.json").read_text() == "its own"
+    for nowhere in ("", str(tmp_path / "nowhere" / "at" / "all")):
+        copy_processing(nowhere, other)
