@@ -1,12 +1,13 @@
 """Makes PEFT know the quantized linear, without the user's doing anything.
 
-A quantized linear is an nn.Linear: all kinds of adapters work on it as they do on dense ones. Two things are left:
+A quantized linear is an nn.Linear: all kinds of adapters work on it as they do on dense ones. Three things are left:
 
 - LoRA has a layer of our own (lora.py), which can be merged;
+- one among modules_to_save can't be trained, which is said clearly;
 - for some mixtures of experts, PEFT rewrites configs and checkpoints of adapters, from linears per expert to the fused
   parameters that transformers 5 has. Quantized models hold a linear per expert: there nothing is to be rewritten.
 
-PEFT has no public way to say either for a whole process: `register` puts functions before those that it looks up by
+PEFT has no public way to say any of it for a whole process: `register` puts functions before those that it looks up by
 name. Where a release of PEFT lacks such a name, what it is for raises (merging: the linear's `weight` refuses).
 """
 
@@ -45,6 +46,7 @@ def register() -> None:
 def _register() -> None:
     _put_before("peft.tuners.lora.model", "dispatch_awq", _dispatching)
     _put_before("peft.utils.transformers_weight_conversion", "convert_peft_config_for_transformers", _converting)
+    _put_before("peft.utils.other", "_set_layer_requires_grad", _training)
     for module_name in ("peft.utils.transformers_weight_conversion", "transformers.integrations.peft"):
         _put_before(module_name, "get_model_conversion_mapping", _mapping)
 
@@ -70,6 +72,17 @@ def _dispatching(dispatch_awq: Callable) -> Callable:
         return layer_class(target, adapter_name, *args, **kwargs)
 
     return dispatch
+
+
+def _training(set_requires_grad: Callable) -> Callable:
+    """Says of a quantized linear among modules_to_save what torch says of its integers less clearly."""
+
+    def refuse_quantized(layer: nn.Module, requires_grad: bool, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(layer, QuantizedLinear):
+            layer.requires_grad_(requires_grad)
+        return set_requires_grad(layer, requires_grad, *args, **kwargs)
+
+    return refuse_quantized
 
 
 def _converting(convert: Callable) -> Callable:
