@@ -2,6 +2,7 @@
 
     text      documents are tokenized, joined with EOS, and cut every `max_seq_len` tokens
     rows      (token ids, dicts with input_ids, conversations) are sequences of their own, cut if too long
+    samples   (what a processor made of text and images) are batches of their own, whole
 
 Of more than `n_samples` sequences a seeded random choice is taken. Reading stops at `READ_FACTOR` times the
 tokens that are needed, so that a stream without an end can be passed. What is not used is counted and logged.
@@ -15,20 +16,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .config import MIN_SEQ_LEN_TOKENS, AwqOffloadConfig
-from .data_documents import Chat, Document, Text, TokenRow, read_documents
+from .data_documents import Chat, Document, Text, TokenRow, documents_of_encoding, read_documents
+from .data_samples import Sample, has_media
 from .data_sources import open_source
+from .data_tokenizers import processor_of, render_with_media, text_blocks, tokenizer_of
 from .errors import CalibrationDataError
 from .logs import get_logger
 
@@ -41,9 +43,6 @@ MIN_ROW_TOKENS = 2
 MIN_TOKENS = MIN_SEQ_LEN_TOKENS
 """With fewer tokens in all, the data is refused; a last piece of text that is shorter is left over."""
 
-TEXT_BLOCK_CHARACTERS = 1 << 20
-"""Longer documents are tokenized in blocks, so that a book of any size can be left in the middle."""
-
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
@@ -54,11 +53,16 @@ class CalibrationSet:
     """Per sequence (tokens,) bool: which tokens enter the statistics; None = all."""
     name: str
     """Of the data set or file, "builtin", or "sha256:" and 16 hex digits of the token ids. Never its text."""
+    samples: list[Sample] = field(default_factory=list, repr=False)
+    """What a processor made of text and images."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences, counted or not."""
-        return sum(len(sequence) for sequence in self.sequences)
+        """Tokens of all sequences and samples, counted or not, padding left out."""
+        return sum(len(sequence) for sequence in [*self.sequences, *(sample.token_ids for sample in self.samples)])
+
+    def __len__(self) -> int:
+        return len(self.sequences) + len(self.samples)
 
 
 def load_calibration_set(
@@ -66,6 +70,9 @@ def load_calibration_set(
     *,
     load_tokenizer: Callable[[], PreTrainedTokenizerBase],
     vocab_size: int,
+    load_processor: Callable[[], ProcessorMixin] | None = None,
+    accepts: frozenset[str] = frozenset(),
+    placeholders: frozenset[int] = frozenset(),
 ) -> CalibrationSet:
     """Read, tokenize and cut `config.dataset`; the same data and config give the same result.
 
@@ -73,6 +80,10 @@ def load_calibration_set(
         config: its dataset, tokenizer, text_column, n_samples, max_seq_len (tokens) and seed are used.
         load_tokenizer: loads the checkpoint's own tokenizer; called if one is needed and the config has none.
         vocab_size: ids from 0 to vocab_size - 1 are accepted.
+        load_processor: loads the checkpoint's own processor; called for conversations with images if the config has
+            none.
+        accepts: names of the data that the model's forward pass takes.
+        placeholders: ids that stand for images and the like, and may lie outside the vocabulary.
 
     Returns:
         At most n_samples sequences of at most max_seq_len tokens, (tokens,) int64 on the CPU.
@@ -83,11 +94,14 @@ def load_calibration_set(
 
     @functools.cache
     def get_tokenizer() -> PreTrainedTokenizerBase:
-        return _load_tokenizer(config.tokenizer, load_tokenizer)
+        return tokenizer_of(config.tokenizer, load_tokenizer)
+
+    def render_media(chat: Chat) -> Mapping[str, Any]:
+        return render_with_media(chat, processor_of(config.tokenizer, load_processor))
 
     source = open_source(config, get_tokenizer)
-    reading = _Reading(config, get_tokenizer, vocab_size)
-    for document in read_documents(source.elements, config.text_column, source.string_columns):
+    reading = _Reading(config, get_tokenizer, render_media, vocab_size, accepts, placeholders)
+    for document in read_documents(source.elements, config.text_column, source.string_columns, accepts):
         reading.add(document)
         if reading.is_enough:
             break
@@ -97,8 +111,13 @@ def load_calibration_set(
     if len(pieces) > config.n_samples:
         indices = sorted(random.Random(config.seed).sample(range(len(pieces)), config.n_samples))
         chosen = [pieces[index] for index in indices]
-    sequences = [piece.token_ids for piece in chosen]
-    calibration = CalibrationSet(sequences, [piece.counted for piece in chosen], name=source.name or _digest(sequences))
+    texts = [piece for piece in chosen if piece.sample is None]
+    calibration = CalibrationSet(
+        [piece.token_ids for piece in texts],
+        [piece.counted for piece in texts],
+        name=source.name or _digest([piece.token_ids for piece in chosen]),
+        samples=[piece.sample for piece in chosen if piece.sample is not None],
+    )
     _report(config, reading, pieces, calibration)
     return calibration
 
@@ -129,16 +148,28 @@ class _Piece(NamedTuple):
     row: int
     token_ids: Tensor  # (tokens,) int64
     counted: Tensor | None  # (tokens,) bool
+    sample: Sample | None = None  # what the token ids are part of
 
 
 class _Reading:
     """What has been read so far, and the account of what was left over."""
 
-    def __init__(self, config: AwqOffloadConfig, get_tokenizer: Callable[[], PreTrainedTokenizerBase], vocab_size: int):
+    def __init__(
+        self,
+        config: AwqOffloadConfig,
+        get_tokenizer: Callable[[], PreTrainedTokenizerBase],
+        render_media: Callable[[Chat], Mapping[str, Any]],
+        vocab_size: int,
+        accepts: frozenset[str],
+        placeholders: frozenset[int],
+    ):
         self.max_seq_len = config.max_seq_len
         self.n_samples = config.n_samples
         self.get_tokenizer = get_tokenizer
+        self.render_media = render_media
         self.vocab_size = vocab_size
+        self.accepts = accepts
+        self.placeholders = torch.tensor(sorted(placeholders), dtype=torch.int64)
         self.texts: list[tuple[int, Tensor]] = []  # (row, token ids)
         self.text_tokens = 0
         self.row_pieces: list[_Piece] = []
@@ -163,6 +194,12 @@ class _Reading:
             self.text_tokens += len(token_ids)
             if len(token_ids):
                 self.texts.append((document.row, token_ids))
+        elif isinstance(document, Sample):
+            self._add_sample(document)
+        elif isinstance(document, Chat) and (document.images is not None or has_media(document.messages)):
+            self.documents -= 1  # it is counted as what it is rendered to
+            for rendered in documents_of_encoding(document.row, self.render_media(document), self.accepts):
+                self.add(rendered)
         elif isinstance(document, Chat):
             self._add_row(TokenRow(document.row, self._render(document), counted=None, padding_tokens=0))
         else:
@@ -200,7 +237,7 @@ class _Reading:
         limit_tokens = READ_FACTOR * self.n_samples * self.max_seq_len
         token_ids: list[int] = []
         try:
-            for block in _text_blocks(document.text):
+            for block in text_blocks(document.text):
                 # verbose=False: without it a text longer than the model's context is warned about.
                 token_ids += tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
                 if len(token_ids) >= limit_tokens:
@@ -244,8 +281,21 @@ class _Reading:
                 is_all = counted is None or bool(counted.all())
                 self.row_pieces.append(_Piece(row.row, token_ids.clone(), None if is_all else counted))
 
-    def _require_known_ids(self, row: int, token_ids: Tensor) -> None:
+    def _add_sample(self, sample: Sample) -> None:
+        token_ids = sample.token_ids
+        self._require_known_ids(sample.row, token_ids, self.placeholders)
+        self.padding_tokens += sample.inputs["input_ids"].numel() - len(token_ids)
+        if len(token_ids) < MIN_ROW_TOKENS:
+            self.short_tokens.append(len(token_ids))
+        elif sample.counted is not None and not sample.counted.any():
+            self.uncounted_tokens.append(len(token_ids))
+        else:
+            self.row_pieces.append(_Piece(sample.row, token_ids, None, sample))
+
+    def _require_known_ids(self, row: int, token_ids: Tensor, placeholders: Tensor | None = None) -> None:
         is_unknown = (token_ids < 0) | (token_ids >= self.vocab_size)
+        if placeholders is not None:
+            is_unknown &= ~torch.isin(token_ids, placeholders)
         if is_unknown.any():
             position = int(is_unknown.nonzero()[0])
             raise CalibrationDataError(
@@ -277,34 +327,6 @@ class _Reading:
             ),
         ]
         return [words for amount, words in parts if amount]
-
-
-def _load_tokenizer(given: Any, load_own: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
-    """`given` itself, or the tokenizer of that name or path, or the checkpoint's own for None."""
-    if given is not None and not isinstance(given, str | os.PathLike):
-        return given
-    which = "The checkpoint's own tokenizer" if given is None else f"The tokenizer {os.fspath(given)!r}"
-    remedy = "Set `tokenizer` to a tokenizer, its name or path, or pass token ids as `dataset`."
-    try:
-        tokenizer = load_own() if given is None else AutoTokenizer.from_pretrained(given)
-    except Exception as error:  # of any kind: files, network, remote code
-        raise CalibrationDataError(
-            f"The calibration data is text, but its tokenizer is missing. {which} can't be loaded "
-            f"({type(error).__name__}: {error}). {remedy}"
-        ) from error
-    if tokenizer is None:
-        raise CalibrationDataError(f"The calibration data is text, but there is no tokenizer. {remedy}")
-    return tokenizer
-
-
-def _text_blocks(text: str) -> Iterator[str]:
-    """Blocks of at most TEXT_BLOCK_CHARACTERS, cut after a line end where there is one."""
-    start = 0
-    while len(text) - start > TEXT_BLOCK_CHARACTERS:
-        end = text.rfind("\n", start, start + TEXT_BLOCK_CHARACTERS) + 1 or start + TEXT_BLOCK_CHARACTERS
-        yield text[start:end]
-        start = end
-    yield text[start:]
 
 
 def _cut_text(
@@ -351,10 +373,13 @@ def _require_enough(reading: _Reading, pieces: list[_Piece]) -> None:
 def _report(config: AwqOffloadConfig, reading: _Reading, pieces: list[_Piece], calibration: CalibrationSet) -> None:
     piece_tokens = sum(len(piece.token_ids) for piece in pieces)
     left_over = reading.left_out()
-    if len(pieces) > len(calibration.sequences):
-        unused = len(pieces) - len(calibration.sequences)
+    if len(pieces) > len(calibration):
+        unused = len(pieces) - len(calibration)
         left_over.insert(0, f"{unused} sequences not chosen ({piece_tokens - calibration.tokens} tokens)")
-    counted_tokens = calibration.tokens - sum(int((~mask).sum()) for mask in calibration.counted if mask is not None)
+    uncounted = [mask for mask in calibration.counted if mask is not None]
+    counted_tokens = calibration.tokens - sum(int((~mask).sum()) for mask in uncounted)
+    for sample in calibration.samples:
+        counted_tokens -= 0 if sample.counted is None else len(sample.token_ids) - int(sample.counted.sum())
     logger.info(
         "Calibration data %s: read %d documents, %d tokens%s; use %d sequences of at most %d tokens, %d "
         "tokens in all, %d of them counted. Left over: %s.",
@@ -362,7 +387,7 @@ def _report(config: AwqOffloadConfig, reading: _Reading, pieces: list[_Piece], c
         reading.documents,
         piece_tokens + reading.left_out_tokens,
         ", and stopped there" if reading.is_enough else "",
-        len(calibration.sequences),
+        len(calibration),
         config.max_seq_len,
         calibration.tokens,
         counted_tokens,
@@ -370,13 +395,13 @@ def _report(config: AwqOffloadConfig, reading: _Reading, pieces: list[_Piece], c
     )
     if reading.short_tokens or reading.uncounted_tokens:
         logger.warning("Calibration data %s: left out %s.", calibration.name, ", ".join(reading.left_out()))
-    if len(calibration.sequences) < config.n_samples:
+    if len(calibration) < config.n_samples:
         logger.warning(
             "Calibration data %s: n_samples is %d, but the data gives only %d sequences (%d tokens); all are "
             "used. More data calibrates better.",
             calibration.name,
             config.n_samples,
-            len(calibration.sequences),
+            len(calibration),
             calibration.tokens,
         )
     if calibration.name == "builtin":

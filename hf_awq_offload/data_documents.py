@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .data_samples import IGNORED_LABEL, Sample, media_without_text, sample_of
 from .errors import CalibrationDataError
-
-IGNORED_LABEL = -100
 
 _ROW_COLUMNS = "'input_ids', 'messages', 'text', a single column of strings, or the one named by text_column"
 
@@ -31,6 +30,7 @@ class Chat(NamedTuple):
 
     row: int
     messages: list[dict[str, Any]]
+    images: Any = None  # what the messages only point at: pictures in a column of their own
 
 
 class TokenRow(NamedTuple):
@@ -42,13 +42,14 @@ class TokenRow(NamedTuple):
     padding_tokens: int  # how many were stripped
 
 
-Document = Text | Chat | TokenRow
+Document = Text | Chat | TokenRow | Sample
 
 
 def read_documents(
     elements: Iterable[tuple[int, Any]],  # (row, element)
     text_column: str | None,
     string_columns: list[str] | None,  # of a data set that knows them; else they are taken from the first row
+    accepts: frozenset[str] = frozenset(),  # names of the arguments of the model's forward pass
 ) -> Iterator[Document]:
     """Yield the documents of `elements`; every element must have the form of the first.
 
@@ -62,13 +63,14 @@ def read_documents(
         if not first_form:
             first_row, first_form = row, form
             if form == "a dict":
+                _require_text_beside_media(row, element, accepts)
                 column = _choose_column(row, element, text_column, string_columns)
         elif form != first_form:
             raise _mixed_forms(first_row, first_form, row, form)
         if form == "a text":
             yield Text(row, element)
         elif form == "a dict":
-            yield from _documents_of_dict(row, element, column)
+            yield from _documents_of_dict(row, element, column, accepts)
         else:
             yield from _token_rows(row, element)
 
@@ -134,15 +136,29 @@ def _choose_column(row: int, element: Mapping, text_column: str | None, string_c
     return string_columns[0]
 
 
-def _documents_of_dict(row: int, element: Mapping, column: str) -> Iterator[Document]:
+def _require_text_beside_media(row: int, element: Mapping, accepts: frozenset[str]) -> None:
+    media = media_without_text(element, accepts)
+    if media is not None:
+        raise CalibrationDataError(
+            f"Row {row} of the dataset has {media!r} but no 'input_ids'; expected what the model's processor returns "
+            'for text and images together: processor(text=..., images=..., return_tensors="pt").'
+        )
+
+
+def _documents_of_dict(row: int, element: Mapping, column: str, accepts: frozenset[str]) -> Iterator[Document]:
     if column not in element:
+        _require_text_beside_media(row, element, accepts)
         raise CalibrationDataError(
             f"Row {row} of the dataset has the columns {names_of(element)}, but the rows before it have "
             f"{column!r}; all rows need the same column."
         )
     value = element[column]
     if column == "input_ids":
-        yield from _token_rows(row, value, element)
+        sample = sample_of(row, element, accepts)
+        if sample is None:
+            yield from _token_rows(row, value, element)
+        else:
+            yield sample
     elif column == "messages":
         is_chat = isinstance(value, list | tuple | np.ndarray) and len(value) > 0
         if not is_chat or not all(isinstance(turn, Mapping) and "role" in turn for turn in value):
@@ -150,7 +166,7 @@ def _documents_of_dict(row: int, element: Mapping, column: str) -> Iterator[Docu
                 f"Row {row}, column 'messages', is {type_name(value)}; expected a non-empty list of dicts "
                 "with 'role' and 'content'."
             )
-        yield Chat(row, [dict(turn) for turn in value])
+        yield Chat(row, [dict(turn) for turn in value], element.get("images"))
     elif isinstance(value, str):
         yield Text(row, value)
     else:
@@ -158,6 +174,11 @@ def _documents_of_dict(row: int, element: Mapping, column: str) -> Iterator[Docu
             f"Row {row}, column {column!r}, is {type_name(value)}; expected a string. Filter such rows out, "
             "or set text_column to another column."
         )
+
+
+def documents_of_encoding(row: int, encoding: Mapping, accepts: frozenset[str]) -> Iterator[Document]:
+    """What a processor made of a conversation."""
+    return _documents_of_dict(row, encoding, "input_ids", accepts)
 
 
 def _token_rows(row: int, value: Any, columns: Mapping | None = None) -> Iterator[TokenRow]:

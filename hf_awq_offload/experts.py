@@ -193,6 +193,8 @@ class UnfusedExperts(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name in self.__dict__.get("was_fused", ()):  # blocks around experts initialize them by these names
+                return _initialized_already()
             method = getattr(self.__dict__.get("fused_class"), name, None)
             if not inspect.isfunction(method):
                 raise
@@ -210,6 +212,13 @@ class UnfusedExperts(nn.Module):
             inner = flags.act_fn(up)
         output = linears.get_submodule(self.projections.down)(inner)
         return flags.post_expert_norm(output) if getattr(flags, "has_post_expert_norm", False) else output
+
+
+def _initialized_already() -> Tensor:
+    """What transformers' initialization passes over."""
+    tensor = torch.empty(0)
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
 
 
 @contextmanager
@@ -230,7 +239,8 @@ def router_linears(layer: nn.Module) -> set[str]:
     """Linears within `layer` that choose experts: beside the experts, with an output for each of them."""
     found = set()
     for name, module in layer.named_modules():
-        counts = {value.shape[0] for value in module.parameters(recurse=False) if value.ndim == 3}
+        fused = [value.shape for value in module.parameters(recurse=False) if value.ndim == 3]
+        counts = {shape[0] for shape in fused if shape[0] <= min(shape[1:])}  # else of a convolution, or heads
         if isinstance(module, UnfusedExperts):
             counts.add(module.experts_total)
         block_name, _, _ = name.rpartition(".")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelStructureError
-from .layers import LayerCall, calibration_mode, shadowed_forward
+from .inputs import ForwardPass, ModelInputs
+from .layers import LayerCall, LayerRunner, calibration_mode, shadowed_forward
 
 
 class _Cancelled(BaseException):
@@ -89,20 +90,21 @@ class HaltedForward:
 def halted_forwards(
     model: nn.Module,
     layers: Mapping[str, nn.Module],  # name -> decoder layer
-    batches: Sequence[Tensor],  # each (batch, tokens) int64
+    batches: Sequence[ModelInputs],
+    forward: Callable[[ModelInputs], None] | None = None,
 ) -> Iterator[list[HaltedForward]]:
     """A forward pass for every batch, not started yet; in the caller's thread, layers run as ever.
 
     The model is left as it was, whatever happens inside.
     """
-    decoder = getattr(model, "base_model", model)
+    forward_pass = forward or ForwardPass(model)
     passes: list[HaltedForward] = []
     running = threading.local()
 
-    def pass_over(index: int, batch: Tensor) -> Callable[[], None]:
+    def pass_over(index: int, batch: ModelInputs) -> Callable[[], None]:
         def run() -> None:
             running.index = index
-            decoder(input_ids=batch, use_cache=False)
+            forward_pass(batch)
 
         return run
 
@@ -124,6 +126,18 @@ def halted_forwards(
         finally:
             for each in passes:
                 each.cancel()
+
+
+def hand_on(each: HaltedForward, runner: LayerRunner) -> None:
+    """Run the layer that a pass has come to, and let the pass go on with tensors of the kind it works with."""
+    assert each.call is not None
+    each.go_on(runner.hand_on(each.call, like_given(each.call.args, each.call.kwargs)))
+
+
+def like_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """A tensor of the device and dtype that a layer is given, None if it is given no floating-point tensor."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return next((tensor for tensor in given if tensor.is_floating_point()), None)
 
 
 def layer_at(passes: Sequence[HaltedForward], model_name: str) -> str | None:

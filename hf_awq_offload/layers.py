@@ -1,19 +1,12 @@
-"""Decoder layers: which modules they are, what the model gives each of them, and how to run one alone.
-
-The skeleton pass runs the model's own forward with every decoder layer replaced by "write down what you were given,
-return the hidden states unchanged". What it yields is exact for every layer: masks and rotary embeddings differ
-from layer to layer in many models (sliding and global attention, two rotary bases), so what layer 0 was given says
-nothing about layer 1. Modules keep their class and attributes; only `forward` is shadowed, and put back afterwards.
-"""
+"""Decoder layers: which modules may be one, what a call of one is, and how to run one alone."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,10 +25,6 @@ class _Hidden:
 
 
 HIDDEN = _Hidden()
-
-
-class NotAChainError(ModelStructureError):
-    """The decoder layers do not simply hand their hidden states on; `feeds.py` then halts real forward passes."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +88,6 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
-@dataclass
-class Skeleton:
-    """What a skeleton pass recorded."""
-
-    layer_names: list[str] = field(default_factory=list)
-    """Decoder layers in the order in which the model runs them."""
-    calls: dict[str, list[LayerCall]] = field(default_factory=dict)
-    """Per layer, the call that it receives for every batch."""
-    hidden: list[Tensor] = field(default_factory=list)
-    """Per batch, the hidden states that enter the first layer, (batch, tokens, hidden)."""
-
-
 def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Elements of the outermost module lists that hold linears: what may turn out to be decoder layers.
 
@@ -156,40 +133,6 @@ def _has_conv1d(model: nn.Module) -> bool:
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def record_skeleton(
-    model: nn.Module,
-    batches: Sequence[Tensor],  # each (batch, tokens) int64 token ids, without padding
-) -> Skeleton:
-    """Run `model` over `batches` with its decoder layers stubbed and return what each layer would be given.
-
-    Args that are equal from batch to batch, or shared between layers, are stored once. A layer's own forward runs
-    once per layer class, on the first batch, to learn what form of output the model expects: make it a short one.
-
-    On the first batch gradients tell what depends on the hidden states of an earlier layer.
-
-    Raises:
-        NotAChainError: a layer runs twice in a pass, or takes anything from earlier layers beside the hidden states
-            that the last one returned (something computed between the layers, shared state).
-        ModelStructureError: no decoder layer ran, or the hidden states can't be told.
-    """
-    layers = candidate_layers(model)
-    skeleton = Skeleton()
-    recorder = _Recorder(skeleton)
-    decoder = getattr(model, "base_model", model)  # without the head: its logits over all batches are not needed
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(calibration_mode(model))
-        stack.enter_context(_frozen(model))
-        for name, layer in layers.items():
-            stack.enter_context(shadowed_forward(layer, recorder.stub(name, layer)))
-        for index, batch in enumerate(batches):
-            recorder.next_batch(trace=index == 0)
-            with torch.set_grad_enabled(index == 0):
-                decoder(input_ids=batch, use_cache=False)
-            recorder.end_batch(type(model).__name__)
-    return skeleton
-
-
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no KV cache, restored afterwards, whatever happens inside.
@@ -209,19 +152,6 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
             config.use_cache = value
         for name, module in model.named_modules():
             module.training = training.get(name, module.training)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 class LayerRunner:
@@ -266,12 +196,14 @@ class LayerRunner:
         return [tensor for tensor in tensors_in(yielded) if tensor.is_floating_point()]
 
     @torch.no_grad()
-    def hand_on(self, call: LayerCall, like: Tensor | None) -> Any:
+    def hand_on(self, call: LayerCall, like: Tensor | None, forward: Callable[..., Any] | None = None) -> Any:
         """Whatever the layer returns, its tensors on `like`'s device and, if they are not integers, in its dtype.
 
-        State among the call's arguments is written to.
+        State among the call's arguments is written to. With `forward`, the layer's own, the layer is not called as a
+        module: whoever calls this stands in its forward, and hooks are run around that already.
         """
-        output = self.run(call.bind(torch.empty(0), self._move, share_state=True))
+        bound = call.bind(torch.empty(0), self._move, share_state=True)
+        output = self.run(bound) if forward is None else self._run_inside(forward, bound)
 
         def back(leaf: Any) -> Any:
             if like is None or not isinstance(leaf, Tensor):
@@ -287,6 +219,16 @@ class LayerRunner:
             return torch.func.functional_call(self.layer, {**self.tensors, **(overrides or {})}, args, kwargs)
         return self.layer(*args, **kwargs)
 
+    def _run_inside(self, forward: Callable[..., Any], bound: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        args, kwargs = bound
+        if not self.tensors:
+            return forward(*args, **kwargs)
+        caller = nn.Module()
+        caller.layer = self.layer
+        caller.forward = forward
+        tensors = {f"layer.{name}": tensor for name, tensor in self.tensors.items()}
+        return torch.func.functional_call(caller, tensors, args, kwargs)
+
     def _move(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if tensor.is_floating_point() else None
         return tensor.to(device=self.device, dtype=dtype, non_blocking=True)
@@ -295,127 +237,6 @@ class LayerRunner:
 def output_hidden(output: Any) -> Tensor:
     """The hidden states in what a decoder layer returns: a tensor, or the first element of a tuple."""
     return output if isinstance(output, Tensor) else output[0]
-
-
-class _Recorder:
-    """Builds a `Skeleton` from the calls that reach the stubs."""
-
-    def __init__(self, skeleton: Skeleton):
-        self.skeleton = skeleton
-        self.learned_outputs: dict[type, Any] = {}
-        self.stored: dict[tuple[str, int], Tensor] = {}
-        self.called: list[str] = []
-
-    def next_batch(self, trace: bool = False) -> None:
-        """`trace`: let what is computed from a layer's output require a gradient."""
-        self.trace = trace
-        self.called = []
-        self.last_hidden: Tensor | None = None
-        self.state: dict[int, tuple[Any, str]] = {}
-        self.handed_out: dict[int, Tensor] = {}  # what layers returned beside hidden states, by id
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def end_batch(self, model_name: str) -> None:
-        if not self.called:
-            raise ModelStructureError(
-                f"The forward pass of {model_name} ran none of its candidate decoder layers; expected a causal "
-                "language model that takes input_ids."
-            )
-        if not self.skeleton.layer_names:
-            self.skeleton.layer_names = self.called
-        elif self.called != self.skeleton.layer_names:
-            raise ModelStructureError(
-                f"The forward pass of {model_name} ran its layers in another order on another batch: "
-                f"{self.called} after {self.skeleton.layer_names}. Layers that are skipped at random must be switched "
-                "off for calibration."
-            )
-
-    def stub(self, name: str, layer: nn.Module) -> Callable[..., Any]:
-        signature = inspect.signature(type(layer).forward)
-        forward = layer.forward
-
-        def record(*args: Any, **kwargs: Any) -> Any:
-            if name in self.called:
-                raise NotAChainError(
-                    f"Decoder layer {name} runs twice in one forward pass; layers that are shared in depth are not "
-                    "supported."
-                )
-            hidden = _find_hidden(name, signature, args, kwargs)
-            if type(layer) not in self.learned_outputs:
-                with torch.no_grad():
-                    self.learned_outputs[type(layer)] = forward(*args, **kwargs)
-            if not self.called:
-                self.skeleton.hidden.append(hidden)
-            elif hidden is not self.last_hidden:
-                raise NotAChainError(
-                    f"Decoder layer {name} does not receive what {self.called[-1]} returned: the model computes "
-                    "something between its layers, which is not supported."
-                )
-            self.called.append(name)
-            call = self._store(name, hidden, args, kwargs)
-            self.skeleton.calls.setdefault(name, []).append(call)
-            # A tensor of its own, so that what the layer was given is not mistaken for what it returns.
-            self.last_hidden = self._traced(hidden) if self.trace else hidden.view_as(hidden)
-            learned = self.learned_outputs[type(layer)]
-            if isinstance(learned, Tensor):
-                return self.last_hidden
-            others = map_leaves(learned[1:], self._traced) if self.trace else learned[1:]
-            self.handed_out |= {id(tensor): tensor for tensor in tensors_in(others)}
-            return (self.last_hidden, *others)
-
-        return record
-
-    @staticmethod
-    def _traced(leaf: Any) -> Any:
-        """`leaf`; a floating-point tensor so that what is computed from it requires a gradient."""
-        is_floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return leaf.detach().requires_grad_() * 1 if is_floating else leaf
-
-    def _store(self, name: str, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
-        position = 0
-
-        for value in (*args, *kwargs.values()):
-            if is_state(value) and self.state.setdefault(id(value), (value, name))[1] != name:
-                raise NotAChainError(
-                    f"Decoder layer {name} receives a {type(value).__name__} that layer {self.state[id(value)][1]} "
-                    "received too; layers can pass state on in it."
-                )
-
-        def keep(leaf: Any) -> Any:
-            nonlocal position
-            if leaf is hidden:
-                return HIDDEN
-            if not isinstance(leaf, Tensor):
-                return leaf
-            if leaf.requires_grad or id(leaf) in self.handed_out:
-                raise NotAChainError(
-                    f"Decoder layer {name} receives something beside its hidden states that is computed from those of "
-                    "an earlier layer."
-                )
-            position += 1
-            if id(leaf) not in self.seen:
-                # Without padding, masks and positions depend on a batch's shape alone: mostly the last one's serve.
-                previous = self.stored.get((name, position))
-                same = previous is not None and previous.shape == leaf.shape and torch.equal(previous, leaf)
-                self.seen[id(leaf)] = (leaf, previous if same and previous is not None else leaf)
-            kept = self.seen[id(leaf)][1]
-            self.stored[name, position] = kept
-            return kept
-
-        stored_args = tuple(map_leaves(value, keep) for value in args)
-        return LayerCall(stored_args, {key: map_leaves(value, keep) for key, value in kwargs.items()})
-
-
-def _find_hidden(name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among a layer's arguments: its first parameter, by position or by name."""
-    first = next(parameter for parameter in signature.parameters if parameter != "self")
-    hidden = args[0] if args else kwargs.get(first)
-    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
-        raise ModelStructureError(
-            f"Decoder layer {name} was called with {type(hidden).__name__} for its first parameter {first!r}; expected "
-            "the hidden states, a floating-point tensor."
-        )
-    return hidden
 
 
 @contextmanager

@@ -9,6 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+LEAST_SIDE = 32
+"""A parameter of at least two dimensions of this size may be the matrix of a product; 32 is the least group size."""
+
 PRODUCT_TOLERANCE = 1e-4
 """Relative deviation that fp32 rounding may cause between two ways to compute a matrix product."""
 
@@ -16,6 +19,26 @@ PRODUCT_TOLERANCE = 1e-4
 def linears_in(layer: nn.Module) -> dict[str, nn.Linear]:
     """Every linear inside `layer` by its name there, in the order of definition."""
     return {name: module for name, module in layer.named_modules() if is_linear(module)}
+
+
+def matrices_outside_linears(layer: nn.Module) -> dict[str, str]:
+    """What in `layer` may be multiplied by activations and is no linear, by name -> what it is.
+
+    Of a module that holds such parameters and no linear, the module's name; else the parameter's.
+    """
+    found = {}
+    for name, module in layer.named_modules():
+        known = isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
+        named = [] if known else list(module.named_parameters(recurse=False))
+        matrices = [key for key, value in named if value.ndim >= 2 and sorted(value.shape)[-2] >= LEAST_SIDE]
+        if not matrices:
+            continue
+        kind = type(module).__name__
+        if name and not any(isinstance(part, nn.Linear) for part in module.modules()):
+            found[name] = f"a {kind}, whose {', '.join(matrices)} are no linears"
+        else:
+            found |= {f"{name}.{key}".lstrip("."): f"a parameter of a {kind}, no linear" for key in matrices}
+    return found
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -28,8 +28,9 @@ class Renaming:
         name: str,  # of a linear in the model
         tensors: Sequence[str],  # what the checkpoint holds in the place of its `weight`
     ) -> bool:
-        """Whether these tensors of a linear are found again after saving and loading."""
-        return all(self._comes_back(f"{name}.{tensor}") for tensor in tensors)
+        """Whether these tensors of a linear go, on saving and loading, where its `weight` goes."""
+        weight, back = self._there_and_back(f"{name}.weight")
+        return all(self._goes_along(f"{name}.{tensor}", tensor, weight, back) for tensor in tensors)
 
     def name_in_checkpoint(
         self,
@@ -38,11 +39,21 @@ class Renaming:
         """What the module is called in checkpoints."""
         return _renamed(f"{name}.weight", self.on_saving).removesuffix(".weight")
 
-    def _comes_back(self, key: str) -> bool:
+    def _goes_along(self, key: str, tensor: str, weight: str, back: str) -> bool:
         if _is_converted(key, self.on_saving):
             return False
-        loaded = _renamed(_renamed(key, self.on_saving), self.on_loading)
-        return loaded == key and not _is_converted(loaded, self.on_loading)
+        saved, loaded = self._there_and_back(key)
+        same = (saved, loaded) == (_with_last(weight, tensor), _with_last(back, tensor))
+        return (loaded == key or same) and not _is_converted(loaded, self.on_loading)
+
+    def _there_and_back(self, key: str) -> tuple[str, str]:
+        saved = _renamed(key, self.on_saving)
+        return saved, _renamed(saved, self.on_loading)
+
+
+def _with_last(key: str, tensor: str) -> str:
+    """`key` of a weight with another tensor's name in its place."""
+    return f"{key.rpartition('.')[0]}.{tensor}"
 
 
 def _renamed(key: str, conversions: Sequence[Any]) -> str:

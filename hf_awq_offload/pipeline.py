@@ -15,33 +15,31 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging
 
+from .batches import batches_of, decoder_and_probes, default_batch_tokens
 from .config import AwqOffloadConfig
-from .data import CalibrationSet, micro_batches
+from .data import CalibrationSet
 from .errors import MemoryLimitError
 from .feeds import PROBES, Feed, SkeletonFeed, Visit, layers_that_run, open_feed
 from .folds import LayerStructure, structure_key, without_folds_of
 from .gathering import LayerStatistics
 from .hidden_states import HiddenStates, HiddenWriter
+from .inputs import token_ids_of
 from .journal import LayerCommit
 from .layer_quantization import LayerContext, Undo, quantize_with_statistics, quantize_without_data
 from .layers import LayerRunner, calibration_mode, candidate_layers, shared_parameters
-from .linears import linears_in
+from .linears import linears_in, matrices_outside_linears
 from .logs import get_logger
-from .probing import discover_structure, provable_structure
+from .probing import ProbeCalls, discover_structure, provable_structure
 from .report import LayerReport, QuantizationReport
 from .streaming import compute_dtype, is_out_of_memory, peak_memory_bytes, release_cached
 from .workplace import Workplace
 
 logger = get_logger(__name__)
 
-PROBE_TOKENS = 32
-CPU_BATCH_TOKENS = 4096
-"""Micro-batch on a CPU: large enough for full-speed matrix products, small beside any model."""
-ACCELERATOR_MEMORY_SHARE = 0.25
-"""Share of the accelerator's free memory that a micro-batch's activations may take."""
+NEEDS_OTHER_DATA = "did not run in calibration: needs samples with images"
 
 
 def quantize_layers(
@@ -135,24 +133,28 @@ class _Calibrated:
         self.model, self.device, self.place = job.model, job.device, job.place
         self.recipe = job.recipe
         job.report.tokens = calibration.tokens
-        first = calibration.sequences[0]
-        self.probe_batches = [first[:PROBE_TOKENS].unsqueeze(0), first[:1].unsqueeze(0)]
+        with self.place.onloader.rest():
+            self.decoder, self.probe_batches = decoder_and_probes(self.model, calibration, job.run_layer)
         self.shared = shared_parameters(self.model)
         self.keys = {name: structure_key(layer) for name, layer in candidate_layers(self.model).items()}
         """Of the layers as they were."""
-        self.structures: dict[object, LayerStructure] = {}
+        self.structures: dict[object, tuple[LayerStructure, int]] = {}
+        """With each, which of the probes it was found on."""
         self.found: dict[str, LayerStructure] = {}
         self.collectors: dict[str, LayerStatistics] = {}
         self.position = 0
         """Index of the layer that the feed's hidden states enter."""
-        self._set_batch_tokens(job.recipe.batch_tokens or default_batch_tokens(self.model, self.device))
+        layers = self.decoder.layers.values()
+        self._set_batch_tokens(job.recipe.batch_tokens or default_batch_tokens(layers, self.device))
 
     def run(self) -> None:
         commits = self.place.commits
         with ExitStack() as rest, ExitStack() as stack:
             rest.enter_context(self.place.onloader.rest())
             with self.job.timed("skeleton"):
-                self.feed: Feed = stack.enter_context(open_feed(self.model, self.batches, self.job.run_layer))
+                self.feed: Feed = stack.enter_context(
+                    open_feed(self.model, self.batches, self.job.run_layer, self.decoder)
+                )
             self.names = self.feed.layer_names
             self.index = {name: index for index, name in enumerate(self.names)}
             if isinstance(self.feed, SkeletonFeed):
@@ -243,10 +245,21 @@ class _Calibrated:
             return
         key, probes, seed = self.keys[name], self.feed.probes(name), self.recipe.seed
         if key in self.structures:
-            structure = provable_structure(layer, self.structures[key], probes, self.device, seed)
+            structure, which = self.structures[key]
+            structure = provable_structure(layer, structure, probes[which], self.device, seed)
         else:
-            structure = self.structures[key] = discover_structure(layer, probes, self.device, seed)
+            structure = self._discover(self.job.context(name), key, probes)
         self.found[name] = without_folds_of(structure, self.shared[name])
+
+    def _discover(self, context: LayerContext, key: object, probes: list[ProbeCalls]) -> LayerStructure:
+        """Probed on text, and once more on a sample where text does not reach every linear."""
+        for which, calls in enumerate(probes):
+            structure = discover_structure(context.layer, calls, self.device, self.recipe.seed)
+            if key not in self.structures or len(_reached(structure)) > len(_reached(self.structures[key][0])):
+                self.structures[key] = structure, which
+            if context.quantizable <= _reached(structure):
+                break
+        return self.structures[key][0]
 
     def _learn_structure_from_first(self, name: str) -> None:
         """Where a run goes on: probe the layer that the run before probed, so that both find the same."""
@@ -279,7 +292,7 @@ class _Calibrated:
                 self._rebatch(batch_tokens)
             if start:
                 states = self.place.hidden(start)
-                self.feed.hidden = states.regrouped([len(batch) for batch in self.batches[PROBES:]])
+                self.feed.hidden = states.regrouped([len(token_ids_of(batch)) for batch in self.batches[PROBES:]])
             self.position = start
         for each in range(start, index):
             logger.info("Forward pass through %s, whose outputs the journal has no more.", self.names[each])
@@ -302,10 +315,9 @@ class _Calibrated:
 
     def _set_batch_tokens(self, batch_tokens: int) -> None:
         self.batch_tokens = batch_tokens
-        indices = micro_batches(self.calibration, batch_tokens)
-        data = [torch.stack([self.calibration.sequences[i] for i in batch]) for batch in indices]
+        data, counted = batches_of(self.calibration, batch_tokens)
         self.batches = [*self.probe_batches, *data]
-        self.counted = [*[None] * PROBES, *(_stack_counted(self.calibration, batch) for batch in indices)]
+        self.counted = [*[None] * PROBES, *counted]
 
     def _rebatch(self, batch_tokens: int) -> None:
         """Go on with micro-batches of this size; the feed is then at the first layer."""
@@ -322,7 +334,7 @@ class _Calibrated:
         states, position = self.feed.hidden, self.position
         self._rebatch(batch_tokens)
         if position:
-            self.feed.hidden = states.regrouped([len(batch) for batch in self.batches[PROBES:]])
+            self.feed.hidden = states.regrouped([len(token_ids_of(batch)) for batch in self.batches[PROBES:]])
         self.position = position
 
     def _halve_batches(self, name: str, error: Exception) -> None:
@@ -331,7 +343,7 @@ class _Calibrated:
         Raises:
             MemoryLimitError: that can't help.
         """
-        longest = max(len(sequence) for sequence in self.calibration.sequences)
+        longest = max((len(sequence) for sequence in self.calibration.sequences), default=self.batch_tokens)
         halved = self.batch_tokens // 2
         helps = isinstance(self.feed, SkeletonFeed) and self.batch_tokens > longest and self.began != name
         if not helps:
@@ -356,12 +368,18 @@ class _Calibrated:
 def _with_layers_left_out(
     report: QuantizationReport, model: nn.Module, is_quantizable: Callable[[str], bool]
 ) -> QuantizationReport:
-    """`report`, and what is said of layers that did not run."""
+    """`report`, and what is said of layers that did not run, and of matrices that are no linears."""
     ran = {layer.name for layer in report.layers}
+    for name in ran:
+        others = matrices_outside_linears(model.get_submodule(name))
+        report.left_out |= {f"{name}.{part}": reason for part, reason in others.items()}
+    lists = {name.rpartition(".")[0] for name in ran}
     for name, layer in candidate_layers(model).items():
+        among_others = name.rpartition(".")[0] in lists
+        reason = NEEDS_OTHER_DATA if among_others else "does not run on text alone: not part of the decoder"
         for part in linears_in(layer) if name not in ran else []:
             if is_quantizable(f"{name}.{part}"):
-                report.left_out[f"{name}.{part}"] = "does not run on text alone: not part of the decoder"
+                report.left_out[f"{name}.{part}"] = reason
     return report
 
 
@@ -372,28 +390,12 @@ def _runner(layer: nn.Module, device: torch.device) -> LayerRunner:
 
 def _not_reached(context: LayerContext, structure: LayerStructure) -> dict[str, str]:
     """Linears of the layer that no calibration token reached, and what is said of them."""
-    reached = {name for group in structure.groups for name in group.consumers}
-    return {f"{context.name}.{name}": "did not run in calibration" for name in context.quantizable - reached}
+    left = context.quantizable - _reached(structure)
+    return {f"{context.name}.{name}": "did not run in calibration" for name in left}
 
 
-def default_batch_tokens(model: nn.Module, device: torch.device) -> int:
-    """Tokens of a micro-batch when the recipe leaves it open: what a share of the free memory holds."""
-    if device.type == "cpu":
-        return CPU_BATCH_TOKENS
-    # Alive at once in a layer's forward: about every linear's output, and fp32 copies of the widest in norms.
-    layer = next(iter(candidate_layers(model).values()))
-    bytes_per_token = 6 * sum(linear.out_features + linear.in_features for linear in linears_in(layer).values())
-    free_bytes, _ = torch.accelerator.get_memory_info(device)
-    return max(1, int(free_bytes * ACCELERATOR_MEMORY_SHARE) // bytes_per_token)
-
-
-def _stack_counted(calibration: CalibrationSet, indices: list[int]) -> Tensor | None:
-    """Which tokens of a micro-batch enter the statistics, (batch, tokens) bool; None when all do."""
-    masks = [calibration.counted[i] for i in indices]
-    if all(mask is None for mask in masks):
-        return None
-    ones = torch.ones(calibration.sequences[indices[0]].shape[0], dtype=torch.bool)
-    return torch.stack([ones if mask is None else mask for mask in masks])
+def _reached(structure: LayerStructure) -> set[str]:
+    return {name for group in structure.groups for name in group.consumers}
 
 
 def _progress_text(report: LayerReport, device: torch.device) -> str:

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from accelerate import dispatch_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -37,6 +37,7 @@ from .experts import (
     unfused,
 )
 from .hub import accompany
+from .inputs import forward_arguments, placeholder_ids
 from .integrations import peft
 from .layer_quantization import Undo
 from .layers import candidate_layers
@@ -158,7 +159,12 @@ class AwqOffloadQuantizer(HfQuantizer):
             vocab_size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
             with torch.device("cpu"):  # transformers builds the model, and calls this, under the meta device
                 self.calibration = load_calibration_set(
-                    self.recipe, load_tokenizer=lambda: _load_tokenizer(model), vocab_size=vocab_size
+                    self.recipe,
+                    load_tokenizer=lambda: AutoTokenizer.from_pretrained(_source(model, "tokenizer")),
+                    load_processor=lambda: AutoProcessor.from_pretrained(_source(model, "processor")),
+                    vocab_size=vocab_size,
+                    accepts=forward_arguments(model),
+                    placeholders=placeholder_ids(model),
                 )
 
     # -- after loading -------------------------------------------------------------------------------------------
@@ -379,7 +385,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         if self.calibration is not None:
             meta |= {
                 "dataset": self.calibration.name,
-                "n_samples": len(self.calibration.sequences),
+                "n_samples": len(self.calibration),
                 "max_seq_len": recipe.max_seq_len,
                 "calibration_tokens": self.calibration.tokens,
             }
@@ -403,14 +409,15 @@ def _operations(conversion: Any) -> list[Any]:
     return getattr(conversion, "operations", [])
 
 
-def _load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def _source(model: PreTrainedModel, what: str) -> str:
+    """Where the model comes from, and so its tokenizer or processor."""
     source = model.config.name_or_path
     if not source:
         raise CalibrationDataError(
-            "A tokenizer is needed for calibration texts and the model does not say where its own is; pass "
-            "tokenizer=..., or a dataset of token ids."
+            f"A {what} is needed for the calibration data and the model does not say where its own is; pass "
+            "tokenizer=..., or a dataset of token ids or of a processor's outputs."
         )
-    return AutoTokenizer.from_pretrained(source)
+    return source
 
 
 def dispatch(model: nn.Module, device_map: DeviceMap) -> None:

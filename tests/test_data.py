@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_awq_offload import data
+from hf_awq_offload import data, data_tokenizers
 from hf_awq_offload.config import AwqOffloadConfig
 from hf_awq_offload.data import CalibrationSet, load_calibration_set, micro_batches
 from hf_awq_offload.errors import CalibrationDataError
@@ -214,7 +214,7 @@ def test_one_short_text_is_enough(load):
 def test_long_documents_are_tokenized_in_blocks(load, monkeypatch):
     lines = ["\n".join(TEXTS)]
     expected = load(lines)
-    monkeypatch.setattr(data, "TEXT_BLOCK_CHARACTERS", 300)
+    monkeypatch.setattr(data_tokenizers, "TEXT_BLOCK_CHARACTERS", 300)
     assert same(load(lines), expected)
     unbroken = load(["abcdefgh" * 1000], n_samples=2)  # no line end; left after the tokens that are needed
     assert unbroken.tokens == 32

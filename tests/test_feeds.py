@@ -155,7 +155,7 @@ def test_probing_a_layer_leaves_no_trace_in_shared_state():
     model = Model("state").eval()
     with open_feed(model, batches(), run_layer(model)) as feed:
         visit = next(feed.visits())
-        call, hidden = feed.probes(visit.name).several
+        call, hidden = feed.probes(visit.name)[0].several
         LayerRunner(model.get_submodule(visit.name), CPU, torch.float32).observe(call, hidden)
         assert call.kwargs["state"] == {}
 

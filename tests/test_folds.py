@@ -17,8 +17,9 @@ from hf_awq_offload.folds import (
     storable_scale,
     structure_key,
 )
-from hf_awq_offload.layers import HIDDEN, LayerCall, LayerRunner, record_skeleton
+from hf_awq_offload.layers import HIDDEN, LayerCall, LayerRunner
 from hf_awq_offload.probing import ProbeCalls, discover_structure, provable_structure
+from hf_awq_offload.skeleton import record_skeleton
 
 CPU = torch.device("cpu")
 Q, K, V, O = (f"self_attn.{part}_proj" for part in "qkvo")  # noqa: E741

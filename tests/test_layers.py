@@ -20,13 +20,12 @@ from hf_awq_offload.layers import (
     HIDDEN,
     LayerCall,
     LayerRunner,
-    Skeleton,
     calibration_mode,
     candidate_layers,
     output_hidden,
-    record_skeleton,
 )
 from hf_awq_offload.linears import linears_in
+from hf_awq_offload.skeleton import Skeleton, record_skeleton
 
 CPU = torch.device("cpu")
 BUILDERS = [tiny_llama, tiny_qwen2, tiny_qwen3, tiny_gemma, tiny_gemma2, tiny_gemma3]

@@ -22,9 +22,10 @@ LEVELS = {
         *("linear", "quantized_linear", "packed_linear", "linear_classes", "weight_view"),
         *("checkpoint", "data", "data_*"),
         *("safetensors_files", "durable", "hidden_states"),
-        *("layers", "linears", "names", "halted", "feeds", "folds", "probing", "rowmaps", "experts", "gathering"),
+        *("layers", "linears", "names", "inputs", "skeleton", "halted", "decoder", "feeds"),
+        *("folds", "probing", "rowmaps", "experts", "gathering"),
     ],
-    2: ["stored_weights", "streaming", "journal", "fingerprint", "layer_quantization", "workplace"],
+    2: ["stored_weights", "streaming", "journal", "fingerprint", "layer_quantization", "batches", "workplace"],
     3: ["pipeline"],
     4: [
         *(

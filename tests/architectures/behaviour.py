@@ -31,10 +31,16 @@ def recipe(**changes: Any) -> AwqOffloadConfig:
     return AwqOffloadConfig(**defaults | changes)
 
 
+Inputs = dict[str, Any]
+"""Arguments of a forward pass."""
+
+TEXT: Inputs = {"input_ids": text_ids(1, 24, seed=5)}
+
+
 @torch.no_grad()
-def logits(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -> Tensor:
-    """On one fixed text; (1, tokens, vocabulary)."""
-    return model(**(inputs or {"input_ids": text_ids(1, 24, seed=5)}), use_cache=False).logits
+def logits(model: PreTrainedModel, inputs: list[Inputs]) -> Tensor:
+    """On fixed inputs, one after the other; (tokens, vocabulary)."""
+    return torch.cat([model(**each, use_cache=False).logits.flatten(0, -2) for each in inputs])
 
 
 def load(model_class: type[PreTrainedModel], path: Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -93,14 +99,25 @@ def relative_change(output: Tensor, reference: Tensor) -> float:
     return float((output - reference).norm() / reference.norm())
 
 
-def check(model: PreTrainedModel, folder: Path, inputs: dict[str, Tensor] | None = None) -> dict[str, Any]:
-    """Quantize `model` from a checkpoint, save, reload, compare; and once more without rounding. Returns `summary`."""
+def check(
+    model: PreTrainedModel, folder: Path, inputs: list[Inputs] | None = None, dataset: list[Any] | None = None
+) -> dict[str, Any]:
+    """Quantize `model` from a checkpoint, save, reload, compare; and once more without rounding. Returns `summary`.
+
+    Args:
+        model: in full precision.
+        folder: for checkpoints.
+        inputs: what models are compared on; by default one text.
+        dataset: calibration data; by default texts.
+    """
+    inputs = inputs or [TEXT]
+    changes = {} if dataset is None else {"dataset": dataset}
     model_class = type(model)
     original = logits(model, inputs)
     source = save(model, folder / "original")
     del model
 
-    quantized, _ = load(model_class, source, quantization_config=recipe())
+    quantized, _ = load(model_class, source, quantization_config=recipe(**changes))
     found = summary(quantized)
     assert found["quantized"] > 0
     output = logits(quantized, inputs)
@@ -114,7 +131,7 @@ def check(model: PreTrainedModel, folder: Path, inputs: dict[str, Tensor] | None
     assert relative_change(logits(reloaded, inputs), output) < SAME_WEIGHTS_TOLERANCE
 
     with no_rounding():
-        folded, _ = load(model_class, source, quantization_config=recipe())
+        folded, _ = load(model_class, source, quantization_config=recipe(**changes))
     assert relative_change(logits(folded, inputs), original) < IDENTITY_TOLERANCE
     return found
 

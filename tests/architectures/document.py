@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from baselines import AUTOAWQ, LLM_COMPRESSOR, shares
-from unsupported import CAUSAL_LM
+from unsupported import CAUSAL_LM, IMAGE_TEXT
 
 HEAD = """# Architectures
 
@@ -23,6 +23,24 @@ Mamba's scan (a scale does not pass them), attention whose values are shared wit
 
 | model type | linears | with scales | share | left in full precision |
 |---|---|---|---|---|
+"""
+
+IMAGE_TEXT_HEAD = """
+## Image-text models
+
+The same of the {types} types of `AutoModelForImageTextToText`: the text decoder is quantized, towers and projectors
+stay in full precision. {with_images} of them are calibrated on, and compared on, texts with an image in them
+(*images*); the others on text alone, because the suite does not know how to make their processor's output.
+
+| model type | linears | with scales | share | images | left in full precision |
+|---|---|---|---|---|---|
+"""
+
+UNSUPPORTED_IMAGE_TEXT_HEAD = """
+Of `AutoModelForImageTextToText`:
+
+| model type | where it fails | why |
+|---|---|---|
 """
 
 UNSUPPORTED_HEAD = """
@@ -58,31 +76,39 @@ NOTES = """
   precision.
 """
 
-HIDDEN_REASONS = ("outside the decoder layers",)
+HIDDEN_REASONS = ("outside the decoder layers", "does not run on text alone: not part of the decoder")
 
 
-def render(recorded: dict[str, dict[str, Any]]) -> str:
+def render(causal_lm: dict[str, dict[str, Any]], image_text: dict[str, dict[str, Any]]) -> str:
     """The whole page."""
-    lines = [HEAD.format(types=len(recorded))]
-    for model_type, found in sorted(recorded.items()):
-        share = found["scaled"] / found["quantized"]
-        left_out = [
-            f"{', '.join(f'`{name}`' for name in _short(names))}: {reason}"
-            for reason, names in found["left_out"].items()
-            if reason not in HIDDEN_REASONS
-        ]
-        lines.append(
-            f"| {model_type} | {found['quantized']} | {found['scaled']} | {share:.0%} | {'; '.join(left_out)} |\n"
-        )
+    lines = [HEAD.format(types=len(causal_lm), image_text_types=len(image_text)), *map(_row, sorted(causal_lm.items()))]
+    with_images = sum(found["images"] for found in image_text.values())
+    lines.append(IMAGE_TEXT_HEAD.format(types=len(image_text), with_images=with_images))
+    for model_type, found in sorted(image_text.items()):
+        lines.append(_row((model_type, found), "yes" if found["images"] else "no"))
     lines.append(UNSUPPORTED_HEAD)
     stages = {"build": "transformers can't build it", "quantize": "refused with an error"}
-    lines += [f"| {name} | {stages[each.stage]} | {each.reason} |\n" for name, each in sorted(CAUSAL_LM.items())]
+    for listed in (CAUSAL_LM, IMAGE_TEXT):
+        lines += [f"| {name} | {stages[each.stage]} | {each.reason} |\n" for name, each in sorted(listed.items())]
+        lines.append(UNSUPPORTED_IMAGE_TEXT_HEAD if listed is CAUSAL_LM else "")
     lines.append(COMPARISON_HEAD)
     for model_type in sorted(set(AUTOAWQ) | set(LLM_COMPRESSOR)):
-        found = recorded[model_type]
+        found = causal_lm[model_type]
         theirs = ["-" if share is None else f"{share:.0%}" for share in shares(model_type)]
         lines.append(f"| {model_type} | {found['scaled'] / found['quantized']:.0%} | {' | '.join(theirs)} |\n")
     return "".join(lines) + NOTES
+
+
+def _row(of_type: tuple[str, dict[str, Any]], *more: str) -> str:
+    model_type, found = of_type
+    left_out = [
+        f"{', '.join(f'`{name}`' for name in _short(names))}: {reason}"
+        for reason, names in found["left_out"].items()
+        if reason not in HIDDEN_REASONS
+    ]
+    share = f"{found['scaled'] / found['quantized']:.0%}"
+    cells = [model_type, str(found["quantized"]), str(found["scaled"]), share, *more, "; ".join(left_out)]
+    return f"| {' | '.join(cells)} |\n"
 
 
 def _short(names: list[str], most: int = 3) -> list[str]:

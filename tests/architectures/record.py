@@ -1,4 +1,4 @@
-"""Write anew what the suite compares with, and docs/architectures.md: `python tests/architectures/record.py [type …]`.
+"""Write anew what the suites compare with, and docs/architectures.md: `python tests/architectures/record.py [type …]`.
 
 Given model types, only these are run and the others keep what was recorded of them.
 """
@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -16,38 +17,67 @@ from typing import Any
 import torch
 from behaviour import check
 from document import render
-from shrink import tiny_causal_lm
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from unsupported import CAUSAL_LM
+from images import samples_and_texts
+from shrink import tiny_causal_lm, tiny_image_text
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from unsupported import CAUSAL_LM, IMAGE_TEXT
 
 HERE = Path(__file__).parent
 
 
-def check_type(model_type: str) -> dict[str, Any]:
+def check_causal_lm(model_type: str) -> dict[str, Any]:
     """In a process of its own pool: what the suite finds of one type."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    _be_quiet()
     with tempfile.TemporaryDirectory() as folder:
         return check(tiny_causal_lm(model_type), Path(folder))
 
 
-def main(chosen: list[str]) -> None:
-    path = HERE / "causal_lm.json"
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - CAUSAL_LM.keys()
+def check_image_text(model_type: str) -> dict[str, Any]:
+    """As `check_causal_lm`."""
+    _be_quiet()
+    model = tiny_image_text(model_type)
+    inputs, dataset, with_images = samples_and_texts(model)
+    with tempfile.TemporaryDirectory() as folder:
+        return check(model, Path(folder), inputs, dataset) | {"images": with_images}
+
+
+def _be_quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+
+
+SUITES = {
+    "causal_lm": (check_causal_lm, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - CAUSAL_LM.keys()),
+    "image_text": (check_image_text, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - IMAGE_TEXT.keys()),
+}
+
+
+def record(suite: str, chosen: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Run the chosen types of a suite; returns all that is recorded of it."""
+    path = HERE / f"{suite}.json"
+    check_type, known = SUITES[suite]
     recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     recorded = {name: found for name, found in recorded.items() if name in known}
     with ProcessPoolExecutor(max_workers=2) as pool:
-        running = {pool.submit(check_type, name): name for name in sorted(set(chosen or known) & known)}
+        running = {pool.submit(check_type, name): name for name in sorted(known & set(chosen))}
         for done in as_completed(running):
             name = running[done]
             try:
                 recorded[name] = done.result()
             except Exception as error:  # of any kind; the suite will show it whole
-                print(name, "failed:", repr(error)[:300], flush=True)
+                print(suite, name, "failed:", repr(error)[:300], flush=True)
                 continue
-            print(name, recorded[name]["scaled"], "of", recorded[name]["quantized"], flush=True)
+            print(suite, name, recorded[name]["scaled"], "of", recorded[name]["quantized"], flush=True)
             path.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n", encoding="utf-8")
-    (HERE.parents[1] / "docs" / "architectures.md").write_text(render(recorded), encoding="utf-8")
+    return recorded
+
+
+def main(chosen: list[str]) -> None:
+    recorded = {suite: record(suite, chosen or known) for suite, (_, known) in SUITES.items()}
+    (HERE.parents[1] / "docs" / "architectures.md").write_text(render(**recorded), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 VOCABULARY = 200
 LARGEST_TEXT_ID = 150
 """Ids above it are special tokens in a shrunk model: text does not contain them."""
 MAX_LAYERS = 4
+PATCHES_PER_SIDE = 4
+"""Of an image."""
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, EXPERTS = 64, 4, 2, 16, 128, 4
 
@@ -87,7 +95,62 @@ LAYER_COUNTS = (
     "num_decoder_layers", "num_encoder_layers", "depth", "num_layers_per_stack",
 )  # fmt: skip
 
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+"""Rotary embeddings in three directions; the sections are half a head."""
+
+SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
+          "num_hidden_layers": 2, "num_attention_heads": HEADS, "image_size": 64, "patch_size": 16}  # fmt: skip
+"""A tower for models whose own comes from timm."""
+
 OVERRIDES: dict[str, dict[str, Any]] = {
+    **{
+        name: {"rope_parameters": MROPE}
+        for name in (
+            "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text", "glm4v_text", "glm_ocr_text",
+            "glm46v_text", "cosmos3_edge_text",
+        )
+    },
+    "glm4v_moe_text": {"rope_parameters": MROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": MROPE},
+    **{name: {"window_size": 56} for name in ("qwen2_5_vl_vision", "exaone4_5_vision", "qwen2_5_omni_vision_encoder")},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "blip-2": {"image_token_index": 160, "num_query_tokens": 4},
+    "chameleon": {"vocabulary_map": {"<image>": 160, "IMGIMGAZ": 161} | {
+        f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z": 162 + code for code in range(8)}},
+    "chameleon_vqgan": {"num_embeddings": 8, "resolution": 16, "base_channels": 32, "channel_multiplier": [1, 2],
+                        "num_res_blocks": 1, "embed_dim": 16, "latent_channels": 16},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 128},
+    "emu3": {"vocabulary_map": {"<image>": 160, "<|extra_200|>": 161} | {
+        f"<|visual token {code:06d}|>": 162 + code for code in range(8)}},
+    "emu3_vqgan": {"codebook_size": 8, "base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1,
+                   "attn_resolutions": []},
+    **{name: {"vision_config": SIGLIP} for name in ("fast_vlm", "perception_lm")},
+    **{name: {"mm_tokens_per_image": 4} for name in ("gemma3", "shieldgemma2")},
+    "gemma4": {"vision_config": {
+        "model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "pooling_kernel_size": 2,
+        "position_embedding_size": 64}},
+    "gemma4_vision": {"pooling_kernel_size": 2, "position_embedding_size": 64},
+    **{name: {"image_grid_pinpoints": [[128, 128]]} for name in ("llava_next", "llava_next_video")},
+    "llava_onevision": {"image_grid_pinpoints": [[64, 64]]},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 155},
+    "granite4_vision": {"downsample_rate": "4/8", "deepstack_layer_map": [[0, 0], [1, 1]]},
+    "hunyuan_vl_text": {"head_dim": 16},
+    **{name: {"num_query_tokens": 4, "image_token_index": 160} for name in ("instructblip", "instructblipvideo")},
+    "inkling2_vision": {"text_hidden_size": 64, "projection_hidden_dim": 64},
+    "inkling2_text": {"unpadded_vocab_size": 200},
+    "kimi_k25": {"projection_hidden_size": 256},
+    "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
+    "llama4_vision_model": {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64,
+                            "intermediate_size": 256},
+    "mllama_vision_model": {"vision_output_dim": 128, "num_global_layers": 1},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0], "text_hidden_size": 64},
+    "nemotron_h_omni": {"projector_hidden_size": 64, "vision_hidden_size": 64},
+    "radio": {"video_temporal_patch_size": 2},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 155},
+    "step3p7_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "vipllava": {"vision_feature_layer": [-1, -2]},
     "blt": {"encoder_hash_byte_group_vocab": 500},
     "blt_local_decoder": {"hidden_size_global": 64},
     "blt_local_encoder": {"hidden_size_global": 64},
@@ -137,11 +200,20 @@ def shrunk_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 def tiny_causal_lm(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A random model in evaluation mode, fp32, on the CPU."""
+    return _tiny(AutoModelForCausalLM, model_type, seed)
+
+
+def tiny_image_text(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """As `tiny_causal_lm`, of image and text."""
+    return _tiny(AutoModelForImageTextToText, model_type, seed)
+
+
+def _tiny(auto_class: Any, model_type: str, seed: int) -> PreTrainedModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = shrunk_config(model_type)
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = auto_class.from_config(config, dtype=torch.float32).eval()
     randomize(model)
     return model
 
@@ -194,9 +266,18 @@ def _shrunk(name: str, value: Any, values: dict[str, Any]) -> Any:
         return None
     if name.endswith(("token_id", "token_index")) or name in ("mask_index", "unk_index"):
         return _token_id(name, value)
+    if name == "image_size" and isinstance(values.get("patch_size"), int):
+        side = PATCHES_PER_SIDE * values["patch_size"]
+        return side if isinstance(value, int) else [side] * 2 if isinstance(value, list | tuple) else None
+    if name.endswith(("indexes", "indices", "attention_layers")) and _are_layers(value):
+        return [1]
     if isinstance(value, int) and name in SIZE_OF_FIELD:
         return min(value, SIZE_OF_FIELD[name]) if value > 0 else value
     return None
+
+
+def _are_layers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(type(index) is int for index in value)
 
 
 def _token_id(name: str, value: Any) -> Any:

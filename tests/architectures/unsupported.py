@@ -30,3 +30,15 @@ CAUSAL_LM: dict[str, Unsupported] = {
     "musicgen_melody": Unsupported("build", "has no attribute 'dropout'", _COMPOSITE),
     "openai-gpt": Unsupported("quantize", "Conv1D", _CONV1D),
 }
+
+_ENCODER_DECODER = "an encoder-decoder model"
+_TIMM = "its vision tower is a timm model (tests run without timm)"
+
+IMAGE_TEXT: dict[str, Unsupported] = {
+    "evolla": Unsupported("build", "Unrecognized configuration class", "transformers maps its config to no class"),
+    "fast_vlm": Unsupported("build", "timm", _TIMM),
+    "florence2": Unsupported("quantize", "encoder-decoder", _ENCODER_DECODER),
+    "gemma3n": Unsupported("build", "timm", _TIMM),
+    "inkling_mm_model": Unsupported("build", "scipy", "needs scipy"),
+    "perception_lm": Unsupported("build", "timm", _TIMM),
+}
