@@ -52,7 +52,8 @@ def find_decoder(
     Raises:
         ModelStructureError: there is plain text, and the model does not run on that.
     """
-    forward = text_forward(model, run_layer, may_fail=bool(samples))
+    has_towers = len({_list_of(name) for name in candidate_layers(model)}) > 1
+    forward = text_forward(model, run_layer, may_fail=bool(samples) or has_towers)
     if forward is None and (needs_text or not samples):
         raise ModelStructureError(
             f"{type(model).__name__} does not run on text alone, and calibration data holds plain text. Pass what its "

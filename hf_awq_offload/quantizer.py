@@ -144,7 +144,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         if getattr(model.config, "is_encoder_decoder", False):
             raise ModelStructureError(
                 f"{type(model).__name__} is an encoder-decoder model; supported are decoder-only models "
-                "(AutoModelForCausalLM)."
+                "(AutoModelForCausalLM, AutoModelForImageTextToText)."
             )
         self._choose_place(kwargs.get("device_map"), kwargs.get("checkpoint_files"))
         self._unfuse_experts(model, all_kinds=False)

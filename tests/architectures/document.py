@@ -87,7 +87,11 @@ def render(causal_lm: dict[str, dict[str, Any]], image_text: dict[str, dict[str,
     for model_type, found in sorted(image_text.items()):
         lines.append(_row((model_type, found), "yes" if found["images"] else "no"))
     lines.append(UNSUPPORTED_HEAD)
-    stages = {"build": "transformers can't build it", "quantize": "refused with an error"}
+    stages = {
+        "build": "transformers can't build it",
+        "reload": "transformers can't load it",
+        "quantize": "refused with an error",
+    }
     for listed in (CAUSAL_LM, IMAGE_TEXT):
         lines += [f"| {name} | {stages[each.stage]} | {each.reason} |\n" for name, each in sorted(listed.items())]
         lines.append(UNSUPPORTED_IMAGE_TEXT_HEAD if listed is CAUSAL_LM else "")

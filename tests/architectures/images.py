@@ -134,8 +134,8 @@ def _with_text(model: PreTrainedModel, pixels: dict[str, Any], seed: int) -> dic
                 logits = _logits(model, inputs)
                 changed = _logits(model, {name: _changed(value) for name, value in inputs.items()})
             except Exception as error:  # of any kind: modeling code raises what it likes
-                said = re.findall(r"features?:? (\d+)|\((\d+), \d+\)", str(error))
-                said = re.findall(r"features?:? (\d+)|\((\d+), \d+\)", str(error))
+                said = re.findall(r"features?:? (\d+)|[(\[](\d+), \d+[\])]", str(error))
+                said = re.findall(r"features?:? (\d+)|[(\[](\d+), \d+[\])]", str(error))
                 counts += [int(number) for numbers in said for number in numbers if number][:2]
                 continue
             if torch.isfinite(logits).all() and not torch.equal(logits, changed):

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 
 class Unsupported(NamedTuple):
-    stage: str  # "build": transformers itself makes no model of it here; "quantize": this package refuses
+    stage: str
+    """Who fails and when: transformers makes no model of it here ("build"), or does not load what it saves of it
+    ("reload"); or this package refuses ("quantize")."""
     error: str
     reason: str  # for the reader of docs/architectures.md
 
@@ -39,6 +41,17 @@ IMAGE_TEXT: dict[str, Unsupported] = {
     "fast_vlm": Unsupported("build", "timm", _TIMM),
     "florence2": Unsupported("quantize", "encoder-decoder", _ENCODER_DECODER),
     "gemma3n": Unsupported("build", "timm", _TIMM),
-    "inkling_mm_model": Unsupported("build", "scipy", "needs scipy"),
+    "inkling_mm_model": Unsupported("build", "scipy", "transformers' implementation needs scipy"),
     "perception_lm": Unsupported("build", "timm", _TIMM),
+    "pi0": Unsupported(
+        "quantize", "does not run on text alone", "an action model: it wants a robot's state and its actions, too"
+    ),
+    "pix2struct": Unsupported("quantize", "encoder-decoder", _ENCODER_DECODER),
+    "pp_formulanet": Unsupported("quantize", "encoder-decoder", _ENCODER_DECODER),
+    "shieldgemma2": Unsupported(
+        "reload", "", "transformers does not load what it saves of this type, without quantization either"
+    ),
+    "t5gemma2": Unsupported("quantize", "encoder-decoder", _ENCODER_DECODER),
+    "udop": Unsupported("quantize", "encoder-decoder", _ENCODER_DECODER),
+    "vision-encoder-decoder": Unsupported("quantize", "encoder-decoder", _ENCODER_DECODER),
 }
