@@ -44,8 +44,9 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         format: what the checkpoint is: "awq" (AWQ GEMM: 4 bits, the same for all linears), "compressed-tensors"
             (pack-quantized), or "auto": AWQ where it can hold the model, else compressed-tensors.
         dataset: calibration data. `"builtin"` is English text that every CPython carries; see docs/calibration.md
-            for the other forms (texts, token ids, tensors, `datasets.Dataset`, files, dataset names).
-        tokenizer: a tokenizer, or a name or path of one; by default the checkpoint's own.
+            for the other forms (texts, token ids, tensors, `datasets.Dataset`, files, dataset names, and what a
+            processor returns for texts with images).
+        tokenizer: a tokenizer or processor, or a name or path of one; by default the checkpoint's own.
         text_column: the column of `dataset` that holds the text; by default "text" or the only column of strings.
         n_samples: number of calibration sequences.
         max_seq_len: length of a calibration sequence, in tokens.

@@ -83,24 +83,25 @@ def _merged_from(parameter_name: str, conversions: Sequence[Any]) -> list[str] |
 
 
 def _merges_into(converter: Any, parameter_name: str) -> bool:
-    if not isinstance(converter, WeightConverter):
-        return False
-    merges = any(isinstance(operation, MergeModulelist) for operation in converter.operations)
-    return merges and any(
+    return _makes(converter, parameter_name) and any(isinstance(each, MergeModulelist) for each in converter.operations)
+
+
+def _makes(converter: Any, parameter_name: str) -> bool:
+    return isinstance(converter, WeightConverter) and any(
         re.search(rf"(?:^|\.|(?=\.)){target.lstrip('^').rstrip('$')}$", parameter_name) is not None
         for target in converter.target_patterns
     )
 
 
 def conversions_without_merging(conversions: Sequence[Any], model: nn.Module) -> list[Any]:
-    """`conversions` less those that merge per-expert weights which `model` holds one by one."""
+    """`conversions` less those that make fused weights of experts which `model` holds one by one."""
     fused = [
         f"{name}.{parameter}"
         for name, module in model.named_modules()
         if isinstance(module, UnfusedExperts)
         for parameter in module.was_fused
     ]
-    return [each for each in conversions if not any(_merges_into(each, name) for name in fused)]
+    return [each for each in conversions if not any(_makes(each, name) for name in fused)]
 
 
 def unfused(module: nn.Module, names: Projections | None = None) -> UnfusedExperts:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .config import AwqOffloadConfig
 from .errors import ConfigError, ModelStructureError
@@ -17,16 +17,19 @@ from .quantizer import AwqOffloadQuantizer, dispatch
 
 
 def quantize_model(
-    model: PreTrainedModel, config: AwqOffloadConfig, tokenizer: PreTrainedTokenizerBase | str | None = None
+    model: PreTrainedModel,
+    config: AwqOffloadConfig,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | str | None = None,
 ) -> PreTrainedModel:
     """Calibrate and quantize a model that is in memory already, in place; returns it.
 
     It ends up on the devices that it came on. Should anything fail, the model is put back as it was.
 
     Args:
-        model: a decoder-only model in full precision.
+        model: a decoder-only or image-text model in full precision.
         config: the recipe.
-        tokenizer: for calibration texts; by default `config.tokenizer`, else that of the model's checkpoint.
+        tokenizer: or processor, for calibration texts and conversations; by default `config.tokenizer`, else that of
+            the model's checkpoint.
 
     Raises:
         AwqOffloadError: the model can't be quantized, or the data can't be used; the model is unchanged.

@@ -31,6 +31,7 @@ from .data import CalibrationSet, load_calibration_set
 from .errors import CalibrationDataError, CheckpointError, ConfigError, ModelStructureError
 from .experts import (
     conversions_without_merging,
+    fused_names,
     is_fused_experts,
     original_projections,
     router_linears,
@@ -285,8 +286,14 @@ class AwqOffloadQuantizer(HfQuantizer):
     def _unfuse_experts(self, model: PreTrainedModel, all_kinds: bool) -> None:
         """Take fused experts apart where the checkpoint holds them one by one; with `all_kinds`, also where not."""
         conversions = get_model_conversion_mapping(model, add_legacy=False)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
         for name, module in list(model.named_modules()):
             if is_fused_experts(module):
+                if any(f"{name}.{fused}" in (*tied, *tied.values()) for fused in fused_names(module)):
+                    raise ModelStructureError(
+                        f"{name} of {type(model).__name__} shares its experts with other layers; supported are experts "
+                        "of a single layer."
+                    )
                 projections = original_projections(name, module, conversions)
                 if projections is not None or all_kinds:
                     self.fused[name] = module

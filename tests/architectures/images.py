@@ -123,7 +123,7 @@ def _ways(model: PreTrainedModel, seed: int) -> Iterator[dict[str, Any]]:
 def _with_text(model: PreTrainedModel, pixels: dict[str, Any], seed: int) -> dict[str, Any] | None:
     """`pixels` and as many image tokens as it takes; None if the model does not run, or does not look at them."""
     tried: set[int] = set()
-    counts = [_features(model, pixels), 0]
+    counts = [_features(model, pixels), _find(model.config, "num_query_tokens", 0), 0]
     while counts:
         count = counts.pop(0)
         if count is None or count in tried or count > MOST_IMAGE_TOKENS:
@@ -152,7 +152,7 @@ def _texts(model: PreTrainedModel, pixels: dict[str, Any], count: int, seed: int
         is_image = torch.zeros_like(ids)
         is_image[:, TEXT_TOKENS : TEXT_TOKENS + count] = 1
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
-        for name in ("mm_token_type_ids", "token_type_ids"):
+        for name in ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids"):
             if name in takes:
                 inputs[name] = is_image
         if "image_embeds_position_mask" in pixels:
@@ -177,7 +177,14 @@ def _features(model: PreTrainedModel, pixels: dict[str, Any]) -> int | None:
 
 
 def _image_tokens(config: PreTrainedConfig) -> list[int]:
-    names = ("image_token_id", "image_token_index", "image_patch_id", "im_patch_id", "image_context_token_id")
+    names = (
+        "image_token_id",
+        "image_token_index",
+        "image_patch_id",
+        "im_patch_id",
+        "image_context_token_id",
+        "video_token_index",
+    )
     found = [value for name in names if isinstance(value := _find(config, name, None), int)]
     return list(dict.fromkeys(found)) or [LARGEST_TEXT_ID]
 

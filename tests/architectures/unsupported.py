@@ -37,6 +37,9 @@ _ENCODER_DECODER = "an encoder-decoder model"
 _TIMM = "its vision tower is a timm model (tests run without timm)"
 
 IMAGE_TEXT: dict[str, Unsupported] = {
+    "diffusion_gemma": Unsupported(
+        "quantize", "shares its experts with other layers", "its encoder and its decoder share their layers' weights"
+    ),
     "evolla": Unsupported("build", "Unrecognized configuration class", "transformers maps its config to no class"),
     "fast_vlm": Unsupported("build", "timm", _TIMM),
     "florence2": Unsupported("quantize", "encoder-decoder", _ENCODER_DECODER),
