@@ -87,7 +87,11 @@ def _merges_into(converter: Any, parameter_name: str) -> bool:
 
 
 def _makes(converter: Any, parameter_name: str) -> bool:
-    return isinstance(converter, WeightConverter) and any(
+    """Whether a converter's result is the parameter; some converters serve one part of a model only."""
+    scope = getattr(converter, "scope_prefix", None)
+    if not isinstance(converter, WeightConverter) or (scope and f".{scope}." not in f".{parameter_name}."):
+        return False
+    return any(
         re.search(rf"(?:^|\.|(?=\.)){target.lstrip('^').rstrip('$')}$", parameter_name) is not None
         for target in converter.target_patterns
     )

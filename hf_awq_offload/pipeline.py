@@ -244,22 +244,21 @@ class _Calibrated:
         if name in self.found:
             return
         key, probes, seed = self.keys[name], self.feed.probes(name), self.recipe.seed
-        if key in self.structures:
-            structure, which = self.structures[key]
-            structure = provable_structure(layer, structure, probes[which], self.device, seed)
-        else:
-            structure = self._discover(self.job.context(name), key, probes)
+        known = key in self.structures
+        structure, which = self.structures[key] if known else self._discover(self.job.context(name), key, probes)
+        for calls in probes[which + (not known) :]:  # on samples as well: a layer may treat images in another way
+            structure = provable_structure(layer, structure, calls, self.device, seed)
         self.found[name] = without_folds_of(structure, self.shared[name])
 
-    def _discover(self, context: LayerContext, key: object, probes: list[ProbeCalls]) -> LayerStructure:
-        """Probed on text, and once more on a sample where text does not reach every linear."""
+    def _discover(self, context: LayerContext, key: object, probes: list[ProbeCalls]) -> tuple[LayerStructure, int]:
+        """Probed on text, and once more on a sample where text does not reach every linear; and which it was."""
         for which, calls in enumerate(probes):
             structure = discover_structure(context.layer, calls, self.device, self.recipe.seed)
             if key not in self.structures or len(_reached(structure)) > len(_reached(self.structures[key][0])):
                 self.structures[key] = structure, which
             if context.quantizable <= _reached(structure):
                 break
-        return self.structures[key][0]
+        return self.structures[key]
 
     def _learn_structure_from_first(self, name: str) -> None:
         """Where a run goes on: probe the layer that the run before probed, so that both find the same."""
