@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from shrink import shrunk_config
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_awq_offload.experts import is_fused_experts, original_projections, unfused
@@ -24,21 +24,25 @@ _EXPERTS_ONLY = (*_QKV, "v_proj>o_proj", "experts.*.gate_proj", "experts.*.up_pr
 _LATENT = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "down_proj")
 _PHI = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
-AUTOAWQ: dict[str, tuple[str, ...]] = {
+_AUTOAWQ_CAUSAL_LM: dict[str, tuple[str, ...]] = {
     "bloom": ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),
     "cohere": _LLAMA,
     "deepseek_v3": _LATENT,
     "falcon": ("query_key_value", "dense_h_to_4h"),
+    "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gpt_neox": ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),
     "gptj": (*_QKV, "fc_in", "v_proj>out_proj", "fc_out"),
     "llama": _LLAMA,
+    "mistral": _LLAMA,
     "mixtral": (*_QKV, "v_proj>o_proj", "w1", "w2", "w3"),
     "opt": (*_QKV, "v_proj>out_proj", "fc1", "fc2"),
     "phi3": _PHI,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
     "qwen3_moe": _EXPERTS_ONLY,
 }
-LLM_COMPRESSOR: dict[str, tuple[str, ...]] = {
+_LLM_COMPRESSOR_CAUSAL_LM: dict[str, tuple[str, ...]] = {
     "bloom": ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),
     "cohere": _LLAMA,
     "cohere2": _LLAMA,
@@ -60,12 +64,22 @@ LLM_COMPRESSOR: dict[str, tuple[str, ...]] = {
 }
 
 
-def shares(model_type: str) -> tuple[float | None, float | None]:
+AUTOAWQ = {
+    "causal_lm": _AUTOAWQ_CAUSAL_LM,
+    "image_text": dict.fromkeys(("llava", "llava_next", "qwen2_5_vl", "qwen2_vl"), _LLAMA),
+}
+LLM_COMPRESSOR = {
+    "causal_lm": _LLM_COMPRESSOR_CAUSAL_LM,
+    "image_text": dict.fromkeys(("cohere2_vision", "gemma3", "mistral3", "qwen2_5_omni_thinker"), _LLAMA),
+}
+
+
+def shares(suite: str, model_type: str) -> tuple[float | None, float | None]:
     """Share of the linears of the decoder layers that (AutoAWQ, llm-compressor) scale; None: no mapping for it."""
-    layers = candidate_layers(_unfused_model(model_type)).values()
+    layers = _decoder_layers(suite, model_type)
     return tuple(
         None if mapping is None else _share(layers, mapping)
-        for mapping in (AUTOAWQ.get(model_type), LLM_COMPRESSOR.get(model_type))
+        for mapping in (AUTOAWQ[suite].get(model_type), LLM_COMPRESSOR[suite].get(model_type))
     )
 
 
@@ -88,11 +102,12 @@ def _is_scaled(name: str, linears: dict[str, nn.Linear], rule: str) -> bool:
     return feeding is not None and feeding.out_features == linears[name].in_features
 
 
-def _unfused_model(model_type: str) -> nn.Module:
+def _decoder_layers(suite: str, model_type: str) -> list[nn.Module]:
+    auto_class = AutoModelForCausalLM if suite == "causal_lm" else AutoModelForImageTextToText
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shrunk_config(model_type))
+        model = auto_class.from_config(shrunk_config(model_type))
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     for name, module in list(model.named_modules()):
         if is_fused_experts(module):
             model.set_submodule(name, unfused(module, original_projections(name, module, conversions)))
-    return model
+    return list(candidate_layers(model if suite == "causal_lm" else model.get_decoder()).values())

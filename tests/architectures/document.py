@@ -56,7 +56,10 @@ COMPARISON_HEAD = """
 Share of the decoder layers' linears that get scales, on the same shrunk configs (grouped queries as the type's default
 config has them), for types that AutoAWQ or llm-compressor has a mapping for. Theirs are counted from the mappings as
 published, not from a run. AutoAWQ reaches linears after a GELU by a module of its own around the activation; an AWQ
-checkpoint without it can't.
+checkpoint without it can't. A dash: no mapping, or none that has been written down here (of AutoAWQ's, those of
+DeepSeek-V2, GPT-BigCode, Idefics2, InternLM 3, Jamba, MiniCPM 3, MPT, Phi, Phi-MoE, StableLM and StarCoder 2 have not
+been). Left out because the two sides do not
+count the same linears: Llama 4, whose experts llm-compressor takes apart and this package does not.
 
 | model type | here | AutoAWQ | llm-compressor |
 |---|---|---|---|
@@ -69,11 +72,12 @@ NOTES = """
   under the names that the original checkpoint gives them (`experts.0.w1`, `experts.0.gate_proj`; where the original
   holds them fused, `experts.0.gate_proj`, `up_proj`, `down_proj`). Routers stay in full precision. Stock transformers
   keeps experts fused and can't load them quantized; this package loads them; other servers have not been tried.
-- **Fused experts without transformers' experts interface** stay in full precision.
-- **`Conv1D`** (GPT-2) stays in full precision: stock transformers replaces `nn.Linear` only, so a checkpoint with
-  packed `Conv1D` weights would load there with random ones.
+- **Fused experts without transformers' experts interface** (DBRX, JetMoe, Llama 4, LongCat-Flash) stay in full
+  precision; the report names them, as it names every other matrix of a decoder layer that no linear holds.
+- **`Conv1D`** (GPT-2) stays in full precision, and a model of nothing else is refused: stock transformers' AWQ loader
+  replaces `nn.Linear` only, so a checkpoint with packed `Conv1D` weights would load there with random ones.
 - **Cross-attention** of decoders that are used without their encoder does not run in calibration and stays in full
-  precision.
+  precision. So does that of image-text models (Mllama, BLIP) unless samples with images are given.
 """
 
 HIDDEN_REASONS = ("outside the decoder layers", "does not run on text alone: not part of the decoder")
@@ -96,10 +100,12 @@ def render(causal_lm: dict[str, dict[str, Any]], image_text: dict[str, dict[str,
         lines += [f"| {name} | {stages[each.stage]} | {each.reason} |\n" for name, each in sorted(listed.items())]
         lines.append(UNSUPPORTED_IMAGE_TEXT_HEAD if listed is CAUSAL_LM else "")
     lines.append(COMPARISON_HEAD)
-    for model_type in sorted(set(AUTOAWQ) | set(LLM_COMPRESSOR)):
-        found = causal_lm[model_type]
-        theirs = ["-" if share is None else f"{share:.0%}" for share in shares(model_type)]
-        lines.append(f"| {model_type} | {found['scaled'] / found['quantized']:.0%} | {' | '.join(theirs)} |\n")
+    for suite, recorded in (("causal_lm", causal_lm), ("image_text", image_text)):
+        for model_type in sorted(set(AUTOAWQ[suite]) | set(LLM_COMPRESSOR[suite])):
+            found = recorded[model_type]
+            theirs = ["-" if share is None else f"{share:.0%}" for share in shares(suite, model_type)]
+            name = model_type if suite == "causal_lm" else f"{model_type} (image-text)"
+            lines.append(f"| {name} | {found['scaled'] / found['quantized']:.0%} | {' | '.join(theirs)} |\n")
     return "".join(lines) + NOTES
 
 
