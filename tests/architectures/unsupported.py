@@ -22,7 +22,7 @@ _COMPOSITE = "the auto class maps the type to a decoder that does not take the t
 
 CAUSAL_LM: dict[str, Unsupported] = {
     "gemma3n": Unsupported(
-        "build", "PIL", "its vision tower needs timm and Pillow; the text decoder is `gemma3n_text`"
+        "build", "timm", "its vision tower needs timm; the text decoder is `gemma3n_text`"
     ),
     "gemma4_assistant": Unsupported("build", "hidden_size_per_layer_input must be 0", _ASSISTANT),
     "gemma4_unified_assistant": Unsupported("build", "layer types producing a cache", _ASSISTANT),
