@@ -21,9 +21,7 @@ _ASSISTANT = "a draft model: it computes on the hidden states and keys of the mo
 _COMPOSITE = "the auto class maps the type to a decoder that does not take the type's own (composite) config"
 
 CAUSAL_LM: dict[str, Unsupported] = {
-    "gemma3n": Unsupported(
-        "build", "timm", "its vision tower needs timm; the text decoder is `gemma3n_text`"
-    ),
+    "gemma3n": Unsupported("build", "timm", "its vision tower needs timm; the text decoder is `gemma3n_text`"),
     "gemma4_assistant": Unsupported("build", "hidden_size_per_layer_input must be 0", _ASSISTANT),
     "gemma4_unified_assistant": Unsupported("build", "layer types producing a cache", _ASSISTANT),
     "gpt-sw3": Unsupported("quantize", "Conv1D", _CONV1D),
