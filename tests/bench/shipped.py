@@ -27,17 +27,17 @@ def load_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
 
 
-def heldout_windows() -> list[Tensor]:
-    """Held-out text in windows of (1, 512) token ids."""
-    text = (SHIPPED_MODEL / "heldout.txt").read_text(encoding="utf-8")
-    token_ids = AutoTokenizer.from_pretrained(SHIPPED_MODEL)(text, return_tensors="pt", verbose=False).input_ids[0]
+def heldout_windows(model: Path = SHIPPED_MODEL) -> list[Tensor]:
+    """The held-out text that lies beside a model, in windows of (1, 512) token ids."""
+    text = (model / "heldout.txt").read_text(encoding="utf-8")
+    token_ids = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt", verbose=False).input_ids[0]
     return token_windows(token_ids, WINDOW_TOKENS)
 
 
-def builtin_sequences(n_samples: int) -> list[Tensor]:
+def builtin_sequences(n_samples: int, model: Path = SHIPPED_MODEL) -> list[Tensor]:
     """Calibration sequences from the built-in text, (512,) token ids each."""
     config = AwqOffloadConfig(n_samples=n_samples, max_seq_len=WINDOW_TOKENS)
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     return load_calibration_set(config, load_tokenizer=lambda: tokenizer, vocab_size=len(tokenizer)).sequences
 
 
