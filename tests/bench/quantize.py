@@ -5,7 +5,7 @@
 
 Each quantizer is a process of its own (tests/bench/peers; how to set them up is said there). Times are processor time
 in units of one bare forward pass over the same tokens, in fp32 or bf16, whichever is faster here; they hold on a loaded
-machine where OMP_NUM_THREADS=1 is set. Quality is measured on the model's held-out text, which a model of random weights lacks.
+machine where OMP_NUM_THREADS=1 is set. Quality is measured on the model's held-out text; random weights have none.
 """
 
 from __future__ import annotations

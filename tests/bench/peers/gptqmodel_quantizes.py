@@ -1,4 +1,4 @@
-"""gptqmodel 7.7, AWQ, in fp32 on a CPU.
+"""gptqmodel 7.7, AWQ, in bf16: it refuses fp32.
 
     python -m venv /tmp/gptqmodel
     /tmp/gptqmodel/bin/pip install gptqmodel==7.7.0 transformers==5.23.0 accelerate optimum
@@ -20,7 +20,7 @@ from gptqmodel.quantization import FORMAT, METHOD, QuantizeConfig
 
 def load(model: str):
     config = QuantizeConfig(bits=4, group_size=task.GROUP_SIZE, method=METHOD.AWQ, format=FORMAT.GEMM)
-    return GPTQModel.load(model, config, dtype=torch.float32)
+    return GPTQModel.load(model, config, dtype=torch.bfloat16)
 
 
 def quantize(model, sequences: list[list[int]]):
