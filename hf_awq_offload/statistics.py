@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,13 +119,36 @@ class StatisticsCollector:
 
     def _hook(self, name: str):
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = _counted_rows(args[0], self.counted).float()
+            rows = _counted_rows(args[0], self.counted)
             gram, abs_sum = self.sums[name]
-            add_gram(gram, rows)
+            with exact_on_matrix_units(rows.dtype, rows.device):
+                rows = rows.float()
+                add_gram(gram, rows)
             abs_sum.add_(rows.abs().sum(dim=0))
             self.tokens[name] += rows.shape[0]
 
         return add
+
+
+@contextmanager
+def exact_on_matrix_units(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Inside, fp32 products of numbers that were of `dtype` may run on matrix units, which lose nothing of them.
+
+    TF32 has the 10 bits of an fp16 or bf16 mantissa, AMX multiplies bf16; both add up in fp32.
+    """
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        backend, precision = torch.backends.cuda.matmul, "tf32"
+    elif device.type == "cpu" and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        backend, precision = cast(Any, torch.backends).mkldnn.matmul, "bf16"
+    else:
+        yield
+        return
+    before = backend.fp32_precision
+    backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 def add_gram(

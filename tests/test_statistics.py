@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_awq_offload.errors import NumericalError
-from hf_awq_offload.statistics import InputStatistics, StatisticsCollector
+from hf_awq_offload.statistics import InputStatistics, StatisticsCollector, exact_on_matrix_units
 
 IN = 6
 
@@ -87,6 +87,27 @@ def test_half_precision_inputs_are_summed_in_fp32(dtype):
     statistics = collect(layer, [torch.full((1, 4096, IN), 8.0, dtype=dtype)])["up"]
     assert torch.equal(statistics.gram, torch.full((IN, IN), 64.0))
     assert torch.equal(statistics.mean_abs, torch.full((IN,), 8.0))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [
+        (torch.bfloat16, "cpu", ("bf16", "none")),
+        (torch.float16, "cpu", ("none", "none")),
+        (torch.float32, "cpu", ("none", "none")),
+        (torch.bfloat16, "cuda", ("none", "tf32")),
+        (torch.float16, "cuda", ("none", "tf32")),
+        (torch.float32, "cuda", ("none", "none")),
+    ],
+)
+def test_products_are_left_to_matrix_units_only_where_these_lose_nothing(monkeypatch, dtype, device, expected):
+    backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    with exact_on_matrix_units(dtype, torch.device(device)):
+        inside = tuple(backend.fp32_precision for backend in backends)
+    assert inside == expected
+    assert [backend.fp32_precision for backend in backends] == before
 
 
 def test_only_counted_tokens_enter():
