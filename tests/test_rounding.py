@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import Tensor
@@ -162,6 +164,32 @@ def test_how_many_rows_and_channels_are_rounded_at_a_time_changes_next_to_nothin
     parts, parts_mse = round_with_feedback(weight, order, parameters, GRID)
     assert float((whole == parts).float().mean()) > 0.99
     assert float(parts_mse.sum()) == pytest.approx(float(mse.sum()), rel=0.01)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("grid", [GRID, Grid(3, 64, zero_point=False), Grid(8, IN, zero_point=True)], ids=str)
+def test_the_kernel_rounds_a_leaf_as_the_loop_does(grid):
+    from hf_awq_offload.search import feedback_kernel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
+    order = feedback_order(correlated_gram(3))
+    weight = torch.randn(150, IN, generator=torch.Generator().manual_seed(3)) * 0.05
+    parameters = group_parameters(group_range(weight, grid), grid)
+    rows = weight.t()[order.channels].contiguous()
+    per_group = [each.t().contiguous() for each in parameters]
+    outcomes = []
+    for round_leaf in (rounding._round_leaf, feedback_kernel.round_leaf):
+        state = [rows.clone(), rows.clone(), torch.zeros(150), *per_group]
+        state = [each.to(device) for each in (*state, order.channels // grid.group_size, order.coupling, order.pivots)]
+        for start, stop in ((0, 16), (16, 29), (29, 30)):
+            round_leaf(*state, start, stop, grid.levels)
+        outcomes.append([each.cpu() for each in state[:3]])
+    (codes, errors, squares), (kernel_codes, kernel_errors, kernel_squares) = outcomes
+    assert bool((codes[:30] == codes[:30].round()).all())
+    assert float((codes == kernel_codes).float().mean()) > 0.9995  # ties may fall the other way
+    same = (codes == kernel_codes).all(dim=0)
+    torch.testing.assert_close(errors[:, same], kernel_errors[:, same], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(squares[same], kernel_squares[same], rtol=1e-3, atol=1e-6)
 
 
 def test_a_matrix_that_is_not_finite_is_an_error():

@@ -14,6 +14,7 @@ leaves no trace in the checkpoint, which stays a standard one ("static groups" i
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class FeedbackOrder(NamedTuple):
     """What rounding all linears of one input shares."""
 
     channels: Tensor  # (in,) int64: input channels in the order in which they are rounded
-    coupling: Tensor  # (in, in) fp32: I + N, for channels in that order
+    coupling: Tensor  # (in, in) fp32, contiguous: I + N, for channels in that order
     pivots: Tensor  # (in,) fp32: c², in that order
     damping: Tensor  # () fp32: λ
 
@@ -61,7 +62,7 @@ def feedback_order(
     # The upper factor of a matrix is the lower one of the matrix in reversed order, reversed.
     backwards = channels.flip(0)
     lower, damping = _damped_cholesky(gram.index_select(0, backwards).index_select(1, backwards), DAMPING)
-    upper = lower.flip((0, 1))
+    upper = lower.flip((0, 1)).contiguous()  # LAPACK's factors have contiguous columns
     diagonal = upper.diagonal().clone()
     return FeedbackOrder(channels, upper.div_(diagonal), diagonal.square(), damping)
 
@@ -124,32 +125,51 @@ def _round_rows(
     # Transposed first: gathering rows of a contiguous matrix is several times faster than columns.
     errors = weight.t().contiguous().index_select(0, order.channels)  # (in, out), w - ŵ once rounded
     remaining = errors.clone()  # w', codes once rounded
-    squares = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    squares = torch.zeros_like(errors[0])
     scale, zero = (each.t().contiguous() for each in parameters)  # (n, out)
-    groups, pivots = (order.channels // grid.group_size).tolist(), order.pivots.tolist()
+    state = (remaining, errors, squares, scale, zero, order.channels // grid.group_size, order.coupling, order.pivots)
+    round_leaf = _round_leaf
+    if weight.is_cuda and find_spec("triton") is not None:
+        from .feedback_kernel import round_leaf
 
     def round_span(start: int, stop: int) -> None:
-        if stop - start > LEAF_CHANNELS:
-            middle = (start + stop) // 2
-            round_span(start, middle)
-            coupling = order.coupling[start:middle, middle:stop]
-            remaining[middle:stop].addmm_(coupling.t(), errors[start:middle])
-            round_span(middle, stop)
+        if stop - start <= LEAF_CHANNELS:
+            round_leaf(*state, start, stop, grid.levels)
             return
-        for i in range(start, stop):
-            step, offset = scale[groups[i]], zero[groups[i]]
-            codes = (remaining[i] / step).round_().add_(offset).clamp_(0, grid.levels)
-            rounded = (codes - offset).mul_(step)
-            residual = remaining[i].sub_(rounded)
-            squares.addcmul_(residual, residual, value=pivots[i])
-            remaining[i] = codes
-            errors[i].sub_(rounded)
-            remaining[i + 1 : stop].addr_(order.coupling[i, i + 1 : stop], errors[i])
+        middle = (start + stop) // 2
+        round_span(start, middle)
+        remaining[middle:stop].addmm_(order.coupling[start:middle, middle:stop].t(), errors[start:middle])
+        round_span(middle, stop)
 
-    round_span(0, len(groups))
+    round_span(0, len(errors))
     mse = squares.sub_(errors.square().sum(dim=0).mul_(order.damping)).clamp_(min=0)
     codes = torch.empty_like(remaining).index_copy_(0, order.channels, remaining)
     return codes.t().contiguous(), mse
+
+
+def _round_leaf(
+    remaining: Tensor,  # (in, out): w', codes once rounded
+    errors: Tensor,  # (in, out): w, w - ŵ once rounded
+    squares: Tensor,  # (out,): Σ c² (w' - ŵ)² so far
+    scale: Tensor,  # (n, out)
+    zero: Tensor,  # (n, out)
+    group_of_channel: Tensor,  # (in,)
+    coupling: Tensor,  # (in, in), contiguous
+    pivots: Tensor,  # (in,)
+    start: int,
+    stop: int,
+    levels: int,
+) -> None:
+    """Round the channels start … stop one by one, in place."""
+    groups = group_of_channel[start:stop].tolist()
+    for i, group, pivot in zip(range(start, stop), groups, pivots[start:stop].tolist(), strict=True):
+        codes = (remaining[i] / scale[group]).round_().add_(zero[group]).clamp_(0, levels)
+        rounded = (codes - zero[group]).mul_(scale[group])
+        residual = remaining[i].sub_(rounded)
+        squares.addcmul_(residual, residual, value=pivot)
+        remaining[i] = codes
+        errors[i].sub_(rounded)
+        remaining[i + 1 : stop].addr_(coupling[i, i + 1 : stop], errors[i])
 
 
 def _damped_cholesky(

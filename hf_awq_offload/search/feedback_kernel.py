@@ -1,0 +1,73 @@
+"""The channel-by-channel part of error feedback as one Triton kernel (formulas: `rounding.py`).
+
+Rows of the weight are independent, channels are not: a program keeps LEAF channels × BLOCK rows in registers, picks one
+channel after another by a mask (registers have no dynamic index) and passes its error on to those after it. Without it
+an accelerator starts some ten kernels for every input channel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_ROWS = 64
+
+
+@triton.jit
+def _nearest(x):
+    """The nearest integers, halves to even as torch.round has it."""
+    up = tl.floor(x + 0.5)
+    is_odd_tie = (up - x == 0.5) & (tl.floor(up * 0.5) * 2.0 != up)
+    return tl.where(is_odd_tie, up - 1.0, up)
+
+
+@triton.jit
+def leaf_kernel(
+    remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots, start, channels, rows, coupling_stride,
+    levels, LEAF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rounds channels start … start + channels of `rows` rows; what the tensors are is said in `round_leaf`."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < rows
+    leaf = tl.arange(0, LEAF)
+    offsets = (start + leaf)[:, None].to(tl.int64) * rows + column[None, :]
+    tile = tl.load(remaining + offsets, mask=(leaf < channels)[:, None] & inside[None, :], other=0.0)
+    total = tl.load(squares + column, mask=inside, other=0.0)
+    for i in range(channels):
+        channel = (start + i).to(tl.int64)
+        group = tl.load(group_of_channel + channel)
+        step = tl.load(scale + group * rows + column, mask=inside, other=1.0)
+        offset = tl.load(zero + group * rows + column, mask=inside, other=0.0)
+        target = tl.sum(tl.where((leaf == i)[:, None], tile, 0.0), axis=0)
+        steps = tl.minimum(tl.maximum(_nearest(target / step), -offset), levels - offset)
+        rounded = steps * step
+        error = tl.load(errors + channel * rows + column, mask=inside, other=0.0) - rounded
+        total += tl.load(pivots + channel) * (target - rounded) * (target - rounded)
+        later = (leaf > i) & (leaf < channels)
+        weights = tl.load(coupling + channel * coupling_stride + start + leaf, mask=later, other=0.0)
+        tile += weights[:, None] * error[None, :]
+        tl.store(remaining + channel * rows + column, steps + offset, mask=inside)
+        tl.store(errors + channel * rows + column, error, mask=inside)
+    tl.store(squares + column, total, mask=inside)
+
+
+def round_leaf(
+    remaining: Tensor,  # (in, out) fp32, contiguous: w', codes once rounded
+    errors: Tensor,  # (in, out) fp32, contiguous: w, w - ŵ once rounded
+    squares: Tensor,  # (out,) fp32: Σ c² (w' - ŵ)² so far
+    scale: Tensor,  # (n, out) fp32, contiguous
+    zero: Tensor,  # (n, out) fp32, contiguous
+    group_of_channel: Tensor,  # (in,) int64
+    coupling: Tensor,  # (in, in) fp32, contiguous
+    pivots: Tensor,  # (in,) fp32
+    start: int,
+    stop: int,
+    levels: int,
+) -> None:
+    """Round the channels start … stop, in place."""
+    rows = remaining.shape[1]
+    leaf_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
+        remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots, start, stop - start, rows,
+        coupling.stride(0), float(levels), LEAF=triton.next_power_of_2(stop - start), BLOCK=BLOCK_ROWS,
+    )  # fmt: skip
