@@ -19,6 +19,7 @@ from .errors import (
 from .in_memory import quantize_model
 from .linear import AwqLinear
 from .packed_linear import PackedLinear
+from .planning import Plan, plan
 from .quantizer import AwqOffloadQuantizer
 from .registration import register, use_for_awq, use_for_compressed_tensors
 from .streamed import quantize
@@ -36,8 +37,10 @@ __all__ = [
     "ModelStructureError",
     "NumericalError",
     "PackedLinear",
+    "Plan",
     "QuantizedWeightError",
     "StorageError",
+    "plan",
     "quantize",
     "quantize_model",
     "use_for_awq",

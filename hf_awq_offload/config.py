@@ -285,6 +285,15 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         scale_dtype = torch.bfloat16 if is_bf16_stored else SCALE_DTYPE
         return Grid(choice.bits, resolve_group_size(choice.group_size, in_features), choice.zero_point, scale_dtype)
 
+    def memory_limit_bytes(self, device: torch.device) -> int | None:
+        """What `max_memory` says of a device; "cuda" and "cuda:0" are the same."""
+        indexed = device.type if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+        for name, limit in (self.max_memory or {}).items():
+            limited = torch.device(name)
+            if indexed in (name, f"{limited.type}:{limited.index or 0}"):
+                return int(limit)
+        return None
+
     @property
     def needs_calibration(self) -> bool:
         """Whether any step reads activations; without one the data set is not loaded at all."""

@@ -21,7 +21,8 @@ from transformers.utils import logging
 from .config import AwqOffloadConfig
 from .evaluate import Evaluation, decoding_tokens_per_second, evaluate, token_windows
 from .in_memory import quantize_model
-from .streaming import default_execution_device, peak_memory_bytes
+from .memory import peak_memory_bytes
+from .streaming import default_execution_device
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny_llama"
 """A Llama of 2.9 million parameters, trained on the documentation that comes with CPython."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -77,7 +77,7 @@ def _add(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(repr((value.dtype, tuple(value.shape))).encode())
         digest.update(bytes_of(value.cpu().contiguous()))
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for name in sorted(value):
             digest.update(repr(name).encode())
             _add(digest, value[name])

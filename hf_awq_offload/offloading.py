@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from .config import AwqOffloadConfig
 from .data import CalibrationSet
@@ -121,7 +122,8 @@ def execution_device(recipe: AwqOffloadConfig) -> torch.device:
 def free_ram_bytes(recipe: AwqOffloadConfig) -> int:
     """What may be used of the RAM: what is free, and no more than `max_memory` says."""
     available = int(psutil.virtual_memory().available)
-    return min(available, int((recipe.max_memory or {}).get("cpu", available)))
+    limit = recipe.memory_limit_bytes(torch.device("cpu"))
+    return available if limit is None else min(available, limit)
 
 
 def chosen_offload(recipe: AwqOffloadConfig, checkpoint_files: Sequence[str] | None) -> str:
@@ -191,3 +193,25 @@ def take_experts_apart(weights: StoredWeights, model: PreTrainedModel, fused: di
         experts = model.get_submodule(name)
         assert isinstance(experts, UnfusedExperts)
         weights.take_apart(name, module, experts)
+
+
+def load_on_meta(
+    src: str | os.PathLike[str], recipe: AwqOffloadConfig, model_class: Any, dtype: Any, folder: Path, kwargs: Any
+) -> PreTrainedModel:
+    """As transformers builds it, its weights left in the files; those that transformers converts go to `folder`."""
+    with only_loading():
+        return model_class.from_pretrained(
+            src, quantization_config=recipe, dtype=dtype, offload_folder=str(folder), **kwargs
+        )
+
+
+def to_checkpoint_names(model: PreTrainedModel) -> ToCheckpoint:
+    """What `save_pretrained` makes of names and tensors."""
+    state = dict(model.state_dict())
+    kept = remove_tied_weights_from_state_dict(dict(state), model)
+    left_out = (state.keys() - kept.keys()) | set(model._keys_to_ignore_on_save or ())
+
+    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return revert_weight_conversion(model, {name: t for name, t in tensors.items() if name not in left_out})
+
+    return convert

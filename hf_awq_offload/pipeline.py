@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,9 +32,10 @@ from .layer_quantization import LayerContext, Undo, quantize_with_statistics, qu
 from .layers import LayerRunner, calibration_mode, candidate_layers, shared_parameters
 from .linears import linears_in, matrices_outside_linears
 from .logs import get_logger
+from .memory import at_most, large_blocks_apart, peak_memory_bytes, release_freed
 from .probing import ProbeCalls, discover_structure, provable_structure
 from .report import LayerReport, QuantizationReport
-from .streaming import compute_dtype, is_out_of_memory, peak_memory_bytes, release_cached
+from .streaming import compute_dtype, is_out_of_memory, release_cached
 from .workplace import Workplace
 
 logger = get_logger(__name__)
@@ -49,13 +50,16 @@ def quantize_layers(
     is_quantizable: Callable[[str], bool],  # full name of a linear -> whether to quantize it
     calibration: CalibrationSet | None,  # None: recipe.needs_calibration is False
     undo: Undo | None = None,
+    most_layers: int | None = None,
 ) -> QuantizationReport:
     """Replace the quantizable linears of `model`'s decoder layers by packed ones, in place.
 
-    Hidden states that the *original* weights produce are passed from layer to layer.
+    After `most_layers` it stops. Hidden states that the *original* weights produce are passed from layer to layer.
     """
-    job = _Job(model, recipe, place, is_quantizable, undo)
-    with calibration_mode(model), place.onloader.on_demand():
+    job = _Job(model, recipe, place, is_quantizable, undo, most_layers)
+    within = at_most(job.device, recipe.memory_limit_bytes(job.device))
+    bounded = nullcontext() if place.onloader.weights is None else large_blocks_apart()
+    with within, bounded, calibration_mode(model), place.onloader.on_demand():
         if calibration is None:
             job.without_data()
         else:
@@ -74,8 +78,10 @@ class _Job:
         place: Workplace,
         is_quantizable: Callable[[str], bool],
         undo: Undo | None,
+        most_layers: int | None,
     ):
         self.model, self.recipe, self.place, self.undo = model, recipe, place, undo
+        self.most_layers = most_layers
         self.is_quantizable = is_quantizable
         self.device = place.onloader.device
         self.report = QuantizationReport()
@@ -113,7 +119,7 @@ class _Job:
 
     def without_data(self) -> None:
         with self.place.onloader.rest():
-            names = layers_that_run(self.model, self.run_layer)
+            names = layers_that_run(self.model, self.run_layer)[: self.most_layers]
         commits = self.place.commits
         self.place.onloader.expect([name for name in names if name not in commits])
         for index, name in enumerate(logging.tqdm(names, desc="Quantizing", unit="layer")):
@@ -144,8 +150,8 @@ class _Calibrated:
         self.collectors: dict[str, LayerStatistics] = {}
         self.position = 0
         """Index of the layer that the feed's hidden states enter."""
-        layers = self.decoder.layers.values()
-        self._set_batch_tokens(job.recipe.batch_tokens or default_batch_tokens(layers, self.device))
+        layers, limit = self.decoder.layers.values(), job.recipe.memory_limit_bytes(self.device)
+        self._set_batch_tokens(job.recipe.batch_tokens or default_batch_tokens(layers, self.device, limit))
 
     def run(self) -> None:
         commits = self.place.commits
@@ -165,6 +171,8 @@ class _Calibrated:
                 self.place.onloader.expect([])
             with logging.tqdm(total=len(self.names), desc="Quantizing", unit="layer") as progress:
                 for visit in self.feed.visits():
+                    if len(self.job.report.layers) == self.job.most_layers:
+                        break
                     self._visit(visit, commits.get(visit.name))
                     if visit.is_last:
                         progress.update()
@@ -224,6 +232,7 @@ class _Calibrated:
                 self.job.finish_layer(index, report, left_out, self.batch_tokens, outputs)
         if outputs is not None:
             self._take_hidden(index, self.place.written(index + 1, outputs))
+        release_freed()
 
     def _advance(self, name: str, layer: nn.Module, collector: LayerStatistics | None) -> None:
         """Run the layer over all batches: statistics from those that are data, and its outputs handed on."""

@@ -6,10 +6,10 @@ the end the journal's files are joined to the checkpoint's, which appears under 
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import logging
 
 from .config import AwqOffloadConfig
 from .durable import flush_directory
@@ -29,7 +28,8 @@ from .hub import complete
 from .journal import Journal
 from .layers import candidate_layers
 from .logs import get_logger
-from .offloading import only_loading
+from .offloading import load_on_meta, to_checkpoint_names
+from .planning import estimate, plan, require_fit, streamed_recipe
 from .quantizer import AwqOffloadQuantizer
 from .report import QuantizationReport
 from .safetensors_files import tensor_places, write_shards
@@ -55,6 +55,7 @@ def quantize(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     max_memory: Mapping[str, int | str] | None = None,
     prefetch: bool | None = None,
+    probe: bool = False,
     overwrite: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     model_class: Any = AutoModelForCausalLM,
@@ -75,6 +76,7 @@ def quantize(
             bit-identical output. It is removed at the end. By default `config.checkpoint_dir`.
         max_memory: device -> bytes or "8GiB"; by default `config.max_memory`.
         prefetch: read the next layer while one is at work; by default `config.prefetch`. Changes no bit.
+        probe: predict the time, too, and the memory as measured, by quantizing two layers beforehand, see `plan`.
         overwrite: put the result in the place of a folder that exists. By default that is refused.
         max_shard_size: of the safetensors files.
         model_class: the Auto class that knows the model.
@@ -86,25 +88,27 @@ def quantize(
 
     Raises:
         ConfigError: `out_dir` exists and is not empty, or a value is not allowed.
+        MemoryLimitError: it does not fit into memory or on the disk.
         JournalError: `checkpoint_dir` is the journal of another run.
         StorageError: a file can't be written; the journal stays usable.
         AwqOffloadError: the model can't be quantized, or the data can't be used.
     """
-    if not isinstance(config, AwqOffloadConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
-    recipe = copy.copy(config)
-    recipe.offload = "disk"
-    changes = {"checkpoint_dir": checkpoint_dir, "max_memory": max_memory, "prefetch": prefetch}
-    recipe.update(**{name: value for name, value in changes.items() if value is not None})
+    recipe = streamed_recipe(config, checkpoint_dir=checkpoint_dir, max_memory=max_memory, prefetch=prefetch)
     target = Path(out_dir).absolute()
     _refuse_existing(target, overwrite)
     with _work_folder(target) as work:
         keeps_journal = recipe.checkpoint_dir is not None
         recipe.checkpoint_dir = recipe.checkpoint_dir or work / "journal"
-        model = _load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)
+        model = load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)
         quantizer = cast(AwqOffloadQuantizer, cast(Any, model).hf_quantizer)
+        planned = estimate(model)
+        require_fit(planned, recipe, work)
+        if probe and not (Path(recipe.checkpoint_dir) / "journal.json").exists():
+            planned = plan(src, recipe, model_class=model_class, dtype=dtype, **kwargs)
+        if logging.is_progress_bar_enabled():
+            print(f"Planned: {planned}.", file=sys.stderr)
         weights = detach_stored_weights(model)
-        to_checkpoint = _to_checkpoint(model)
+        to_checkpoint = to_checkpoint_names(model)
         place = quantizer.prepare(model, weights, to_checkpoint)
         assert place.journal is not None
         try:
@@ -152,28 +156,6 @@ def _work_folder(target: Path) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _load_on_meta(
-    src: str | os.PathLike[str], recipe: AwqOffloadConfig, model_class: Any, dtype: Any, folder: Path, kwargs: Any
-) -> PreTrainedModel:
-    """As transformers builds it, its weights left in the files; those that transformers converts go to `folder`."""
-    with only_loading():
-        return model_class.from_pretrained(
-            src, quantization_config=recipe, dtype=dtype, offload_folder=str(folder), **kwargs
-        )
-
-
-def _to_checkpoint(model: PreTrainedModel) -> ToCheckpoint:
-    """What `save_pretrained` makes of names and tensors."""
-    state = dict(model.state_dict())
-    kept = remove_tied_weights_from_state_dict(dict(state), model)
-    left_out = (state.keys() - kept.keys()) | set(model._keys_to_ignore_on_save or ())
-
-    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return revert_weight_conversion(model, {name: t for name, t in tensors.items() if name not in left_out})
-
-    return convert
 
 
 def _assemble(

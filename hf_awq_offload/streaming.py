@@ -9,8 +9,6 @@ disk, a thread reads it. Both only shorten the waiting: what is computed is the 
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -340,11 +338,3 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | Non
         else torch.ops.mkldnn._is_mkldnn_fp16_supported
     )
     return None if supported() else torch.float32
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: the accelerator's allocations, or on a CPU the process's resident set."""
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(device)
-    unit_bytes = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, see getrusage(2)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_awq_offload.streaming import compute_dtype, default_execution_device, onloaded, peak_memory_bytes
+from hf_awq_offload.memory import peak_memory_bytes
+from hf_awq_offload.streaming import compute_dtype, default_execution_device, onloaded
 
 CPU = torch.device("cpu")
 

@@ -37,7 +37,7 @@ if __name__ == "__main__":
                 f"quantize({str(source)!r}, {str(Path(scratch) / 'out')!r}, "
                 f"AwqOffloadConfig(dataset=ids, n_samples=4, max_seq_len=128{recipe}))"
             )
-        above = result["peak"] - result["baseline"]
+        above = result["above"]
         first = first or above
         print(
             f"| {n_layers} | {size / MIB:.0f} | {above / MIB:.0f} | {above / first:.3f} | {result['seconds']:.0f} |",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 1024, 2816, 2048, 8
+HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 1024, 1536, 2048, 8
 
 
 def make_checkpoint(folder: Path, n_layers: int, layers_per_shard: int = 8, **changes: Any) -> Path:
@@ -73,15 +73,14 @@ torch.set_num_threads(1)
 from transformers.utils import logging
 logging.disable_progress_bar(); logging.set_verbosity_error()
 from made import *
-from rss import baseline_bytes, peak_bytes
-import hf_awq_offload
 from hf_awq_offload import AwqOffloadConfig, quantize
-baseline = baseline_bytes()
+from hf_awq_offload.memory import MemoryMeter
+meter = MemoryMeter(torch.device("cpu"))
 {limit}
 start = time.perf_counter(), time.process_time()
 {body}
 result = {{"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1],
-          "baseline": baseline, "peak": peak_bytes(), **locals().get("more", {{}})}}
+          "above": meter.peak_bytes()[0], "baseline": meter.baseline_bytes, **locals().get("more", {{}})}}
 print("RESULT", json.dumps(result))
 """
 

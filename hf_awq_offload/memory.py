@@ -1,0 +1,113 @@
+"""How much memory there is, and how much was in use at most."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+M_MMAP_THRESHOLD = -3
+"""Of mallopt(3)."""
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: the accelerator's allocations, or on a CPU the process's resident set."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    unit_bytes = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, see getrusage(2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of an accelerator's memory."""
+    return int(torch.accelerator.get_memory_info(device)[0])
+
+
+@contextmanager
+def at_most(device: torch.device, limit_bytes: int | None) -> Iterator[None]:
+    """Inside, on CUDA, torch's allocator raises OutOfMemoryError rather than go beyond the limit."""
+    if limit_bytes is None or device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the system.
+
+    glibc keeps what was freed between blocks that are in use. Layer after layer that adds up to a resident set that
+    grows with the depth of the model (docs/log.md); other C libraries are left alone.
+    """
+    if _C_LIBRARY is not None:
+        _C_LIBRARY.malloc_trim(0)
+
+
+@contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Inside, glibc maps every block of 1 MiB and more on its own, and gives it back when it is freed.
+
+    By itself it raises that size to up to 32 MiB and then keeps such blocks in its heap, in pieces that fit the next
+    layer's badly: address space and resident set grow layer by layer. It can't be set back to raise it by itself;
+    afterwards it stands at those 32 MiB.
+    """
+    if _C_LIBRARY is None:
+        yield
+        return
+    _C_LIBRARY.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        _C_LIBRARY.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+
+
+def _glibc() -> Any:
+    try:
+        library = ctypes.CDLL(None)
+        return library if hasattr(library, "malloc_trim") else None
+    except (OSError, TypeError):  # no such library, or Windows
+        return None
+
+
+_C_LIBRARY = _glibc()
+
+
+class MemoryMeter:
+    """The peaks from now on, above what is in use now.
+
+    Args:
+        device: the execution device.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.baseline_bytes: int | None = None
+        try:
+            CLEAR_REFS.write_text("5")  # counts the peak of the resident set anew, see proc(5)
+            self.baseline_bytes = _status_bytes("VmRSS")
+        except (OSError, StopIteration):
+            pass  # another system than Linux, or not allowed
+        if device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(device)
+
+    def peak_bytes(self) -> tuple[int | None, int]:
+        """(RAM or None where that can't be told, accelerator or 0)."""
+        ram = None if self.baseline_bytes is None else _status_bytes("VmHWM") - self.baseline_bytes
+        return ram, 0 if self.device.type == "cpu" else torch.accelerator.max_memory_allocated(self.device)
+
+
+def _status_bytes(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024

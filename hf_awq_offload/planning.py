@@ -1,0 +1,254 @@
+"""`plan`: what a quantization will take, before it is run.
+
+Two looks. The first reads headers only: sizes of layers, hidden states and files, held against the memory and the disk
+that there are; a run that can't fit is refused here. The second, the probe, quantizes the first two layers on two
+micro-batches and throws them away: what it took, scaled to all tokens and layers, is the prediction.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .batches import default_batch_tokens
+from .config import AwqOffloadConfig
+from .data import CalibrationSet, micro_batches
+from .errors import ConfigError, MemoryLimitError
+from .layers import candidate_layers
+from .linears import linears_in
+from .memory import MemoryMeter, free_bytes
+from .offloading import execution_device, free_ram_bytes, load_on_meta, to_checkpoint_names
+from .pipeline import quantize_layers
+from .quantizer import AwqOffloadQuantizer
+from .streaming import compute_dtype, detach_stored_weights
+
+PROBE_LAYERS = 2
+"""The first is probed for its structure; the second is like all that follow."""
+PROBE_BATCHES = 2
+
+FP32_BYTES = 4
+SEARCH_COPIES = 6
+"""fp32 tensors of a linear's size that its search and rounding hold at once."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a quantization takes. Memory is what comes to that of the process before."""
+
+    device: str
+    layers: int
+    tokens: int
+    batch_tokens: int
+    accelerator_peak_bytes: int  # 0 on a CPU
+    ram_peak_bytes: int
+    disk_bytes: int  # the new checkpoint, and the journal at its largest
+    seconds: float | None  # None: not probed
+
+    def __str__(self) -> str:
+        parts = [f"{self.layers} layers on {self.device}, {self.tokens} tokens in micro-batches of {self.batch_tokens}"]
+        if self.accelerator_peak_bytes:
+            parts.append(f"accelerator {self.accelerator_peak_bytes / 2**30:.2f} GiB")
+        parts += [f"RAM {self.ram_peak_bytes / 2**30:.2f} GiB", f"disk {self.disk_bytes / 2**30:.2f} GiB"]
+        if self.seconds is not None:
+            parts.append(f"{self.seconds / 60:.1f} minutes")
+        return ", ".join(parts)
+
+
+def plan(
+    src: str | os.PathLike[str],
+    config: AwqOffloadConfig,
+    *,
+    probe: bool = True,
+    max_memory: Mapping[str, int | str] | None = None,
+    model_class: Any = AutoModelForCausalLM,
+    dtype: Any = "auto",
+    **kwargs: Any,
+) -> Plan:
+    """What `quantize(src, ..., config)` will take.
+
+    Args:
+        src: name or folder of a full-precision checkpoint in safetensors files.
+        config: the recipe.
+        probe: quantize two layers on two micro-batches; without it, sizes are estimated from the files' headers alone.
+        max_memory: device -> bytes or "8GiB"; by default `config.max_memory`.
+        model_class: the Auto class that knows the model.
+        dtype: of the model; "auto" is the checkpoint's.
+        kwargs: passed to `from_pretrained`.
+
+    Raises:
+        MemoryLimitError: it does not fit into the memory or on the disk; says which knob to turn.
+        AwqOffloadError: the model can't be quantized, or the data can't be used.
+    """
+    recipe = streamed_recipe(config, max_memory=max_memory)
+    recipe.checkpoint_dir = None
+    with tempfile.TemporaryDirectory(prefix="hf_awq_offload-") as scratch:
+        model = load_on_meta(src, recipe, model_class, dtype, Path(scratch) / "converted", kwargs)
+        first_look = estimate(model)
+        require_fit(first_look, recipe, Path(scratch))
+        if not probe:
+            return first_look
+        return _probed(model, first_look, Path(scratch))
+
+
+def streamed_recipe(config: AwqOffloadConfig, **changes: Any) -> AwqOffloadConfig:
+    """`config` for a run that reads weights from the disk, with those of `changes` that are not None."""
+    if not isinstance(config, AwqOffloadConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
+    recipe = copy.copy(config)
+    recipe.offload = "disk"
+    recipe.update(**{name: value for name, value in changes.items() if value is not None})
+    return recipe
+
+
+def estimate(model: PreTrainedModel) -> Plan:
+    """From sizes alone; `model` is on the meta device, its quantizer knows recipe and data."""
+    quantizer = _quantizer(model)
+    recipe, calibration = quantizer.recipe, quantizer.calibration
+    device = execution_device(recipe)
+    sizes = _Sizes.of(model, recipe, device)
+    tokens = 0 if calibration is None else calibration.tokens
+    limit = recipe.memory_limit_bytes(device)
+    batch_tokens = recipe.batch_tokens or default_batch_tokens(candidate_layers(model).values(), device, limit)
+    lengths = [] if calibration is None else [*calibration.sequences, *(s.token_ids for s in calibration.samples)]
+    longest = max(map(len, lengths), default=0)
+    alive = max(min(batch_tokens, tokens), longest)
+    hidden_bytes = tokens * sizes.hidden_bytes_per_token
+    working = sizes.layer * (1 + recipe.prefetch) + sizes.computed_copy
+    working += max(sizes.statistics + alive * sizes.activation_bytes_per_token, sizes.statistics + sizes.search)
+    on_device = device.type != "cpu"
+    beside = sizes.layer * (1 + recipe.prefetch) if on_device else working
+    return Plan(
+        device=str(device),
+        layers=len(candidate_layers(model)),
+        tokens=tokens,
+        batch_tokens=batch_tokens,
+        accelerator_peak_bytes=working if on_device else 0,
+        ram_peak_bytes=max(beside + hidden_bytes, sizes.outside + hidden_bytes),
+        disk_bytes=2 * sizes.result + 3 * hidden_bytes,
+        seconds=None,
+    )
+
+
+def require_fit(wanted: Plan, recipe: AwqOffloadConfig, folder: Path) -> None:
+    """MemoryLimitError unless there is room for `wanted`; `folder` is on the disk that is written to."""
+    device = torch.device(wanted.device)
+    checks = [
+        ("RAM", wanted.ram_peak_bytes, free_ram_bytes(recipe), "'cpu'"),
+        ("disk space", wanted.disk_bytes, shutil.disk_usage(folder).free, None),
+    ]
+    if device.type != "cpu":
+        limit = recipe.memory_limit_bytes(device)
+        available = free_bytes(device) if limit is None else min(limit, free_bytes(device))
+        checks.append(("accelerator memory", wanted.accelerator_peak_bytes, available, repr(str(device))))
+    for what, needed, available, key in checks:
+        if needed <= available:
+            continue
+        knobs = "n_samples or max_seq_len to less (hidden states), batch_tokens to less (activations), prefetch=False"
+        raise MemoryLimitError(
+            f"Quantizing takes about {needed / 2**30:.2f} GiB of {what}, but {available / 2**30:.2f} GiB are there"
+            + (f" or allowed by max_memory[{key}]" if key else "")
+            + f". Planned: {wanted}. Set {knobs}{f', or raise max_memory[{key}]' if key else ', or make room'}."
+        )
+
+
+def _probed(model: PreTrainedModel, first_look: Plan, scratch: Path) -> Plan:
+    """The plan after quantizing the first layers on the first micro-batches."""
+    quantizer = _quantizer(model)
+    everything = quantizer.calibration
+    part = None if everything is None else _first_batches(everything, first_look.batch_tokens)
+    quantizer.calibration = part
+    quantizer.recipe.checkpoint_dir = scratch / "journal"
+    quantizer.recipe.batch_tokens = first_look.batch_tokens
+    weights = detach_stored_weights(model)
+    device = torch.device(first_look.device)
+    meter = MemoryMeter(device)
+    place = quantizer.prepare(model, weights, to_checkpoint_names(model))
+    try:
+        report = quantize_layers(
+            model, quantizer.recipe, place, quantizer.quantizable.__contains__, part, most_layers=PROBE_LAYERS
+        )
+    finally:
+        place.close()
+    ram_bytes, accelerator_bytes = meter.peak_bytes()
+    share = 1.0 if part is None or everything is None else everything.tokens / part.tokens
+    hidden_bytes = first_look.tokens * _Sizes.of(model, quantizer.recipe, device).hidden_bytes_per_token
+    more_hidden = int(hidden_bytes * (1 - 1 / share))
+    run = report.phase_seconds
+    forward = run.get("forward", 0.0) / len(report.layers)
+    commit = run.get("commit", 0.0) / len(report.layers)
+    per_layer = report.layers[-1].seconds - forward + forward * share + commit
+    first = report.layers[0].seconds - forward + forward * share + commit
+    seconds = run.get("skeleton", 0.0) * share + first + per_layer * (first_look.layers - 1)
+    return replace(
+        first_look,
+        ram_peak_bytes=(ram_bytes or first_look.ram_peak_bytes) + more_hidden,
+        accelerator_peak_bytes=accelerator_bytes,
+        seconds=seconds,
+    )
+
+
+def _first_batches(calibration: CalibrationSet, batch_tokens: int) -> CalibrationSet:
+    chosen = [index for batch in micro_batches(calibration, batch_tokens)[:PROBE_BATCHES] for index in batch]
+    return replace(
+        calibration,
+        sequences=[calibration.sequences[index] for index in chosen],
+        counted=[calibration.counted[index] for index in chosen],
+        samples=calibration.samples[:PROBE_BATCHES],
+    )
+
+
+def _quantizer(model: PreTrainedModel) -> AwqOffloadQuantizer:
+    return cast(AwqOffloadQuantizer, cast(Any, model).hf_quantizer)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of what is there at once, of the largest decoder layer."""
+
+    layer: int
+    computed_copy: int
+    """In the dtype that the device computes in, where that is another."""
+    statistics: int
+    search: int
+    activation_bytes_per_token: int
+    hidden_bytes_per_token: int
+    outside: int
+    """Embeddings and what else runs beside the layers."""
+    result: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, recipe: AwqOffloadConfig, device: torch.device) -> _Sizes:
+        layers = list(candidate_layers(model).values())
+        widest = max(layers, key=_bytes)
+        linears = linears_in(widest).values()
+        element = next(model.parameters()).element_size()
+        computed = compute_dtype(device, next(model.parameters()).dtype)
+        width = computed.itemsize if computed is not None else element
+        inputs = {(linear.in_features, linear.out_features) for linear in linears}
+        total = _bytes(model)
+        quantized = sum(linear.weight.numel() for layer in layers for linear in linears_in(layer).values())
+        decoder = getattr(model, "base_model", model)
+        return cls(
+            layer=_bytes(widest),
+            computed_copy=_bytes(widest) // element * width if computed is not None else 0,
+            statistics=sum(FP32_BYTES * in_features**2 for in_features, _ in inputs),
+            search=SEARCH_COPIES * FP32_BYTES * max(linear.weight.numel() for linear in linears),
+            activation_bytes_per_token=width * sum(linear.in_features + linear.out_features for linear in linears),
+            hidden_bytes_per_token=element * cast(Any, model.get_input_embeddings()).weight.shape[-1],
+            outside=_bytes(decoder) - sum(map(_bytes, layers)),
+            result=total - quantized * element + int(quantized * (recipe.bits / 8 + 0.2)),
+        )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

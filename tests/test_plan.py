@@ -1,0 +1,124 @@
+"""What a run will take is told before it is run, and one that can't fit is refused before a weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import save_model, tiny_llama, token_recipe
+
+from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, Plan, plan, quantize, stored_weights
+from hf_awq_offload.batches import default_batch_tokens
+from hf_awq_offload.memory import MemoryMeter, at_most, release_freed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_model(tiny_llama(num_hidden_layers=6), tmp_path_factory.mktemp("llama"))
+
+
+def test_a_plan_says_what_a_run_takes(llama):
+    planned = plan(llama, token_recipe())
+    assert (planned.device, planned.layers, planned.tokens, planned.batch_tokens) == ("cpu", 6, 120, 40)
+    assert planned.accelerator_peak_bytes == 0
+    assert planned.ram_peak_bytes > 0
+    assert planned.seconds is not None
+    assert planned.seconds > 0
+    assert "6 layers on cpu, 120 tokens" in str(planned)
+
+
+def test_without_a_probe_no_weight_is_read(llama, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(stored_weights, "read_tensor", fail)
+    planned = plan(llama, token_recipe(), probe=False)
+    assert planned.seconds is None
+    layer_bytes = sum(p.numel() * 4 for p in tiny_llama().model.layers[0].parameters())
+    hidden_bytes = 120 * 64 * 4
+    assert 2 * layer_bytes + hidden_bytes < planned.ram_peak_bytes < 20 * layer_bytes
+
+
+def test_the_checkpoint_is_about_as_large_as_planned(llama, tmp_path):
+    planned = plan(llama, token_recipe(), probe=False)
+    quantize(llama, tmp_path / "out", token_recipe())
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    hidden_bytes = 120 * 64 * 4
+    assert (planned.disk_bytes - 3 * hidden_bytes) / 2 == pytest.approx(written, rel=0.3)
+
+
+def test_the_time_grows_with_the_tokens_and_the_layers(llama, monkeypatch):
+    few, many = (
+        plan(llama, token_recipe(n_samples=4)),
+        plan(llama, token_recipe(dataset=[[5] * 20] * 400, n_samples=400)),
+    )
+    assert few.seconds is not None
+    assert many.seconds is not None
+    assert many.seconds > 2 * few.seconds
+
+
+@pytest.mark.parametrize("call", [plan, lambda src, recipe, **kw: quantize(src, src.parent / "never", recipe, **kw)])
+def test_what_can_not_fit_is_refused_before_a_weight_is_read(call, llama, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(stored_weights, "read_tensor", fail)
+    with pytest.raises(MemoryLimitError, match=r"GiB of RAM.*max_memory\['cpu'\].*Set n_samples.*raise max_memory"):
+        call(llama, token_recipe(), max_memory={"cpu": "100KB"})
+    assert not (llama.parent / "never").exists()
+
+
+def test_planning_leaves_nothing_behind(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    before = sorted(llama.iterdir())
+    plan(llama, token_recipe())
+    assert sorted(llama.iterdir()) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_can_be_read():
+    planned = Plan("cuda:0", 80, 65536, 4096, 8 << 30, 4 << 30, 40 << 30, 5400.0)
+    assert str(planned) == (
+        "80 layers on cuda:0, 65536 tokens in micro-batches of 4096, accelerator 8.00 GiB, RAM 4.00 GiB, "
+        "disk 40.00 GiB, 90.0 minutes"
+    )
+
+
+def test_the_micro_batch_follows_from_the_limit():
+    model = tiny_llama()
+    layers = list(model.model.layers)
+    layer_bytes = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
+    small = default_batch_tokens(layers, CPU, 4 * layer_bytes)
+    assert 1 <= small < default_batch_tokens(layers, CPU, 8 * layer_bytes) < default_batch_tokens(layers, CPU)
+    assert default_batch_tokens(layers, CPU, 1) == 1
+    assert default_batch_tokens(layers, CPU, 2**40) == default_batch_tokens(layers, CPU)
+
+
+def test_the_limit_of_a_device_goes_by_its_index():
+    limits = AwqOffloadConfig(max_memory={"cpu": "2GiB", "cuda:0": 8})
+    assert limits.memory_limit_bytes(CPU) == 2 << 30
+    assert limits.memory_limit_bytes(torch.device("cuda")) == 8
+    assert limits.memory_limit_bytes(torch.device("cuda", 1)) is None
+    assert AwqOffloadConfig().memory_limit_bytes(CPU) is None
+
+
+def test_a_peak_is_measured_from_its_beginning():
+    meter = MemoryMeter(CPU)
+    if meter.baseline_bytes is None:
+        pytest.skip("needs /proc/self/clear_refs of Linux")
+    block = torch.ones(2**24)  # 64 MiB
+    del block
+    release_freed()
+    ram_bytes, accelerator_bytes = meter.peak_bytes()
+    assert ram_bytes is not None
+    assert 0.9 * 2**26 < ram_bytes < 1.5 * 2**26
+    assert accelerator_bytes == 0
+
+
+def test_on_a_cpu_no_allocator_is_limited():
+    with at_most(CPU, 1):
+        assert torch.ones(1000).sum() == 1000
