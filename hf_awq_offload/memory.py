@@ -102,6 +102,10 @@ class MemoryMeter:
         if device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats(device)
 
+    def now_bytes(self) -> int:
+        """RAM in use now, above what was at the beginning; 0 where that can't be told."""
+        return 0 if self.baseline_bytes is None else _status_bytes("VmRSS") - self.baseline_bytes
+
     def peak_bytes(self) -> tuple[int | None, int]:
         """(RAM or None where that can't be told, accelerator or 0)."""
         ram = None if self.baseline_bytes is None else _status_bytes("VmHWM") - self.baseline_bytes

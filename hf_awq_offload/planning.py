@@ -91,13 +91,14 @@ def plan(
     """
     recipe = streamed_recipe(config, max_memory=max_memory)
     recipe.checkpoint_dir = None
+    meter = MemoryMeter(execution_device(recipe))
     with tempfile.TemporaryDirectory(prefix="hf_awq_offload-") as scratch:
         model = load_on_meta(src, recipe, model_class, dtype, Path(scratch) / "converted", kwargs)
         first_look = estimate(model)
         require_fit(first_look, recipe, Path(scratch))
         if not probe:
             return first_look
-        return _probed(model, first_look, Path(scratch))
+        return _probed(model, first_look, meter, Path(scratch))
 
 
 def streamed_recipe(config: AwqOffloadConfig, **changes: Any) -> AwqOffloadConfig:
@@ -161,7 +162,7 @@ def require_fit(wanted: Plan, recipe: AwqOffloadConfig, folder: Path) -> None:
         )
 
 
-def _probed(model: PreTrainedModel, first_look: Plan, scratch: Path) -> Plan:
+def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratch: Path) -> Plan:
     """The plan after quantizing the first layers on the first micro-batches."""
     quantizer = _quantizer(model)
     everything = quantizer.calibration
@@ -171,7 +172,6 @@ def _probed(model: PreTrainedModel, first_look: Plan, scratch: Path) -> Plan:
     quantizer.recipe.batch_tokens = first_look.batch_tokens
     weights = detach_stored_weights(model)
     device = torch.device(first_look.device)
-    meter = MemoryMeter(device)
     place = quantizer.prepare(model, weights, to_checkpoint_names(model))
     try:
         report = quantize_layers(
@@ -180,6 +180,8 @@ def _probed(model: PreTrainedModel, first_look: Plan, scratch: Path) -> Plan:
     finally:
         place.close()
     ram_bytes, accelerator_bytes = meter.peak_bytes()
+    # At the end, tensors outside the layers are written one by one; safetensors copies what it writes.
+    at_the_end = meter.now_bytes() + 2 * _largest_outside_bytes(model)
     share = 1.0 if part is None or everything is None else everything.tokens / part.tokens
     hidden_bytes = first_look.tokens * _Sizes.of(model, quantizer.recipe, device).hidden_bytes_per_token
     more_hidden = int(hidden_bytes * (1 - 1 / share))
@@ -191,7 +193,7 @@ def _probed(model: PreTrainedModel, first_look: Plan, scratch: Path) -> Plan:
     seconds = run.get("skeleton", 0.0) * share + first + per_layer * (first_look.layers - 1)
     return replace(
         first_look,
-        ram_peak_bytes=(ram_bytes or first_look.ram_peak_bytes) + more_hidden,
+        ram_peak_bytes=max((ram_bytes or first_look.ram_peak_bytes) + more_hidden, at_the_end),
         accelerator_peak_bytes=accelerator_bytes,
         seconds=seconds,
     )
@@ -205,6 +207,12 @@ def _first_batches(calibration: CalibrationSet, batch_tokens: int) -> Calibratio
         counted=[calibration.counted[index] for index in chosen],
         samples=calibration.samples[:PROBE_BATCHES],
     )
+
+
+def _largest_outside_bytes(model: PreTrainedModel) -> int:
+    inside = {id(parameter) for layer in candidate_layers(model).values() for parameter in layer.parameters()}
+    sizes = [p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside]
+    return max(sizes, default=0)
 
 
 def _quantizer(model: PreTrainedModel) -> AwqOffloadQuantizer:

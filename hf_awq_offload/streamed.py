@@ -43,7 +43,7 @@ MAX_SHARD_SIZE = "50GB"
 """As in `save_pretrained`."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """A folder without any has no tokenizer; transformers would make one up."""
-LARGE_BYTES = 1 << 26
+LARGE_BYTES = 1 << 23
 """Larger tensors outside the decoder layers are handled one by one."""
 
 
