@@ -54,12 +54,16 @@ COMPARISON_HEAD = """
 ## Beside the mappings of other tools
 
 Share of the decoder layers' linears that get scales, on the same shrunk configs (grouped queries as the type's default
-config has them), for types that AutoAWQ or llm-compressor has a mapping for. Theirs are counted from the mappings as
-published, not from a run. AutoAWQ reaches linears after a GELU by a module of its own around the activation; an AWQ
-checkpoint without it can't. A dash: no mapping, or none that has been written down here (of AutoAWQ's, those of
-DeepSeek-V2, GPT-BigCode, Idefics2, InternLM 3, Jamba, MiniCPM 3, MPT, Phi, Phi-MoE, StableLM and StarCoder 2 have not
-been). Left out because the two sides do not
-count the same linears: Llama 4, whose experts llm-compressor takes apart and this package does not.
+config has them), for the types that AutoAWQ 0.2.9 or llm-compressor 0.14.0.1 has a mapping of its own for. Theirs are
+counted from the mappings as published, not from a run: where a tool would stop with an error, it still counts here.
+AutoAWQ reaches linears after a GELU by a module of its own around the activation; an AWQ checkpoint without it can't. A
+dash: no mapping of its own (llm-compressor then tries that of Llama). Whether the output of attention is scaled depends
+on shapes in both: AutoAWQ asks that the weights of `v_proj` and `o_proj` have one shape, llm-compressor that `v_proj`
+has as many outputs as `o_proj` has inputs; where heads are not as wide together as the hidden size, or queries are
+grouped in another way than in these shrunk models, the share of a real model is another. Left out because the two sides
+do not count the same linears: Llama 4, whose experts llm-compressor takes apart and this package does not. Left out
+because transformers has no such type of its own: AutoAWQ's Aquila, Baichuan, EXAONE, InternLM 2, MiniCPM, Phi-3 Vision,
+Qwen and Yi; llm-compressor's Nanbeige, Phi-3 Vision and Step 3.5.
 
 | model type | here | AutoAWQ | llm-compressor |
 |---|---|---|---|
