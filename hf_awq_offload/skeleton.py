@@ -87,7 +87,13 @@ def record_skeleton(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside."""
+    """No parameter requires a gradient inside, and none is changed.
+
+    Raises:
+        ModelStructureError: on leaving, when the model's own code has changed a parameter in place. What it does to a
+            weight at the first forward pass would be in the saved checkpoint and be done to the loaded one again.
+    """
+    versions = {name: (parameter, parameter._version) for name, parameter in model.named_parameters()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -96,6 +102,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+    for name, (parameter, version) in versions.items():
+        if parameter._version != version:
+            raise ModelStructureError(
+                f"The forward pass of {type(model).__name__} changes its own weights in place ({name}); a checkpoint "
+                "of what it changed would be changed again after loading. Expected weights that are only read: switch "
+                "this off in the model's config."
+            )
 
 
 Step = TypeVar("Step", bound=Hashable)

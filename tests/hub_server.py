@@ -77,6 +77,7 @@ class Hub:
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": self.token,
             "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",  # the environment of the tests may forbid all others
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "PYTHONPATH": os.pathsep.join(sys.path),

@@ -68,6 +68,10 @@ class Model(nn.Module):
             return second(hidden * 1.5)
         if self.how == "skipped":
             return second(first(hidden) * 1.5)
+        if self.how == "rescaling":
+            with torch.no_grad():
+                second.fc.weight.div_(2)
+            return second(first(hidden))
         assert self.how == "failing"
         first(hidden)
         raise KeyError("between the layers")
@@ -173,6 +177,15 @@ def test_layers_that_are_skipped_at_random_are_refused():
         open_feed(model, batches(), run_layer(model)) as feed,
     ):
         next(feed.visits())
+
+
+def test_a_model_that_changes_its_own_weights_is_refused():
+    model = Model("rescaling").eval()
+    with (
+        pytest.raises(ModelStructureError, match=r"changes its own weights in place \(layers.1.fc.weight\)"),
+        open_feed(model, batches(), run_layer(model)),
+    ):
+        pass
 
 
 def test_layers_that_run_are_found_without_data():

@@ -1,6 +1,7 @@
 """Write anew what the suites compare with, and docs/architectures.md: `python tests/architectures/record.py [type …]`.
 
-Given model types, only these are run and the others keep what was recorded of them.
+Given model types, only these are run and the others keep what was recorded of them; what is now listed as unsupported
+is taken out.
 """
 
 from __future__ import annotations
@@ -71,8 +72,13 @@ def record(suite: str, chosen: Iterable[str]) -> dict[str, dict[str, Any]]:
                 print(suite, name, "failed:", repr(error)[:300], flush=True)
                 continue
             print(suite, name, recorded[name]["scaled"], "of", recorded[name]["quantized"], flush=True)
-            path.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n", encoding="utf-8")
+            _write(path, recorded)
+    _write(path, recorded)
     return recorded
+
+
+def _write(path: Path, recorded: dict[str, dict[str, Any]]) -> None:
+    path.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n", encoding="utf-8")
 
 
 def main(chosen: list[str]) -> None:

@@ -29,6 +29,12 @@ CAUSAL_LM: dict[str, Unsupported] = {
     "musicgen": Unsupported("build", "has no attribute 'dropout'", _COMPOSITE),
     "musicgen_melody": Unsupported("build", "has no attribute 'dropout'", _COMPOSITE),
     "openai-gpt": Unsupported("quantize", "Conv1D", _CONV1D),
+    "rwkv": Unsupported(
+        "quantize",
+        "changes its own weights in place",
+        "its first forward pass divides weights in place, again after each loading; `rescale_every=0` in its config "
+        "switches this off",
+    ),
 }
 
 _ENCODER_DECODER = "an encoder-decoder model"
