@@ -13,6 +13,9 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+SHARED = "its parameters, or those of what feeds it, are shared with another layer"
+NOT_EXACT = "a scale would change what this layer yields: the proof failed"
+
 
 class ProducerKind(Enum):
     """How a producer's output channels are multiplied by a factor."""
@@ -61,6 +64,8 @@ class InputGroup:
     fold: Fold | None
     readers: tuple[Reader, ...] = ()
     """What else has to be multiplied by the scale; used with a fold only."""
+    refused: str | None = None
+    """Why a fold that was found is not used."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,10 @@ def without_folds_of(
         names = {f"{module}.{name}" for module in modules for name in ("weight", "bias")}
         return not names.union(reader.parameter for reader in group.readers).isdisjoint(parameters)
 
-    kept = [InputGroup(group.consumers, None) if touches(group) else group for group in structure.groups]
+    kept = [
+        InputGroup(group.consumers, None, refused=SHARED) if group.fold is not None and touches(group) else group
+        for group in structure.groups
+    ]
     return LayerStructure(tuple(kept), structure.softmax_only)
 
 

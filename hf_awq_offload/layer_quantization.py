@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,19 @@ from .gathering import GatheredStatistics
 from .grid import Grid, GroupParameters, GroupRange, group_parameters, group_range, quantize
 from .linear_classes import linear_class
 from .report import GroupReport, LayerReport
-from .search.clip import search_clip
+from .search.clip import STEP, STEPS, search_clip
 from .search.rounding import FeedbackOrder, RoundedWeight, feedback_order, round_weight
-from .search.scale import ScaleSearch, search_scale, without_scale
+from .search.scale import ScaleSearch, search_scale, weights_mse, without_scale
 from .statistics import InputStatistics
 
 STACK_ELEMENTS = 2**26
 """Weights of several linears that are rounded together: 256 MiB for each fp32 temporary."""
+
+NO_PRODUCER = "no norm or linear was found that can absorb a scale of this input"
+NO_BETTER = "no scale is better than none"
+NOT_STORABLE = "no scale can be stored in the producer's dtype"
+SEARCH_OFF = "the scale search is off (n_grid=0)"
+NO_DATA = "quantized without calibration data"
 
 Undo = list[Callable[[], None]]
 """What brings the model back to what it was, to be called in reverse order."""
@@ -65,6 +71,16 @@ class RoundingData:
     nearest_mse: Mapping[str, Tensor]  # (out,) of rounding to the nearest on the full range; empty: not known
 
 
+class StackOutcome(NamedTuple):
+    """What rounding linears of one input and one grid gave, in the units of the layer as it was."""
+
+    loss: float = 0.0  # squared output error per token, summed
+    loss_scaled: float = 0.0  # the same of rounding to the nearest, scales applied
+    rows: int = 0
+    rows_nearest: int = 0
+    clip_counts: Tensor | None = None  # (STEPS,) int64, see GroupReport; None: not searched
+
+
 def quantize_with_statistics(
     context: LayerContext, structure: LayerStructure, statistics: GatheredStatistics
 ) -> list[GroupReport]:
@@ -81,9 +97,12 @@ def quantize_with_statistics(
         nearest_mse = dict(
             zip(names, search.row_mse.split([context.linear(name).out_features for name in names]), strict=True)
         )
-        loss = 0.0
-        for sharing in _by_input(names, statistics):
+        outcomes = []
+        loss_nearest = 0.0
+        inputs = _by_input(names, statistics)
+        for sharing in inputs:
             own = statistics.of_linear(group, sharing[0])
+            loss_nearest += _identity_loss(context, sharing, own) if len(inputs) > 1 else search.identity_loss
             scale = channel_scales.get(sharing[0])
             gram = own.gram if scale is None else own.divided(scale).gram
             data = RoundingData(
@@ -93,9 +112,8 @@ def quantize_with_statistics(
                 nearest_mse=nearest_mse if own is group_statistics else {},
             )
             for stack in _stacks(context, sharing):
-                loss += quantize_stack(context, stack, scale, row_scales, data)
-        producer = group.fold.producer if group.fold is not None else None
-        reports.append(GroupReport(names, producer, search.alpha, search.identity_loss, loss))
+                outcomes.append(quantize_stack(context, stack, scale, row_scales, data))
+        reports.append(_group_report(context, group, search, loss_nearest, outcomes))
     return reports
 
 
@@ -118,9 +136,51 @@ def restore_layer(
 
 def quantize_without_data(context: LayerContext) -> list[GroupReport]:
     """Round every linear to nearest, each a group of its own; losses need data and are 0."""
-    for name in sorted(context.quantizable):
-        quantize_stack(context, (name,), None, {}, None)
-    return [GroupReport((name,), None, None, 0.0, 0.0) for name in sorted(context.quantizable)]
+    names = sorted(context.quantizable)
+    outcomes = [quantize_stack(context, (name,), None, {}, None) for name in names]
+    return [
+        GroupReport((name,), None, None, 0.0, 0.0, NO_DATA, None, outcome.rows, outcome.rows)
+        for name, outcome in zip(names, outcomes, strict=True)
+    ]
+
+
+def _identity_loss(context: LayerContext, names: list[str], statistics: InputStatistics) -> float:
+    """Of rounding linears to the nearest, on the tokens that are theirs."""
+    weights = [context.layer.get_parameter(f"{name}.weight").detach() for name in names]
+    mse = weights_mse(weights, [context.grid(name) for name in names], statistics.gram)
+    return float(mse.sum(dtype=torch.float64))
+
+
+def _group_report(
+    context: LayerContext,
+    group: InputGroup,
+    search: ScaleSearch,
+    loss_nearest: float,
+    outcomes: list[StackOutcome],
+) -> GroupReport:
+    clip_counts = [outcome.clip_counts for outcome in outcomes if outcome.clip_counts is not None]
+    return GroupReport(
+        consumers=context.quantizable_of(group),
+        producer=group.fold.producer if group.fold is not None else None,
+        alpha=search.alpha,
+        loss_nearest=loss_nearest,
+        loss=sum(outcome.loss for outcome in outcomes),
+        unscaled=_why_unscaled(context, group, search),
+        loss_scaled=sum(outcome.loss_scaled for outcome in outcomes),
+        rows=sum(outcome.rows for outcome in outcomes),
+        rows_nearest=sum(outcome.rows_nearest for outcome in outcomes),
+        clip_counts=tuple(torch.stack(clip_counts).sum(dim=0).tolist()) if clip_counts else (),
+    )
+
+
+def _why_unscaled(context: LayerContext, group: InputGroup, search: ScaleSearch) -> str | None:
+    if search.alpha is not None:
+        return None
+    if context.recipe.n_grid == 0:
+        return SEARCH_OFF
+    if group.fold is None:
+        return group.refused or NO_PRODUCER
+    return NO_BETTER if search.candidates else NOT_STORABLE
 
 
 def _by_input(names: tuple[str, ...], statistics: GatheredStatistics) -> list[list[str]]:
@@ -207,14 +267,15 @@ def quantize_stack(
     channel_scale: Tensor | None,  # (in,) multiplies the columns
     row_scales: Mapping[str, Tensor],  # name -> (out,) divides the rows
     data: RoundingData | None,  # None: to the nearest
-) -> float:
-    """Round, pack and replace linears; returns their squared output error per token, summed, 0 without data."""
+) -> StackOutcome:
+    """Round, pack and replace linears; errors are 0 without data."""
     grid = context.grid(names[0])
     weights = {name: _weight_on_grid(context, name, channel_scale, row_scales.get(name)) for name in names}
     if data is None:
         weight = torch.cat([*weights.values()])
         parameters = group_parameters(group_range(weight, grid), grid)
-        codes, loss = quantize(weight, parameters, grid), 0.0
+        codes = quantize(weight, parameters, grid)
+        outcome = StackOutcome(rows=len(weight), rows_nearest=len(weight))
     else:
         # What a row is divided by, its consumer is multiplied by: errors count in the units of the layer as it was.
         units = {
@@ -223,11 +284,22 @@ def quantize_stack(
         }
         rounded = _round_stack(weights, grid, units, data)
         codes, parameters = rounded.codes, rounded.parameters
-        loss = float((rounded.mse * torch.cat([*units.values()])).sum(dtype=torch.float64))
+        outcome = _outcome(rounded, units, data.clippable)
     sizes = [len(weight) for weight in weights.values()]
     for name, *parts in zip(names, codes.split(sizes), *(each.split(sizes) for each in parameters), strict=True):
         _replace(context, name, parts[0], GroupParameters(*parts[1:]), row_scales.get(name))
-    return loss
+    return outcome
+
+
+def _outcome(rounded: RoundedWeight, units: Mapping[str, Tensor], clippable: frozenset[str]) -> StackOutcome:
+    unit = torch.cat([*units.values()])
+    loss, loss_scaled = (float((mse * unit).sum(dtype=torch.float64)) for mse in (rounded.mse, rounded.nearest_mse))
+    counts = None
+    if rounded.clip_ratio is not None:
+        ratios = rounded.clip_ratio.split([len(each) for each in units.values()])
+        searched = torch.cat([ratio for name, ratio in zip(units, ratios, strict=True) if name in clippable])
+        counts = torch.bincount(((1 - searched) / STEP).round_().long().flatten(), minlength=STEPS).cpu()
+    return StackOutcome(loss, loss_scaled, len(unit), len(unit) - int(rounded.improved.sum()), counts)
 
 
 def _round_stack(

@@ -10,10 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+
+from .report import MemoryUse
 
 M_MMAP_THRESHOLD = -3
 """Of mallopt(3)."""
+
+_CPU = torch.device("cpu")
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -82,6 +87,37 @@ def _glibc() -> Any:
 
 
 _C_LIBRARY = _glibc()
+
+
+class MemoryWatch:
+    """Memory in use above what there was when it was made. It resets no counter: others may be reading them.
+
+    The peak of the resident set is known once it exceeds that of the process's earlier life; until then it is the
+    highest that was seen.
+
+    Args:
+        device: the execution device.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._process = psutil.Process()
+        self._ram_bytes = self._process.memory_info().rss
+        self._earlier_peak_bytes = peak_memory_bytes(_CPU)
+        self._highest_bytes = self._ram_bytes
+        self._accelerator_bytes = self._allocated_bytes()
+
+    def now(self) -> MemoryUse:
+        ram, peak = self._process.memory_info().rss, peak_memory_bytes(_CPU)
+        self._highest_bytes = max(self._highest_bytes, ram, peak if peak > self._earlier_peak_bytes else 0)
+        ram, highest = (max(0, each - self._ram_bytes) for each in (ram, self._highest_bytes))
+        if self.device.type == "cpu":
+            return MemoryUse(ram, highest)
+        allocated = self._allocated_bytes() - self._accelerator_bytes
+        return MemoryUse(ram, highest, allocated, peak_memory_bytes(self.device) - self._accelerator_bytes)
+
+    def _allocated_bytes(self) -> int:
+        return 0 if self.device.type == "cpu" else torch.accelerator.memory_allocated(self.device)
 
 
 class MemoryMeter:

@@ -10,13 +10,13 @@ quantized again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from .batches import batches_of, decoder_and_probes, default_batch_tokens
 from .config import AwqOffloadConfig
@@ -32,9 +32,10 @@ from .layer_quantization import LayerContext, Undo, quantize_with_statistics, qu
 from .layers import LayerRunner, calibration_mode, candidate_layers, shared_parameters
 from .linears import linears_in, matrices_outside_linears
 from .logs import get_logger
-from .memory import at_most, large_blocks_apart, peak_memory_bytes, release_freed
+from .memory import MemoryWatch, at_most, large_blocks_apart, release_freed
 from .probing import ProbeCalls, discover_structure, provable_structure
-from .report import LayerReport, QuantizationReport
+from .progress import Progress
+from .report import GroupReport, LayerReport, QuantizationReport
 from .streaming import compute_dtype, is_out_of_memory, release_cached
 from .workplace import Workplace
 
@@ -59,7 +60,7 @@ def quantize_layers(
     job = _Job(model, recipe, place, is_quantizable, undo, most_layers)
     within = at_most(job.device, recipe.memory_limit_bytes(job.device))
     bounded = nullcontext() if place.onloader.weights is None else large_blocks_apart()
-    with within, bounded, calibration_mode(model), place.onloader.on_demand():
+    with within, bounded, calibration_mode(model), place.onloader.on_demand(), job.progress:
         if calibration is None:
             job.without_data()
         else:
@@ -85,6 +86,10 @@ class _Job:
         self.is_quantizable = is_quantizable
         self.device = place.onloader.device
         self.report = QuantizationReport()
+        self.progress = Progress("Quantizing" if most_layers is None else "Planning")
+        self.memory = MemoryWatch(self.device)
+        self.layer_seconds: dict[str, dict[str, float]] = defaultdict(dict)
+        """Layer -> phase -> seconds."""
         self.adopted: list[LayerCommit] = []
         """Layers that an earlier run has quantized."""
 
@@ -102,6 +107,13 @@ class _Job:
         self.adopted.append(commit)
         self.report.layers.append(LayerReport.from_dict(commit.report["layer"]))
         self.report.left_out |= commit.report["left_out"]
+        self.progress.adopted(commit.name)
+
+    def layer_report(
+        self, name: str, groups: Sequence[GroupReport], seconds: float, starved: dict[str, int] | None = None
+    ) -> LayerReport:
+        phases = dict(self.layer_seconds[name])
+        return LayerReport(name, tuple(groups), seconds, starved or {}, phases, self.memory.now())
 
     def finish_layer(
         self, index: int, report: LayerReport, left_out: dict[str, str], batch_tokens: int, hidden: HiddenWriter | None
@@ -112,23 +124,34 @@ class _Job:
         self.place.take_over(index, report, left_out, batch_tokens, hidden)
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str, layer: str | None = None) -> Iterator[None]:
+        self.progress.phase(phase, layer)
         start = time.perf_counter()
         yield
-        self.report.phase_seconds[phase] = self.report.phase_seconds.get(phase, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        for sums in (self.report.phase_seconds, self.layer_seconds[layer] if layer is not None else {}):
+            sums[phase] = sums.get(phase, 0.0) + seconds
 
     def without_data(self) -> None:
         with self.place.onloader.rest():
             names = layers_that_run(self.model, self.run_layer)[: self.most_layers]
+        self.progress.expect(len(names))
         commits = self.place.commits
         self.place.onloader.expect([name for name in names if name not in commits])
-        for index, name in enumerate(logging.tqdm(names, desc="Quantizing", unit="layer")):
+        for index, name in enumerate(names):
             if name in commits:
                 self.adopt(commits[name])
                 continue
-            with self.place.onloader.onloaded(name):
-                report = LayerReport(name, tuple(quantize_without_data(self.context(name))), 0.0)
-                self.finish_layer(index, report, {}, 0, None)
+            start = time.perf_counter()
+            with ExitStack() as onloaded:
+                with self.timed("onload", name):
+                    onloaded.enter_context(self.place.onloader.onloaded(name))
+                with self.timed("search", name):
+                    groups = tuple(quantize_without_data(self.context(name)))
+                report = self.layer_report(name, groups, time.perf_counter() - start)
+                with self.timed("commit", name):
+                    self.finish_layer(index, report, {}, 0, None)
+            self.progress.finished(report)
 
 
 class _Calibrated:
@@ -169,14 +192,11 @@ class _Calibrated:
                 self.place.onloader.expect([name for name in self.names if name not in commits])
             else:
                 self.place.onloader.expect([])
-            with logging.tqdm(total=len(self.names), desc="Quantizing", unit="layer") as progress:
-                for visit in self.feed.visits():
-                    if len(self.job.report.layers) == self.job.most_layers:
-                        break
-                    self._visit(visit, commits.get(visit.name))
-                    if visit.is_last:
-                        progress.update()
-                        progress.set_postfix_str(_progress_text(self.job.report.layers[-1], self.device))
+            self.job.progress.expect(min(len(self.names), self.job.most_layers or len(self.names)))
+            for visit in self.feed.visits():
+                if len(self.job.report.layers) == self.job.most_layers:
+                    break
+                self._visit(visit, commits.get(visit.name))
 
     def _visit(self, visit: Visit, commit: LayerCommit | None) -> None:
         name = visit.name
@@ -202,18 +222,18 @@ class _Calibrated:
         """Statistics of a layer, and at its last visit all the rest."""
         name, index, start = visit.name, self.index[visit.name], time.perf_counter()
         context = self.job.context(name)
-        with self.job.timed("onload"), ExitStack() as onloading:
+        with self.job.timed("onload", name), ExitStack() as onloading:
             layer = onloading.enter_context(self.place.onloader.onloaded(name))
             onloaded = onloading.pop_all()
         with onloaded, ExitStack() as closing:
-            with self.job.timed("structure"):
+            with self.job.timed("structure", name):
                 self._find_structure(name, layer)
             if name not in self.collectors:
                 self.collectors[name] = LayerStatistics(
                     layer, self.found[name], context.quantizable, self.device, self.recipe.all_experts
                 )
             outputs = None
-            with self.job.timed("forward"):
+            with self.job.timed("forward", name):
                 if isinstance(self.feed, SkeletonFeed):
                     outputs = self.place.hidden_writer(index + 1) if index + 1 < len(self.names) else None
                     self.feed.outputs = outputs
@@ -222,17 +242,18 @@ class _Calibrated:
                 self._advance(name, layer, self.collectors[name])
             if not visit.is_last:
                 return
-            with self.job.timed("search"):
+            with self.job.timed("search", name):
                 statistics = self.collectors.pop(name).gathered(name, self.recipe.min_expert_tokens)
                 self.began = name
                 groups = quantize_with_statistics(context, self.found[name], statistics)
-            report = LayerReport(name, tuple(groups), time.perf_counter() - start, statistics.starved())
-            with self.job.timed("commit"):
+            report = self.job.layer_report(name, groups, time.perf_counter() - start, statistics.starved())
+            with self.job.timed("commit", name):
                 left_out = _not_reached(context, self.found[name])
                 self.job.finish_layer(index, report, left_out, self.batch_tokens, outputs)
         if outputs is not None:
             self._take_hidden(index, self.place.written(index + 1, outputs))
         release_freed()
+        self.job.progress.finished(report)
 
     def _advance(self, name: str, layer: nn.Module, collector: LayerStatistics | None) -> None:
         """Run the layer over all batches: statistics from those that are data, and its outputs handed on."""
@@ -404,9 +425,3 @@ def _not_reached(context: LayerContext, structure: LayerStructure) -> dict[str, 
 
 def _reached(structure: LayerStructure) -> set[str]:
     return {name for group in structure.groups for name in group.consumers}
-
-
-def _progress_text(report: LayerReport, device: torch.device) -> str:
-    """Layer name, loss before → after, and the peak memory so far (the accelerator's, or the process's)."""
-    peak_bytes = peak_memory_bytes(device)
-    return f"{report.name} loss {report.loss_nearest:.3g} → {report.loss:.3g}, peak {peak_bytes / 2**30:.2f} GiB"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Routing, UnfusedExperts, expert_parts, routed
-from .folds import Fold, InputGroup, LayerStructure, ProducerKind, Reader, scaled_producer
+from .folds import NOT_EXACT, Fold, InputGroup, LayerStructure, ProducerKind, Reader, scaled_producer
 from .layers import LayerCall, LayerRunner
 from .linears import is_linear, linears_in
 from .rowmaps import LEVELS, complete_row_map, factor_index, level_factors, row_subsets
@@ -88,7 +88,7 @@ def provable_structure(
                 refuted = [family for family in probe.families(folded) if not probe.proves(family)]
                 refused = {group.consumers for family in refuted for group in family}
                 kept = [
-                    InputGroup(group.consumers, None, group.readers) if group.consumers in refused else group
+                    InputGroup(group.consumers, None, group.readers, NOT_EXACT) if group.consumers in refused else group
                     for group in structure.groups
                 ]
                 structure = LayerStructure(tuple(kept), structure.softmax_only)

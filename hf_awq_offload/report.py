@@ -1,4 +1,7 @@
-"""What a quantization run did: plain records, filled by the pipeline, read by whoever shows or saves them."""
+"""What a quantization run did: plain records, filled by the pipeline, read by whoever shows or saves them.
+
+Records go through the journal as JSON. Fields with a default may be missing there: an earlier release wrote it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,22 @@ class GroupReport:
     alpha: float | None  # exponent of the winning candidate; None: the identity
     loss_nearest: float  # mean squared output error per token, rounding to nearest
     loss: float  # the same as quantized
+    unscaled: str | None = None  # why the identity was taken; None where there is a scale
+    loss_scaled: float | None = None  # the same of rounding to nearest with the scale: what scales alone gain
+    rows: int = 0  # output channels of the group's linears
+    rows_nearest: int = 0  # those that neither clipping nor error feedback improved: rounded to nearest
+    clip_counts: tuple[int, ...] = ()
+    """How many groups of weights kept 1 - i/20 of their range, i = 0 … 9; empty where clipping was not searched."""
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes when a layer was finished, above what the process had in use when the run began."""
+
+    ram: int  # resident set
+    ram_peak: int  # its highest in the run so far, as far as the system tells
+    accelerator: int = 0  # allocated on the execution device, 0 on a CPU
+    accelerator_peak: int = 0
 
 
 @dataclass(frozen=True)
@@ -26,12 +45,16 @@ class LayerReport:
     seconds: float
     starved_experts: dict[str, int] = field(default_factory=dict)
     """Experts that saw fewer tokens than the config's `min_expert_tokens` -> how many."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Onload, structure, forward and search, over all runs of the layer."""
+    memory: MemoryUse | None = None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LayerReport:
         """The inverse of `dataclasses.asdict`, also by way of JSON."""
-        groups = tuple(GroupReport(**{**group, "consumers": tuple(group["consumers"])}) for group in fields["groups"])
-        return cls(**{**fields, "groups": groups})
+        groups = tuple(_group_from_dict(group) for group in fields["groups"])
+        memory = fields.get("memory")
+        return cls(**{**fields, "groups": groups, "memory": None if memory is None else MemoryUse(**memory)})
 
     @property
     def loss_nearest(self) -> float:
@@ -50,3 +73,8 @@ class QuantizationReport:
     left_out: dict[str, str] = field(default_factory=dict)  # linear -> why it stays in full precision
     tokens: int = 0  # calibration tokens that entered the statistics
     phase_seconds: dict[str, float] = field(default_factory=dict)  # where the time went, in this process
+
+
+def _group_from_dict(fields: dict[str, Any]) -> GroupReport:
+    tuples: dict[str, Any] = {name: tuple(fields[name]) for name in ("consumers", "clip_counts") if name in fields}
+    return GroupReport(**{**fields, **tuples})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
 
 from .config import AwqOffloadConfig
 from .durable import flush_directory
@@ -30,6 +28,7 @@ from .layers import candidate_layers
 from .logs import get_logger
 from .offloading import load_on_meta, to_checkpoint_names
 from .planning import estimate, plan, require_fit, streamed_recipe
+from .progress import announce
 from .quantizer import AwqOffloadQuantizer
 from .report import QuantizationReport
 from .safetensors_files import tensor_places, write_shards
@@ -105,8 +104,7 @@ def quantize(
         require_fit(planned, recipe, work)
         if probe and not (Path(recipe.checkpoint_dir) / "journal.json").exists():
             planned = plan(src, recipe, model_class=model_class, dtype=dtype, **kwargs)
-        if logging.is_progress_bar_enabled():
-            print(f"Planned: {planned}.", file=sys.stderr)
+        announce(f"Planned: {planned}.")
         weights = detach_stored_weights(model)
         to_checkpoint = to_checkpoint_names(model)
         place = quantizer.prepare(model, weights, to_checkpoint)

@@ -34,6 +34,7 @@ LEVELS = {
         "layer_quantization",
         "batches",
         "workplace",
+        "progress",
     ],
     3: ["pipeline"],
     4: [

@@ -91,7 +91,7 @@ def test_no_row_is_ever_worse_than_rounded_to_the_nearest(kind, clip):
     weight, _ = random_weight(3)
     nearest = round_weight(weight, gram, GRID)
     clipped = search_clip(weight, gram, GRID) if clip else None
-    codes, mse, parameters = round_weight(weight, gram, GRID, clipped=clipped, order=feedback_order(gram))
+    codes, mse, parameters, *_ = round_weight(weight, gram, GRID, clipped=clipped, order=feedback_order(gram))
     assert bool((mse <= nearest.mse).all())
     assert bool(((codes >= 0) & (codes <= GRID.levels) & (codes == codes.round())).all())
     # By the inputs themselves, in fp64: what the function says of its rows is true of what it returns.

@@ -43,11 +43,14 @@ class FeedbackOrder(NamedTuple):
 
 
 class RoundedWeight(NamedTuple):
-    """A weight on the grid, and what that costs."""
+    """A weight on the grid, what that costs, and what was gained."""
 
     codes: Tensor  # (out, in) fp32 integers
     mse: Tensor  # (out,) fp32, squared output error per token of every row
     parameters: GroupParameters  # (out, n)
+    nearest_mse: Tensor  # (out,) the same of rounding to the nearest on the full range
+    improved: Tensor  # (out,) bool: rows that clipping and error feedback were kept for
+    clip_ratio: Tensor | None  # (out, n) share of its full range that a group kept; None: no clipped ranges were given
 
 
 def feedback_order(
@@ -80,22 +83,29 @@ def round_weight(
 
     A row that both together do not improve is rounded to the nearest on its full range: never worse than that.
     """
-    full = group_parameters(group_range(weight, grid), grid)
+    full_range = group_range(weight, grid)
+    full = group_parameters(full_range, grid)
     if order is None and clipped is None:
-        return _nearest(weight, gram, full, grid, nearest_mse)
+        codes, mse = _nearest(weight, gram, full, grid, nearest_mse)
+        return RoundedWeight(codes, mse, full, mse, torch.zeros_like(mse, dtype=torch.bool), None)
     if nearest_mse is None:
-        nearest_mse = _nearest(weight, gram, full, grid).mse
+        nearest_mse = _nearest(weight, gram, full, grid)[1]
     parameters = full if clipped is None else group_parameters(clipped, grid)
     if order is None:
-        rounded = _nearest(weight, gram, parameters, grid)
+        codes, mse = _nearest(weight, gram, parameters, grid)
     else:
-        rounded = RoundedWeight(*round_with_feedback(weight, order, parameters, grid), parameters)
-    worse = (~(rounded.mse < nearest_mse)).nonzero().squeeze(1)
+        codes, mse = round_with_feedback(weight, order, parameters, grid)
+    improved = mse < nearest_mse
+    clip_ratio = None if clipped is None else _ratio(clipped, full_range)
+    worse = (~improved).nonzero().squeeze(1)
     if len(worse):
-        fallback = _nearest(weight[worse], gram, _rows_of(full, worse), grid, nearest_mse[worse])
-        for ours, theirs in zip(_tensors(rounded), _tensors(fallback), strict=True):
+        own = _rows_of(full, worse)
+        codes[worse], mse[worse] = _nearest(weight[worse], gram, own, grid, nearest_mse[worse])
+        for ours, theirs in zip(parameters, own, strict=True):
             ours[worse] = theirs
-    return rounded
+        if clip_ratio is not None:
+            clip_ratio[worse] = 1.0
+    return RoundedWeight(codes, mse, parameters, nearest_mse, improved, clip_ratio)
 
 
 def round_with_feedback(
@@ -201,7 +211,8 @@ def _nearest(
     parameters: GroupParameters,  # (out, n)
     grid: Grid,
     mse: Tensor | None = None,  # (out,) where it is known
-) -> RoundedWeight:
+) -> tuple[Tensor, Tensor]:
+    """The nearest integers, (out, in), and the squared output error per token of every row, (out,)."""
     codes = torch.empty_like(weight)
     found = torch.empty_like(weight[:, 0]) if mse is None else mse
     for span in row_chunks(weight):
@@ -209,12 +220,14 @@ def _nearest(
         codes[span] = quantize(rows, own, grid)
         if mse is None:
             found[span] = row_mse(dequantize(codes[span], own, grid).sub_(rows), gram)
-    return RoundedWeight(codes, found, parameters)
+    return codes, found
 
 
 def _rows_of(parameters: GroupParameters, rows: slice | Tensor) -> GroupParameters:
     return GroupParameters(parameters.scale[rows], parameters.zero[rows])
 
 
-def _tensors(rounded: RoundedWeight) -> tuple[Tensor, ...]:
-    return rounded.codes, rounded.mse, *rounded.parameters
+def _ratio(clipped: GroupRange, full: GroupRange) -> Tensor:
+    """The largest magnitude in each clipped range relative to that in the full one, (out, n); 1 for zeros."""
+    ours, theirs = (torch.maximum(-each.low, each.high) for each in (clipped, full))
+    return torch.where(theirs > 0, ours / theirs, 1.0)

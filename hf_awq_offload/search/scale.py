@@ -19,7 +19,7 @@ are pooled over them first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class ScaleSearch:
     alpha: float | None  # exponent of the winner, None for the identity
     identity_loss: float  # mean squared output error of rounding to nearest without scales
     row_mse: Tensor  # (out_0 + out_1 + …,) fp32: squared output error per token of every row with the winner
+    candidates: int = 0  # scales that the identity was held against
 
     @property
     def loss(self) -> float:
@@ -81,8 +82,8 @@ def search_scale(
     loss_of = _ranking(weights, grids, statistics.gram, without.row_mse)
     alpha = _coarse_to_fine(sorted(candidates), lambda alpha: loss_of(candidates[alpha][row_of_channel]))
     mse = weights_mse(weights, grids, statistics.gram, candidates[alpha][row_of_channel])
-    found = ScaleSearch(candidates[alpha], alpha, without.identity_loss, mse)
-    return found if found.loss < without.loss else without
+    found = ScaleSearch(candidates[alpha], alpha, without.identity_loss, mse, len(candidates))
+    return found if found.loss < without.loss else replace(without, candidates=len(candidates))
 
 
 def without_scale(

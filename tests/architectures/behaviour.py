@@ -80,7 +80,7 @@ def no_rounding() -> Iterator[None]:
         channel_scale: Tensor | None,
         row_scales: Mapping[str, Tensor],
         *args: Any,
-    ) -> float:
+    ) -> layer_quantization.StackOutcome:
         for name in names:
             linear, row_scale = context.linear(name), row_scales.get(name)
             if channel_scale is not None:
@@ -89,7 +89,7 @@ def no_rounding() -> Iterator[None]:
                 linear.weight.data.div_(row_scale.unsqueeze(1))
                 if linear.bias is not None:
                     linear.bias.data.div_(row_scale)
-        return 0.0
+        return layer_quantization.StackOutcome()
 
     with mock.patch.object(layer_quantization, "quantize_stack", keep_dense):
         yield
