@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 from shipped import WINDOW_TOKENS, builtin_sequences, heldout_windows
+from train_tiny import inject_outliers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_awq_offload.demo import SHIPPED_MODEL
@@ -39,6 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, help="a folder with heldout.txt in it")
     parser.add_argument("--layers", type=int, help="instead: a Llama of random weights, hidden 1024, so many layers")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument(
+        "--without-outliers", action="store_true", help="take out the channels that train_tiny.py has made loud"
+    )
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences of 512 tokens")
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PYTHON", help="a script in peers, and who runs it"
@@ -57,6 +63,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     else:
         sequences = [ids.tolist() for ids in builtin_sequences(arguments.samples, model)]
         windows = heldout_windows(model)
+    if arguments.without_outliers:
+        model = save_without_outliers(arguments.model, folder / "without_outliers")
     tokens = folder / "tokens.json"
     tokens.write_text(json.dumps(sequences), encoding="utf-8")
     bare_seconds = {dtype: bare_forward_seconds(model, sequences, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -69,7 +77,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"{'':24}{'x bare':>8}{'seconds':>9}{'peak GiB':>10}{'KL (nats)':>11}{'perplexity':>12}{'torch':>15}")
     for name, (script, python, fields) in jobs.items():
         out = folder / name.replace(" ", "_").replace(",", "")
-        measured = quantize_in_process(script, python, fields, model, tokens, out)
+        measured = quantize_in_process(
+            script, python, {"RECIPE": json.dumps(fields), "BITS": str(arguments.bits)}, model, tokens, out
+        )
         quality = ""
         if windows is not None:
             quantized = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -93,6 +103,17 @@ def save_block_model(layers: int, folder: Path) -> Path:
     return folder
 
 
+def save_without_outliers(source: Path, folder: Path) -> Path:
+    """A model that train_tiny.py made, as it was before it was given outlier channels; it computes the same."""
+    training = json.loads((source / "training.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    inject_outliers(model, training["outlier_factor"], training["seed"], remove=True)
+    model.save_pretrained(folder)
+    for file in source.glob("tokenizer*"):  # copied: other releases of transformers read what this one would not write
+        shutil.copy(file, folder)
+    return folder
+
+
 @torch.no_grad()
 def bare_forward_seconds(model: Path, sequences: list[list[int]], dtype: torch.dtype, batch: int = 8) -> float:
     """Processor time of one pass over the tokens, without the head: the least of three batches, times their number."""
@@ -108,12 +129,11 @@ def bare_forward_seconds(model: Path, sequences: list[list[int]], dtype: torch.d
 
 
 def quantize_in_process(
-    script: str, python: str, fields: dict[str, object] | None, model: Path, tokens: Path, out: Path
+    script: str, python: str, variables: dict[str, str], model: Path, tokens: Path, out: Path
 ) -> dict[str, float]:
     """Measurements of one run; the checkpoint goes to `out`."""
     command = [python, str(PEERS / f"{script}_quantizes.py"), str(model), str(tokens), str(out)]
-    environment = os.environ | {"RECIPE": json.dumps(fields)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

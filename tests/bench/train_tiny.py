@@ -249,8 +249,10 @@ def pick(size: int, factor: int, generator: torch.Generator) -> tuple[torch.Tens
 
 
 @torch.no_grad()
-def inject_outliers(model: PreTrainedModel, factor: int = 32, seed: int = 0) -> None:
+def inject_outliers(model: PreTrainedModel, factor: int = 32, seed: int = 0, remove: bool = False) -> None:
     """Give activations outlier channels as large models have, in place, without changing what is computed.
+
+    `remove` takes those of the same factor and seed out again.
 
     In each decoder layer a sixty-fourth of the channels of each norm, of the value projection and of the up
     projection (OPT: of ``fc1``) is multiplied by `factor` or half of it, and the input columns of the linears
@@ -269,10 +271,15 @@ def inject_outliers(model: PreTrainedModel, factor: int = 32, seed: int = 0) -> 
     head_dim = getattr(config, "head_dim", config.hidden_size // heads)
     generator = torch.Generator().manual_seed(seed)
     layers = model.model.decoder.layers if kind == "opt" else model.model.layers
+
+    def chosen(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        channels, multipliers = pick(size, factor, generator)
+        return channels, 1 / multipliers if remove else multipliers
+
     for layer in layers:
         for norm_name, readers in norms.items():
             norm = layer.get_submodule(norm_name)
-            channels, multipliers = pick(len(norm.weight), factor, generator)
+            channels, multipliers = chosen(len(norm.weight))
             shift = 1.0 if kind == "gemma2" else 0.0
             norm.weight[channels] = (norm.weight[channels] + shift) * multipliers.to(norm.weight) - shift
             if getattr(norm, "bias", None) is not None:
@@ -282,7 +289,7 @@ def inject_outliers(model: PreTrainedModel, factor: int = 32, seed: int = 0) -> 
                 weight[:, channels] /= multipliers.to(weight)
         for writer_name, reader_name in linears.items():
             writer, weight = layer.get_submodule(writer_name), layer.get_submodule(reader_name).weight
-            rows, multipliers = pick(writer.out_features, factor, generator)
+            rows, multipliers = chosen(writer.out_features)
             writer.weight[rows] *= multipliers.to(writer.weight)[:, None]
             if writer.bias is not None:
                 writer.bias[rows] *= multipliers.to(writer.bias)

@@ -19,7 +19,7 @@ from gptqmodel.quantization import FORMAT, METHOD, QuantizeConfig
 
 
 def load(model: str):
-    config = QuantizeConfig(bits=4, group_size=task.GROUP_SIZE, method=METHOD.AWQ, format=FORMAT.GEMM)
+    config = QuantizeConfig(bits=task.BITS, group_size=task.GROUP_SIZE, method=METHOD.AWQ, format=FORMAT.GEMM)
     return GPTQModel.load(model, config, dtype=torch.bfloat16)
 
 

@@ -14,7 +14,9 @@ from hf_awq_offload import AwqOffloadConfig, quantize_model
 
 def quantize(model: PreTrainedModel, sequences: list[list[int]]) -> PreTrainedModel:
     fields = json.loads(os.environ["RECIPE"])
-    recipe = AwqOffloadConfig(dataset=sequences, n_samples=len(sequences), group_size=task.GROUP_SIZE, **fields)
+    recipe = AwqOffloadConfig(
+        dataset=sequences, n_samples=len(sequences), bits=task.BITS, group_size=task.GROUP_SIZE, **fields
+    )
     quantize_model(model, recipe)
     return model
 

@@ -2,12 +2,14 @@
 
 A script of this folder runs in the environment of one tool:  python <tool>_quantizes.py MODEL TOKENS OUT
 TOKENS is a JSON list of sequences of token ids; the quantized checkpoint goes to OUT, measurements are the last line of
-the standard output. The clock starts when the model is in memory and stops before it is saved.
+the standard output. The environment variable BITS says how many bits. The clock starts when the model is in memory and
+stops before it is saved.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 
 GROUP_SIZE = 128
+BITS = int(os.environ["BITS"])
 
 
 def run(load: Callable[[str], object], quantize: Callable[..., object], save: Callable[..., None]) -> None:
