@@ -29,6 +29,8 @@ OFFLOADS = ("auto", "cpu", "disk")
 
 ROUNDINGS = ("nearest", "error_feedback")
 
+PROPAGATIONS = ("original", "quantized")
+
 MIN_SEQ_LEN_TOKENS = 8
 
 
@@ -58,6 +60,8 @@ class AwqOffloadConfig(QuantizationConfigMixin):
             pooled statistics for those that it lacks.
         all_experts: send every calibration token through every expert; slower, and no expert goes without.
         rounding: "nearest", or "error_feedback" (GPTQ's update on the same statistics, within the same format).
+        propagate: whose outputs the next decoder layer is calibrated on, those of the "original" layers or of the
+            "quantized" ones; the latter takes a second forward pass of every layer and gained nothing (docs/log.md).
         modules_to_not_convert: names (suffixes, prefixes or regular expressions, as transformers matches them)
             of linears that stay in full precision.
         execution_device: where a decoder layer is processed; by default the accelerator, else the CPU.
@@ -94,6 +98,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         min_expert_tokens: int = 256,
         all_experts: bool = False,
         rounding: str = "error_feedback",
+        propagate: str = "original",
         modules_to_not_convert: list[str] | None = None,
         execution_device: Any = None,
         offload: str = "auto",
@@ -122,6 +127,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         self.min_expert_tokens = min_expert_tokens
         self.all_experts = all_experts
         self.rounding = rounding
+        self.propagate = propagate
         self.modules_to_not_convert = modules_to_not_convert
         self.execution_device = execution_device
         self.offload = offload
@@ -209,6 +215,8 @@ class AwqOffloadConfig(QuantizationConfigMixin):
             raise ConfigError(f"backend is {self.backend!r}; pass one of {', '.join(map(repr, BACKENDS))}.")
         if self.rounding not in ROUNDINGS:
             raise ConfigError(f"rounding is {self.rounding!r}; pass one of {', '.join(map(repr, ROUNDINGS))}.")
+        if self.propagate not in PROPAGATIONS:
+            raise ConfigError(f"propagate is {self.propagate!r}; pass one of {', '.join(map(repr, PROPAGATIONS))}.")
         self._validate_data()
         if self.modules_to_not_convert is not None:
             names = self.modules_to_not_convert

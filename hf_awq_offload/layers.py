@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ModelStructureError
+from .quantized_linear import packed_tensors
 
 
 class _Hidden:
@@ -161,7 +162,7 @@ class LayerRunner:
         layer: the decoder layer, already on `device`.
         device: where it computes.
         dtype: floating-point tensors (weights and arguments) are cast to it for the computation; the layer's own
-            weights stay as they are. None computes in the layer's dtype.
+            weights stay as they are, and so do packed ones. None computes in the layer's dtype.
     """
 
     def __init__(self, layer: nn.Module, device: torch.device, dtype: torch.dtype | None = None):
@@ -171,7 +172,8 @@ class LayerRunner:
         self.tensors: dict[str, Tensor] = {}
         if dtype is not None:
             named = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
-            self.tensors = {name: self._move(tensor.detach()) for name, tensor in named}
+            packed = packed_tensors(layer)
+            self.tensors = {name: self._move(tensor.detach()) for name, tensor in named if name not in packed}
 
     @torch.no_grad()
     def __call__(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 from .batches import batches_of, decoder_and_probes, default_batch_tokens
 from .config import AwqOffloadConfig
 from .data import CalibrationSet
-from .errors import MemoryLimitError
+from .errors import MemoryLimitError, ModelStructureError
 from .feeds import PROBES, Feed, SkeletonFeed, Visit, layers_that_run, open_feed
 from .folds import LayerStructure, structure_key, without_folds_of
 from .gathering import LayerStatistics
@@ -30,18 +30,18 @@ from .inputs import token_ids_of
 from .journal import LayerCommit
 from .layer_quantization import LayerContext, Undo, quantize_with_statistics, quantize_without_data
 from .layers import LayerRunner, calibration_mode, candidate_layers, shared_parameters
-from .linears import linears_in, matrices_outside_linears
+from .left_out import add_layers_left_out, not_reached, reached
+from .linears import linears_in
 from .logs import get_logger
 from .memory import MemoryWatch, at_most, large_blocks_apart, release_freed
 from .probing import ProbeCalls, discover_structure, provable_structure
 from .progress import Progress
+from .quantized_linear import packed_tensors
 from .report import GroupReport, LayerReport, QuantizationReport
 from .streaming import compute_dtype, is_out_of_memory, release_cached
 from .workplace import Workplace
 
 logger = get_logger(__name__)
-
-NEEDS_OTHER_DATA = "did not run in calibration: needs samples with images"
 
 
 def quantize_layers(
@@ -55,7 +55,10 @@ def quantize_layers(
 ) -> QuantizationReport:
     """Replace the quantizable linears of `model`'s decoder layers by packed ones, in place.
 
-    After `most_layers` it stops. Hidden states that the *original* weights produce are passed from layer to layer.
+    After `most_layers` it stops.
+
+    Raises:
+        ModelStructureError: outputs of quantized layers are to be passed on, and the layers do not form a chain.
     """
     job = _Job(model, recipe, place, is_quantizable, undo, most_layers)
     within = at_most(job.device, recipe.memory_limit_bytes(job.device))
@@ -66,7 +69,7 @@ def quantize_layers(
         else:
             _Calibrated(job, calibration).run()
         place.install(job.adopted, job.context)
-    return _with_layers_left_out(job.report, model, is_quantizable)
+    return add_layers_left_out(job.report, model, is_quantizable)
 
 
 class _Job:
@@ -177,7 +180,6 @@ class _Calibrated:
         self._set_batch_tokens(job.recipe.batch_tokens or default_batch_tokens(layers, self.device, limit))
 
     def run(self) -> None:
-        commits = self.place.commits
         with ExitStack() as rest, ExitStack() as stack:
             rest.enter_context(self.place.onloader.rest())
             with self.job.timed("skeleton"):
@@ -186,6 +188,8 @@ class _Calibrated:
                 )
             self.names = self.feed.layer_names
             self.index = {name: index for index, name in enumerate(self.names)}
+            self._check_that_quantized_layers_can_run_again()
+            commits = self._adoptable_commits()
             if isinstance(self.feed, SkeletonFeed):
                 rest.close()  # until the skeleton pass is repeated
                 self.feed.hidden = self.place.settled(self.feed.hidden)
@@ -197,6 +201,32 @@ class _Calibrated:
                 if len(self.job.report.layers) == self.job.most_layers:
                     break
                 self._visit(visit, commits.get(visit.name))
+
+    @property
+    def passes_quantized(self) -> bool:
+        """Whether the next layer is calibrated on outputs of quantized layers."""
+        return self.recipe.propagate == "quantized"
+
+    def _check_that_quantized_layers_can_run_again(self) -> None:
+        if self.passes_quantized and not isinstance(self.feed, SkeletonFeed):
+            raise ModelStructureError(
+                f"The decoder layers of {type(self.model).__name__} do not simply hand their hidden states on, so none "
+                "of them can run again once it is quantized. Expected propagate='original'."
+            )
+
+    def _adoptable_commits(self) -> Mapping[str, LayerCommit]:
+        """Layers of the journal that need not be quantized again.
+
+        What quantized layers put out can't be brought back by the original ones: a run that passes it on goes back to
+        the last hidden states that the journal has.
+        """
+        commits = self.place.commits
+        if not self.passes_quantized:
+            return commits
+        missing = next((index for index, name in enumerate(self.names) if name not in commits), len(self.names))
+        known = [index for index in range(1, missing + 1) if self.place.has_hidden(index)]
+        reached = missing if missing == len(self.names) else max([*known, 0])
+        return {name: commits[name] for name in self.names[:reached]}
 
     def _visit(self, visit: Visit, commit: LayerCommit | None) -> None:
         name = visit.name
@@ -236,7 +266,7 @@ class _Calibrated:
             with self.job.timed("forward", name):
                 if isinstance(self.feed, SkeletonFeed):
                     outputs = self.place.hidden_writer(index + 1) if index + 1 < len(self.names) else None
-                    self.feed.outputs = outputs
+                    self.feed.outputs = None if self.passes_quantized else outputs
                 if outputs is not None:
                     closing.callback(outputs.close)
                 self._advance(name, layer, self.collectors[name])
@@ -246,9 +276,14 @@ class _Calibrated:
                 statistics = self.collectors.pop(name).gathered(name, self.recipe.min_expert_tokens)
                 self.began = name
                 groups = quantize_with_statistics(context, self.found[name], statistics)
+            if self.passes_quantized and outputs is not None:
+                assert isinstance(self.feed, SkeletonFeed)
+                self.feed.outputs = outputs
+                with self.job.timed("forward", name):
+                    self._advance(name, layer, None)
             report = self.job.layer_report(name, groups, time.perf_counter() - start, statistics.starved())
             with self.job.timed("commit", name):
-                left_out = _not_reached(context, self.found[name])
+                left_out = not_reached(context, self.found[name])
                 self.job.finish_layer(index, report, left_out, self.batch_tokens, outputs)
         if outputs is not None:
             self._take_hidden(index, self.place.written(index + 1, outputs))
@@ -284,9 +319,9 @@ class _Calibrated:
         """Probed on text, and once more on a sample where text does not reach every linear; and which it was."""
         for which, calls in enumerate(probes):
             structure = discover_structure(context.layer, calls, self.device, self.recipe.seed)
-            if key not in self.structures or len(_reached(structure)) > len(_reached(self.structures[key][0])):
+            if key not in self.structures or len(reached(structure)) > len(reached(self.structures[key][0])):
                 self.structures[key] = structure, which
-            if context.quantizable <= _reached(structure):
+            if context.quantizable <= reached(structure):
                 break
         return self.structures[key]
 
@@ -394,34 +429,8 @@ class _Calibrated:
     """The layer whose weights have been changed last."""
 
 
-def _with_layers_left_out(
-    report: QuantizationReport, model: nn.Module, is_quantizable: Callable[[str], bool]
-) -> QuantizationReport:
-    """`report`, and what is said of layers that did not run, and of matrices that are no linears."""
-    ran = {layer.name for layer in report.layers}
-    for name in ran:
-        others = matrices_outside_linears(model.get_submodule(name))
-        report.left_out |= {f"{name}.{part}": reason for part, reason in others.items()}
-    lists = {name.rpartition(".")[0] for name in ran}
-    for name, layer in candidate_layers(model).items():
-        among_others = name.rpartition(".")[0] in lists
-        reason = NEEDS_OTHER_DATA if among_others else "does not run on text alone: not part of the decoder"
-        for part in linears_in(layer) if name not in ran else []:
-            if is_quantizable(f"{name}.{part}"):
-                report.left_out[f"{name}.{part}"] = reason
-    return report
-
-
 def _runner(layer: nn.Module, device: torch.device) -> LayerRunner:
     """Runs an onloaded layer in the dtype that its device is fast in."""
-    return LayerRunner(layer, device, compute_dtype(device, next(layer.parameters()).dtype))
-
-
-def _not_reached(context: LayerContext, structure: LayerStructure) -> dict[str, str]:
-    """Linears of the layer that no calibration token reached, and what is said of them."""
-    left = context.quantizable - _reached(structure)
-    return {f"{context.name}.{name}": "did not run in calibration" for name in left}
-
-
-def _reached(structure: LayerStructure) -> set[str]:
-    return {name for group in structure.groups for name in group.consumers}
+    packed = packed_tensors(layer)
+    dtypes = (parameter.dtype for name, parameter in layer.named_parameters() if name not in packed)
+    return LayerRunner(layer, device, compute_dtype(device, next(dtypes, torch.float32)))

@@ -209,3 +209,13 @@ def _refusal(what: str) -> QuantizedWeightError:
 def frozen(tensor: Tensor) -> nn.Parameter:
     """A parameter that is not trained."""
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def packed_tensors(module: nn.Module) -> frozenset[str]:
+    """Names within `module` of the packed tensors, biases aside, of the quantized linears in it."""
+    return frozenset(
+        f"{name}.{tensor}" if name else tensor
+        for name, linear in module.named_modules()
+        if isinstance(linear, QuantizedLinear)
+        for tensor in linear.TENSORS
+    )

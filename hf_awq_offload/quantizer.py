@@ -398,7 +398,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             }
         if self.fused:
             meta["unfused_experts"] = True  # they are loaded one by one, also where the original holds them fused
-        search = {name: getattr(recipe, name) for name in ("n_grid", "duo_scaling", "clip", "rounding")}
+        search = {name: getattr(recipe, name) for name in ("n_grid", "duo_scaling", "clip", "rounding", "propagate")}
         return meta | search
 
 

@@ -32,6 +32,7 @@ LEVELS = {
         "journal",
         "fingerprint",
         "layer_quantization",
+        "left_out",
         "batches",
         "workplace",
         "progress",

@@ -32,6 +32,7 @@ PEERS = Path(__file__).parent / "peers"
 OURS = {
     "ours, nearest": {"rounding": "nearest"},
     "ours, error feedback": {"rounding": "error_feedback"},
+    "ours, outputs quantized": {"propagate": "quantized"},
     "rounded without data": {"n_grid": 0, "clip": False, "rounding": "nearest"},
 }
 VOCABULARY = 1000
