@@ -25,9 +25,7 @@ class AwqLinear(QuantizedLinear):
     (reading `qweight`, saving, copying, moving, loading) brings them back first, to the bit, and the next forward pass
     packs again. At no time are both kept.
 
-    Args:
-        in_features, out_features, bias, grid, dtype, device: see `QuantizedLinear`.
-        backend: one of `ops.BACKENDS`.
+    `backend` is one of `ops.BACKENDS`; for the other parameters see `QuantizedLinear`.
     """
 
     TENSORS = PackedWeight._fields

@@ -172,6 +172,7 @@ def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratc
     quantizer.recipe.batch_tokens = first_look.batch_tokens
     weights = detach_stored_weights(model)
     device = torch.device(first_look.device)
+    hidden_bytes = first_look.tokens * _Sizes.of(model, quantizer.recipe, device).hidden_bytes_per_token
     place = quantizer.prepare(model, weights, to_checkpoint_names(model))
     try:
         report = quantize_layers(
@@ -183,7 +184,6 @@ def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratc
     # At the end, tensors outside the layers are written one by one; safetensors copies what it writes.
     at_the_end = meter.now_bytes() + 2 * _largest_outside_bytes(model)
     share = 1.0 if part is None or everything is None else everything.tokens / part.tokens
-    hidden_bytes = first_look.tokens * _Sizes.of(model, quantizer.recipe, device).hidden_bytes_per_token
     more_hidden = int(hidden_bytes * (1 - 1 / share))
     run = report.phase_seconds
     forward = run.get("forward", 0.0) / len(report.layers)

@@ -40,11 +40,11 @@ def llava_processor() -> LlavaProcessor:
     )
 
 
-def tiny_llava(vocab_size: int = 304, image_token: int = 300) -> PreTrainedModel:
+def tiny_llava(vocab_size: int = 304, image_token: int = 300, hidden_size: int = 64) -> PreTrainedModel:
     torch.manual_seed(0)
     small: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
+        "hidden_size": hidden_size,
+        "intermediate_size": hidden_size * 3 // 2,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "initializer_range": 0.1,

@@ -30,6 +30,14 @@ def test_a_plan_says_what_a_run_takes(llama):
     assert "6 layers on cpu, 120 tokens" in str(planned)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_model_that_the_probe_quantizes_whole(layers, tmp_path):
+    planned = plan(save_model(tiny_llama(num_hidden_layers=layers), tmp_path), token_recipe())
+    assert planned.layers == layers
+    assert planned.seconds is not None
+    assert planned.seconds > 0
+
+
 def test_without_a_probe_no_weight_is_read(llama, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a weight was read")

@@ -1,0 +1,119 @@
+"""Draws the pictures of the documentation: `python docs/_site/pictures.py` writes them to docs/images.
+
+memory.svg is a diagram. comparison.svg shows the table "Time and divergence" of docs/comparison.md, where the command
+stands that printed it. Colours are readable on white and on black: an image on GitHub does not know the page's theme.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+DOCS = Path(__file__).parent.parent
+TEXT = "#768390"
+FULL, PACKED, WORK, OTHERS = "#6e7781", "#3b82f6", "#c9660f", "#8b949e"
+LABEL_AT = {"llm-compressor": (-11, 5, "end"), "gptqmodel": (0, -13, "middle")}
+"""Of a point in the chart, where the place to its right is taken: how far off, and how the text is anchored."""
+
+
+def svg(width: int, height: int, title: str, parts: list[str]) -> str:
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" font-family="system-ui, sans-serif" font-size="14" fill="{TEXT}">'
+    )
+    return "\n".join([head, f"<title>{title}</title>", *parts, "</svg>", ""])
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", **attributes: str) -> str:
+    extra = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in attributes.items())
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{extra}>{words}</text>'
+
+
+def box(x: float, y: float, width: float, height: float, fill: str = "none", stroke: str = "none") -> str:
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" fill="{fill}" stroke="{stroke}"/>'
+
+
+def arrow(x: float, y: float, length: float, colour: str) -> str:
+    tip = x + length
+    head = 7 if length > 0 else -7
+    return (
+        f'<path d="M{x:g} {y:g}H{tip - head:g}" stroke="{colour}" stroke-width="2" fill="none"/>'
+        f'<path d="M{tip:g} {y:g}l{-head:g} -5v10z" fill="{colour}"/>'
+    )
+
+
+def memory() -> str:
+    """Which part of a model is where while it is quantized."""
+    layers, at_work, step = 8, 3, 24
+    parts = [
+        text(20, 26, "RAM, or the checkpoint's files on the disk"),
+        box(20, 38, 300, layers * step + 16, stroke=TEXT),
+    ]
+    for index in range(layers):
+        y = 46 + index * step
+        if index < at_work:
+            parts += [box(32, y, 72, 17, PACKED), text(114, y + 13, f"layer {index}, 4 bits", font_size="12")]
+        elif index == at_work:
+            parts += [box(32, y, 276, 17, stroke=WORK), text(170, y + 13, "being quantized", "middle", font_size="12")]
+        else:
+            parts += [
+                box(32, y, 276, 17, FULL),
+                text(170, y + 13, f"layer {index}, 16 bits", "middle", font_size="12", fill="#ffffff"),
+            ]
+    y = 46 + at_work * step + 8
+    parts += [arrow(326, y - 5, 88, FULL), arrow(414, y + 9, -88, PACKED)]
+    parts += [text(424, 60, "accelerator"), box(424, 72, 276, 128, stroke=WORK)]
+    rows = ((WORK, 252, "one decoder layer"), (OTHERS, 130, "statistics"), (OTHERS, 84, "micro-batch"))
+    for index, (colour, width, words) in enumerate(rows):
+        parts.append(box(436, 84 + index * 38, width, 26, colour))
+        inside = width > 200
+        parts.append(text(446 if inside else 446 + width, 102 + index * 38, words, fill="#ffffff" if inside else TEXT))
+    parts.append(text(424, 224, "the same for a model of 8 layers and of 80", font_size="12"))
+    return svg(
+        720, 262, "One decoder layer at a time is on the accelerator; the rest stays in RAM or on the disk", parts
+    )
+
+
+def measured() -> list[tuple[str, float, float]]:
+    """(tool, time, KL) of the Llama in docs/comparison.md."""
+    page = (DOCS / "comparison.md").read_text(encoding="utf-8")
+    section = page.split("## Time and divergence")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.*]+) \|", section, flags=re.MULTILINE)
+    return [(name.strip("* "), float(time), float(kl.strip("*"))) for name, time, kl in rows]
+
+
+def comparison() -> str:
+    """KL divergence over time; down and to the left is better."""
+    left, top, width, height = 70, 30, 600, 224
+    most_kl = 0.022
+
+    def x_of(time: float) -> float:
+        return left + width * (math.log10(time) - math.log10(0.25)) / (math.log10(1000) - math.log10(0.25))
+
+    def y_of(kl: float) -> float:
+        return top + height * (1 - kl / most_kl)
+
+    parts = []
+    for time in (1, 10, 100):
+        parts.append(f'<path d="M{x_of(time):g} {top}v{height}" stroke="{TEXT}" stroke-opacity="0.35"/>')
+        parts.append(text(x_of(time), top + height + 20, f"{time}×", "middle"))
+    for kl in (0, 0.005, 0.01, 0.015, 0.02):
+        parts.append(f'<path d="M{left} {y_of(kl):g}h{width}" stroke="{TEXT}" stroke-opacity="0.35"/>')
+        parts.append(text(left - 8, y_of(kl) + 5, f"{kl:g}", "end"))
+    parts.append(text(left + width, top + height + 42, "time, in bare forward passes over the same tokens", "end"))
+    parts.append(text(left, top - 10, "KL divergence from full precision (nats)"))
+    for name, time, kl in measured():
+        ours = name.startswith("hf_awq_offload")
+        parts.append(f'<circle cx="{x_of(time):.1f}" cy="{y_of(kl):.1f}" r="6" fill="{WORK if ours else OTHERS}"/>')
+        weight = {"font_weight": "bold", "fill": WORK} if ours else {}
+        dx, dy, anchor = LABEL_AT.get(name.split()[0], (11, 5, "start"))
+        parts.append(text(round(x_of(time) + dx, 1), round(y_of(kl) + dy, 1), name, anchor, **weight))
+    return svg(720, 306, "KL divergence over the time of quantizing, for several tools on one small Llama", parts)
+
+
+PICTURES = {"memory.svg": memory, "comparison.svg": comparison}
+
+if __name__ == "__main__":
+    for file_name, draw in PICTURES.items():
+        (DOCS / "images" / file_name).write_text(draw(), encoding="utf-8")
