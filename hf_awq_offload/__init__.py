@@ -1,28 +1,35 @@
 """AWQ as a quantizer of Hugging Face transformers: makes AWQ checkpoints, and loads them.
 
 Importing the package registers it; `from_pretrained(..., quantization_config=AwqOffloadConfig(...))` then works.
+Neither torch nor transformers is imported before a name is used (deferred.py).
 """
 
-from .config import AwqOffloadConfig
-from .errors import (
-    AwqOffloadError,
-    CalibrationDataError,
-    CheckpointError,
-    ConfigError,
-    JournalError,
-    MemoryLimitError,
-    ModelStructureError,
-    NumericalError,
-    QuantizedWeightError,
-    StorageError,
-)
-from .in_memory import quantize_model
-from .linear import AwqLinear
-from .packed_linear import PackedLinear
-from .planning import Plan, plan
-from .quantizer import AwqOffloadQuantizer
-from .registration import register, use_for_awq, use_for_compressed_tensors
-from .streamed import quantize
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .deferred import register_when_needed
+
+if TYPE_CHECKING:
+    from .config import AwqOffloadConfig
+    from .errors import (
+        AwqOffloadError,
+        CalibrationDataError,
+        CheckpointError,
+        ConfigError,
+        JournalError,
+        MemoryLimitError,
+        ModelStructureError,
+        NumericalError,
+        QuantizedWeightError,
+        StorageError,
+    )
+    from .in_memory import quantize_model
+    from .linear import AwqLinear
+    from .packed_linear import PackedLinear
+    from .planning import Plan, plan
+    from .quantizer import AwqOffloadQuantizer
+    from .registration import use_for_awq, use_for_compressed_tensors
+    from .streamed import quantize
 
 __all__ = [
     "AwqLinear",
@@ -47,4 +54,33 @@ __all__ = [
     "use_for_compressed_tensors",
 ]
 
-register()
+_HOME = {
+    "AwqLinear": "linear",
+    "AwqOffloadConfig": "config",
+    "AwqOffloadQuantizer": "quantizer",
+    "PackedLinear": "packed_linear",
+    "Plan": "planning",
+    "plan": "planning",
+    "quantize": "streamed",
+    "quantize_model": "in_memory",
+    "use_for_awq": "registration",
+    "use_for_compressed_tensors": "registration",
+}
+"""Name -> module; errors are in `errors`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOME.get(name, "errors")
+    if home != "errors":
+        import_module(".registration", __name__).register()
+    value = globals()[name] = getattr(import_module(f".{home}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_needed()

@@ -1,7 +1,8 @@
-"""Makes transformers know the package. Registering is all that importing it does."""
+"""Makes transformers know the package: what importing it leads to (deferred.py)."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, cast
 
 from transformers.quantizers.auto import (
@@ -20,8 +21,9 @@ from .quantizer import AwqOffloadQuantizer
 COMPRESSED_TENSORS = "compressed-tensors"
 
 
+@cache
 def register() -> None:
-    """Add the recipe's quantizer, and load checkpoints where transformers' own loaders can't."""
+    """Add the recipe's quantizer, and load checkpoints where transformers' own loaders can't; does so once."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = AwqOffloadConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = AwqOffloadQuantizer
     if not is_gptqmodel_available():

@@ -39,7 +39,8 @@ LEVELS = {
     ],
     3: ["pipeline"],
     4: [
-        *("offloading", "planning", "streamed", "quantizer", "in_memory", "loading", "saving", "registration"),
+        *("offloading", "planning", "streamed", "quantizer", "in_memory", "loading", "saving"),
+        *("registration", "deferred"),
         *("evaluate", "demo", "demo.*"),
         *("hub", "model_card", "integrations", "integrations.*", "__init__", "__main__"),
     ],

@@ -39,8 +39,12 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     return wheel, sdist
 
 
+def settings() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def project() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return settings()["project"]
 
 
 def declared() -> set[str]:
@@ -52,11 +56,11 @@ def declared() -> set[str]:
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = set(zipfile.ZipFile(built[0]).namelist())
-    tracked = run("git", "ls-files", "hf_awq_offload", cwd=ROOT).split() if (ROOT / ".git").exists() else []
+    packages = settings()["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    tracked = run("git", "ls-files", *packages, cwd=ROOT).split() if (ROOT / ".git").exists() else []
     assert "hf_awq_offload/py.typed" in names
     assert set(tracked) <= names
-    outside = {name for name in names if not name.startswith(("hf_awq_offload/", "hf_awq_offload-"))}
-    assert not outside
+    assert {name.split("/")[0] for name in names} == {*packages, f"hf_awq_offload-{project()['version']}.dist-info"}
 
 
 @pytest.mark.slow
