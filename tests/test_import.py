@@ -48,12 +48,9 @@ def test_nothing_heavy_is_imported():
     "before",
     [
         "import hf_awq_offload",
-        "import hf_awq_offload, transformers",
         "import transformers, hf_awq_offload",
-        "from transformers import AutoModelForCausalLM; import hf_awq_offload",
         "from transformers import LlamaForCausalLM; import hf_awq_offload",
         "import hf_awq_offload; from transformers.generation.utils import GenerationMixin",
-        "import hf_awq_offload; from hf_awq_offload import AwqOffloadConfig",
     ],
 )
 def test_checkpoints_load_in_whatever_order_things_are_imported(before):
