@@ -70,6 +70,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         prefetch: read the next decoder layer while one is at work; it costs the memory of a second layer.
         max_memory: device ("cpu", "cuda:0") -> bytes or text such as "8GiB" that are not exceeded.
         checkpoint_dir: folder of a journal in which finished layers are kept; the same call goes on after a crash.
+        report_dir: folder that what was done and how it went is written to (report.json, report.html, pictures).
         seed: seed of everything random (the choice of samples, probes).
         backend: what computes the quantized linears of the model that is returned: "auto", or one of those in
             docs/kernels.md. It is not stored in the checkpoint; the environment variable HF_AWQ_OFFLOAD_BACKEND
@@ -105,6 +106,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         prefetch: bool = True,
         max_memory: Mapping[str, int | str] | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
+        report_dir: str | os.PathLike[str] | None = None,
         seed: int = 0,
         backend: str = "auto",
         **unknown: Any,
@@ -134,6 +136,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
         self.prefetch = prefetch
         self.max_memory = max_memory
         self.checkpoint_dir = checkpoint_dir
+        self.report_dir = report_dir
         self.seed = seed
         self.backend = backend
         self._reject_unknown(unknown)
@@ -162,7 +165,7 @@ class AwqOffloadConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values; a data set or tokenizer given as an object is described, never spelled out."""
         fields = dict(self.__dict__)
-        for name in ("dataset", "tokenizer", "execution_device", "checkpoint_dir"):
+        for name in ("dataset", "tokenizer", "execution_device", "checkpoint_dir", "report_dir"):
             if not isinstance(fields[name], str | None):
                 is_plain = name == "execution_device" or isinstance(fields[name], os.PathLike)
                 fields[name] = str(fields[name]) if is_plain else f"<{type(fields[name]).__name__}>"
@@ -232,10 +235,12 @@ class AwqOffloadConfig(QuantizationConfigMixin):
             self.execution_device = _available_device(self.execution_device)
         if self.offload not in OFFLOADS:
             raise ConfigError(f"offload is {self.offload!r}; pass one of {', '.join(map(repr, OFFLOADS))}.")
-        if self.checkpoint_dir is not None and not isinstance(self.checkpoint_dir, str | os.PathLike):
-            raise ConfigError(f"checkpoint_dir is {self.checkpoint_dir!r}; pass the path of a folder, or None.")
-        if self.checkpoint_dir is not None and not os.fspath(self.checkpoint_dir):
-            raise ConfigError("checkpoint_dir is an empty string; pass the path of a folder, or None.")
+        for name in ("checkpoint_dir", "report_dir"):
+            folder = getattr(self, name)
+            if folder is not None and not isinstance(folder, str | os.PathLike):
+                raise ConfigError(f"{name} is {folder!r}; pass the path of a folder, or None.")
+            if folder is not None and not os.fspath(folder):
+                raise ConfigError(f"{name} is an empty string; pass the path of a folder, or None.")
         if self.max_memory is not None:
             self.max_memory = _memory_limits(self.max_memory)
 

@@ -30,7 +30,8 @@ SAMPLE_BYTES = 4096
 
 HOW_NOT_WHAT = (
     *("dataset", "tokenizer", "text_column", "n_samples", "max_seq_len"),  # the token ids tell
-    *("execution_device", "batch_tokens", "backend", "offload", "prefetch", "max_memory", "checkpoint_dir"),
+    *("execution_device", "batch_tokens", "backend", "offload", "prefetch", "max_memory"),
+    *("checkpoint_dir", "report_dir"),
 )
 
 

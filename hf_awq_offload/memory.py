@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,32 +92,37 @@ _C_LIBRARY = _glibc()
 class MemoryWatch:
     """Memory in use above what there was when it was made. It resets no counter: others may be reading them.
 
-    The peak of the resident set is known once it exceeds that of the process's earlier life; until then it is the
-    highest that was seen.
+    A peak is known once it exceeds that of the process's earlier life; until then it is the most that was seen.
 
     Args:
         device: the execution device.
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self._process = psutil.Process()
-        self._ram_bytes = self._process.memory_info().rss
-        self._earlier_peak_bytes = peak_memory_bytes(_CPU)
-        self._highest_bytes = self._ram_bytes
-        self._accelerator_bytes = self._allocated_bytes()
+        process = psutil.Process()
+        self._ram = _Gauge(lambda: process.memory_info().rss, lambda: peak_memory_bytes(_CPU))
+        self._accelerator = None
+        if device.type != "cpu":
+            self._accelerator = _Gauge(
+                lambda: torch.accelerator.memory_allocated(device), lambda: peak_memory_bytes(device)
+            )
 
     def now(self) -> MemoryUse:
-        ram, peak = self._process.memory_info().rss, peak_memory_bytes(_CPU)
-        self._highest_bytes = max(self._highest_bytes, ram, peak if peak > self._earlier_peak_bytes else 0)
-        ram, highest = (max(0, each - self._ram_bytes) for each in (ram, self._highest_bytes))
-        if self.device.type == "cpu":
-            return MemoryUse(ram, highest)
-        allocated = self._allocated_bytes() - self._accelerator_bytes
-        return MemoryUse(ram, highest, allocated, peak_memory_bytes(self.device) - self._accelerator_bytes)
+        return MemoryUse(*self._ram.read(), *(self._accelerator.read() if self._accelerator is not None else (0, 0)))
 
-    def _allocated_bytes(self) -> int:
-        return 0 if self.device.type == "cpu" else torch.accelerator.memory_allocated(self.device)
+
+class _Gauge:
+    """Bytes above those at the beginning: now, and at most."""
+
+    def __init__(self, in_use: Callable[[], int], peak: Callable[[], int]):
+        self._in_use, self._peak = in_use, peak
+        self._start_bytes, self._earlier_peak_bytes = in_use(), peak()
+        self._highest_bytes = self._start_bytes
+
+    def read(self) -> tuple[int, int]:
+        in_use, peak = self._in_use(), self._peak()
+        self._highest_bytes = max(self._highest_bytes, in_use, peak if peak > self._earlier_peak_bytes else 0)
+        return max(0, in_use - self._start_bytes), self._highest_bytes - self._start_bytes
 
 
 class MemoryMeter:

@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, get_token
 
+from .durable import replacing
 from .report import QuantizationReport
+from .reporting.charts import has_matplotlib, loss_chart
 
 BEGIN = "<!-- hf_awq_offload: begin, rewritten when the checkpoint is saved -->"
 END = "<!-- hf_awq_offload: end -->"
@@ -112,21 +113,11 @@ def without_secrets(text: str) -> str:
 
 def draw_losses(report: QuantizationReport, path: Path) -> bool:
     """Draw every layer's loss, rounded to nearest and as quantized, into `path`; False without matplotlib or losses."""
-    layers = [layer for layer in report.layers if layer.loss_nearest > 0]
-    if not layers or find_spec("matplotlib") is None:
+    chart = loss_chart(report)
+    if chart is None or not has_matplotlib():
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    positions = range(len(layers))
-    axes.plot(positions, [layer.loss_nearest for layer in layers], "o--", label="rounded to nearest")
-    axes.plot(positions, [layer.loss for layer in layers], "o-", label="as quantized")
-    axes.set(xlabel="decoder layer", ylabel="mean squared output error", yscale="log")
-    axes.legend()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with replacing(path) as partial:
+        partial.write_bytes(chart.png())
     return True
 
 

@@ -90,7 +90,7 @@ def plan(
         AwqOffloadError: the model can't be quantized, or the data can't be used.
     """
     recipe = streamed_recipe(config, max_memory=max_memory)
-    recipe.checkpoint_dir = None
+    recipe.checkpoint_dir = recipe.report_dir = None
     meter = MemoryMeter(execution_device(recipe))
     with tempfile.TemporaryDirectory(prefix="hf_awq_offload-") as scratch:
         model = load_on_meta(src, recipe, model_class, dtype, Path(scratch) / "converted", kwargs)

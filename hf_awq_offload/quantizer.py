@@ -54,6 +54,8 @@ from .packed_checkpoint_config import PackedCheckpointConfig
 from .pipeline import quantize_layers
 from .quantized_linear import QuantizedLinear
 from .report import QuantizationReport
+from .reporting.document import facts_of
+from .reporting.files import prepare_folder, write_report
 from .saving import checkpoint_config, config_of_result, dense_in_spite, meta_of
 from .stored_weights import StoredWeights
 from .streaming import detach_stored_weights, move_hook
@@ -81,6 +83,8 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.left_out: dict[str, str] = {}
         self.quantizable: frozenset[str] = frozenset()
         self.report: QuantizationReport | None = None
+        self.planned: Any = None
+        """The run's `Plan`, where one was made."""
         self.model: PreTrainedModel | None = None
         self.files: list[str] = []
         """The checkpoint's, of tensors."""
@@ -147,6 +151,7 @@ class AwqOffloadQuantizer(HfQuantizer):
                 f"{type(model).__name__} is an encoder-decoder model; supported are decoder-only models "
                 "(AutoModelForCausalLM, AutoModelForImageTextToText)."
             )
+        prepare_folder(self.recipe.report_dir)
         self._choose_place(kwargs.get("device_map"), kwargs.get("checkpoint_files"))
         self._unfuse_experts(model, all_kinds=False)
         stays_on_disk(model, self)
@@ -207,7 +212,10 @@ class AwqOffloadQuantizer(HfQuantizer):
             if isinstance(module, AwqLinear):
                 module.backend = recipe.backend
         renaming, left_out = self._renaming(model), sorted(self.left_out)
-        self.quantization_config = config_of_result(model, recipe, renaming, left_out, self._meta(recipe))
+        meta = self._meta(recipe)
+        self.quantization_config = config_of_result(model, recipe, renaming, left_out, meta)
+        facts = facts_of(model.config.name_or_path, place.onloader.device, recipe, meta, self.planned)
+        write_report(recipe.report_dir, self.report, facts)
         self.calibration = None
         self.pre_quantized = True
         model.config.quantization_config = self.quantization_config

@@ -104,6 +104,7 @@ def quantize(
         require_fit(planned, recipe, work)
         if probe and not (Path(recipe.checkpoint_dir) / "journal.json").exists():
             planned = plan(src, recipe, model_class=model_class, dtype=dtype, **kwargs)
+        quantizer.planned = planned
         announce(f"Planned: {planned}.")
         weights = detach_stored_weights(model)
         to_checkpoint = to_checkpoint_names(model)

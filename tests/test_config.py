@@ -45,6 +45,7 @@ BAD_VALUES = {
     "prefetch": NO_FLAG,
     "max_memory": ["8GiB", 8, [("cpu", 8)], {"cpu": 0}, {"cpu": "8 apples"}, {"tpux": 8}, {"cpu": None}, {"cpu": True}],
     "checkpoint_dir": ["", 3, True, ["journal"]],
+    "report_dir": ["", 3, True, ["report"]],
     "seed": [-1, 2**63, *NO_INTEGER],
     "backend": ["", "marlin", "CPU", None, True, 4, ["cpu"]],
 }
@@ -81,6 +82,7 @@ GOOD_VALUES = {
     "prefetch": [True, False],
     "max_memory": [None, {}, {"cpu": 2**30}],
     "checkpoint_dir": [None, "journal", Path("journal")],
+    "report_dir": [None, "report", Path("report")],
     "seed": [0, 2**63 - 1],
     "backend": ["auto", "torch", "cpu", "triton", "tinygemm", "xpu"],
 }

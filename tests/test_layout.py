@@ -35,7 +35,7 @@ LEVELS = {
         "left_out",
         "batches",
         "workplace",
-        "progress",
+        *("progress", "reporting", "reporting.*"),
     ],
     3: ["pipeline"],
     4: [

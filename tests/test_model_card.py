@@ -176,7 +176,7 @@ def test_the_picture_needs_matplotlib_and_the_card_does_not(tmp_path, monkeypatc
     without = tmp_path / "without"
     without.mkdir()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("hf_awq_offload.model_card.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_awq_offload.reporting.charts.find_spec", lambda name: None)
     write_card(without, facts())
     assert [path.name for path in without.iterdir()] == ["README.md"]
     assert PICTURE not in (without / "README.md").read_text()

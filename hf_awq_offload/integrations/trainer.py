@@ -33,6 +33,7 @@ from ..in_memory import quantize_model
 from ..logs import get_logger
 from ..model_card import hub_id
 from ..report import QuantizationReport
+from ..reporting.files import prepare_folder
 from ..saving import meta_of
 
 logger = get_logger(__name__)
@@ -76,6 +77,7 @@ class AwqQuantizeCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         _require_quantizable(unwrap_model(model), args)
+        prepare_folder(self.config.report_dir)
 
     def on_train_end(
         self, args, state, control, model=None, processing_class=None, train_dataloader=None, **kwargs
