@@ -22,7 +22,7 @@ lint: $(INSTALLED)
 
 # Links, anchors and pages that the navigation leaves out are errors; mkdocs.yml says which.
 docs: $(DOCS_INSTALLED)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 package: $(INSTALLED)
 	rm -rf dist

@@ -72,3 +72,10 @@ def test_what_the_reference_shows_is_there():
     for shown in re.findall(r"^::: (\S+)", (DOCS / "reference.md").read_text(encoding="utf-8"), flags=re.MULTILINE):
         module, _, name = shown.rpartition(".")
         assert hasattr(importlib.import_module(module), name), shown
+
+
+def test_the_links_of_readme_lead_somewhere():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", page) if "://" not in target]
+    assert len(targets) > 15
+    assert [target for target in targets if not (ROOT / target.split("#")[0]).exists()] == []
