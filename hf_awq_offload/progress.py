@@ -9,6 +9,7 @@ The bar is transformers' own (tqdm, with widgets in Jupyter). Both are silent af
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -36,7 +37,15 @@ def can_redraw() -> bool:
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
     shell = get_shell()
     is_notebook = shell is not None and "IPKernelApp" in shell.config
-    return is_notebook or sys.stderr.isatty()
+    return is_notebook or (sys.stderr.isatty() and _has_room())
+
+
+def _has_room() -> bool:
+    """Some containers' terminals have no columns or no lines; tqdm draws nothing there."""
+    try:
+        return 0 not in os.get_terminal_size(sys.stderr.fileno())
+    except OSError:  # it does not say
+        return True
 
 
 class Progress:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import struct
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from models import save_model, tiny_llama, token_recipe
@@ -32,7 +37,7 @@ class Terminal(io.StringIO):
 
 
 @contextmanager
-def stderr(stream: io.StringIO) -> Iterator[io.StringIO]:
+def stderr(stream: Any) -> Iterator[Any]:
     """Not a fixture: pytest puts its own stream in place between a fixture and the test."""
     own, sys.stderr = sys.stderr, stream
     try:
@@ -113,6 +118,18 @@ def test_transformers_switches_are_obeyed(switch, stream):
         logging.enable_progress_bar()
         logging.set_verbosity(verbosity)
     assert shown.getvalue() == ""
+
+
+@pytest.mark.parametrize(("lines", "columns"), [(24, 0), (0, 120)])
+def test_a_terminal_without_room_gets_lines(lines, columns):
+    """As a container's may be; tqdm draws nothing there."""
+    main, side = os.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    with open(side, "w", encoding="utf-8") as terminal, stderr(terminal), Progress() as progress:
+        progress.expect(1)
+        progress.finished(LAYER)
+        assert os.read(main, 1000).startswith(b"[1/1] model.layers.0: loss 0.0123")
+    os.close(main)
 
 
 def test_a_notebook_can_redraw(monkeypatch):

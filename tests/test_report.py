@@ -150,3 +150,15 @@ def test_memory_is_counted_from_the_beginning_of_the_run():
     assert after.ram < 2**24
     assert after.ram_peak >= during.ram
     del before
+
+
+def test_memory_of_an_accelerator_is_counted_from_the_beginning_too(monkeypatch):
+    allocated, highest = [100], [900]  # the peak is of the process's earlier life
+    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: allocated[0])
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: highest[0])
+    watch = MemoryWatch(torch.device("cuda"))
+    found = []
+    for allocated[0], highest[0] in ((400, 900), (200, 900), (300, 1000), (50, 1000)):
+        now = watch.now()
+        found.append((now.accelerator, now.accelerator_peak))
+    assert found == [(300, 300), (100, 300), (200, 900), (0, 900)]

@@ -37,6 +37,8 @@ LOG_TICKS: Sequence[tuple[float, Sequence[float]]] = (
 MOST_MARKERS = 40
 """More layers than that are drawn as a line without markers."""
 LONGEST_LABEL = 44
+NEGLIGIBLE = 0.01
+"""Of the whole: no part of a picture, and no entry in its legend."""
 PHASES = {"onload": SERIES[4], "structure": SERIES[3], "forward": SERIES[2], "search": SERIES[0]}
 OTHERS = "all others"
 
@@ -229,7 +231,7 @@ def _seconds(report: QuantizationReport, plan: Mapping[str, Any] | None) -> Char
             axes.bar(places, heights, bottom=bottom, color=PHASES[name], width=0.9, label=name)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         rest = [max(0.0, layer.seconds - low) for layer, low in zip(report.layers, bottom, strict=True)]
-        if max(rest) > 0:
+        if sum(rest) > NEGLIGIBLE * sum(layer.seconds for layer in report.layers):
             axes.bar(places, rest, bottom=bottom, color=LIGHT["nothing"], width=0.9, label="other")
         seconds = None if plan is None else plan.get("seconds")
         if seconds is not None and plan is not None:
