@@ -39,13 +39,14 @@ def runnable(page: Path) -> bool:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory, tiny_llama_dir) -> Path:
-    """A folder with what PLACEHOLDERS name: models of random weights, two layers of hidden 128, and texts."""
+    """A folder with what PLACEHOLDERS name: models of random weights, one or two layers of hidden 128, and texts."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": len(tokenizer)}
     sizes |= {"max_position_embeddings": 1024, "bos_token_id": tokenizer.bos_token_id}
-    for name, build in (("dense", tiny_llama), ("mixture", tiny_mixtral)):
-        build(**sizes, eos_token_id=tokenizer.eos_token_id).save_pretrained(folder / name)
+    sizes |= {"eos_token_id": tokenizer.eos_token_id}
+    for name, model in (("dense", tiny_llama(**sizes)), ("mixture", tiny_mixtral(**sizes, num_hidden_layers=1))):
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     tiny_llava(hidden_size=256).save_pretrained(folder / "image-text")
     llava_processor().save_pretrained(folder / "image-text")
