@@ -142,16 +142,17 @@ def _round_rows(
     if weight.is_cuda and find_spec("triton") is not None:
         from .feedback_kernel import round_leaf
 
-    def round_span(start: int, stop: int) -> None:
+    spans = [(0, len(errors), False)]  # a stack: no recursive closure, which would keep all these tensors alive
+    while spans:
+        start, stop, is_half_done = spans.pop()
+        middle = (start + stop) // 2
         if stop - start <= LEAF_CHANNELS:
             round_leaf(*state, start, stop, grid.levels)
-            return
-        middle = (start + stop) // 2
-        round_span(start, middle)
-        remaining[middle:stop].addmm_(order.coupling[start:middle, middle:stop].t(), errors[start:middle])
-        round_span(middle, stop)
-
-    round_span(0, len(errors))
+        elif is_half_done:
+            remaining[middle:stop].addmm_(order.coupling[start:middle, middle:stop].t(), errors[start:middle])
+            spans.append((middle, stop, False))
+        else:
+            spans += [(start, stop, True), (start, middle, False)]
     mse = squares.sub_(errors.square().sum(dim=0).mul_(order.damping)).clamp_(min=0)
     codes = torch.empty_like(remaining).index_copy_(0, order.channels, remaining)
     return codes.t().contiguous(), mse
