@@ -11,6 +11,7 @@ import copy
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +25,14 @@ from .batches import default_batch_tokens
 from .config import AwqOffloadConfig
 from .data import CalibrationSet, micro_batches
 from .errors import ConfigError, MemoryLimitError
+from .experts import is_fused_experts
 from .layers import candidate_layers
 from .linears import linears_in
 from .memory import MemoryMeter, free_bytes
 from .offloading import execution_device, free_ram_bytes, load_on_meta, to_checkpoint_names
 from .pipeline import quantize_layers
 from .quantizer import AwqOffloadQuantizer
+from .stored_weights import StoredWeights
 from .streaming import compute_dtype, detach_stored_weights
 
 PROBE_LAYERS = 2
@@ -89,6 +92,7 @@ def plan(
         MemoryLimitError: it does not fit into the memory or on the disk; says which knob to turn.
         AwqOffloadError: the model can't be quantized, or the data can't be used.
     """
+    start = time.perf_counter()
     recipe = streamed_recipe(config, max_memory=max_memory)
     recipe.checkpoint_dir = recipe.report_dir = None
     meter = MemoryMeter(execution_device(recipe))
@@ -98,7 +102,7 @@ def plan(
         require_fit(first_look, recipe, Path(scratch))
         if not probe:
             return first_look
-        return _probed(model, first_look, meter, Path(scratch))
+        return _probed(model, first_look, meter, Path(scratch), start)
 
 
 def streamed_recipe(config: AwqOffloadConfig, **changes: Any) -> AwqOffloadConfig:
@@ -123,6 +127,7 @@ def estimate(model: PreTrainedModel) -> Plan:
     lengths = [] if calibration is None else [*calibration.sequences, *(s.token_ids for s in calibration.samples)]
     longest = max(map(len, lengths), default=0)
     alive = max(min(batch_tokens, tokens), longest)
+    n_layers = len(candidate_layers(model))
     hidden_bytes = tokens * sizes.hidden_bytes_per_token
     working = sizes.layer * (1 + recipe.prefetch) + sizes.computed_copy
     working += max(sizes.statistics + alive * sizes.activation_bytes_per_token, sizes.statistics + sizes.search)
@@ -130,12 +135,12 @@ def estimate(model: PreTrainedModel) -> Plan:
     beside = sizes.layer * (1 + recipe.prefetch) if on_device else working
     return Plan(
         device=str(device),
-        layers=len(candidate_layers(model)),
+        layers=n_layers,
         tokens=tokens,
         batch_tokens=batch_tokens,
         accelerator_peak_bytes=working if on_device else 0,
         ram_peak_bytes=max(beside + hidden_bytes, sizes.outside + hidden_bytes),
-        disk_bytes=2 * sizes.result + 3 * hidden_bytes,
+        disk_bytes=sizes.quantized_layers + max(min(3, n_layers - 1) * hidden_bytes, sizes.result + hidden_bytes),
         seconds=None,
     )
 
@@ -162,8 +167,8 @@ def require_fit(wanted: Plan, recipe: AwqOffloadConfig, folder: Path) -> None:
         )
 
 
-def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratch: Path) -> Plan:
-    """The plan after quantizing the first layers on the first micro-batches."""
+def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratch: Path, start: float) -> Plan:
+    """The plan after quantizing the first layers on the first micro-batches; `start` is when planning began."""
     quantizer = _quantizer(model)
     everything = quantizer.calibration
     part = None if everything is None else _first_batches(everything, first_look.batch_tokens)
@@ -172,8 +177,10 @@ def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratc
     quantizer.recipe.batch_tokens = first_look.batch_tokens
     weights = detach_stored_weights(model)
     device = torch.device(first_look.device)
-    hidden_bytes = first_look.tokens * _Sizes.of(model, quantizer.recipe, device).hidden_bytes_per_token
+    sizes = _Sizes.of(model, quantizer.recipe, device)
+    hidden_bytes = first_look.tokens * sizes.hidden_bytes_per_token
     place = quantizer.prepare(model, weights, to_checkpoint_names(model))
+    preparing = time.perf_counter() - start
     try:
         report = quantize_layers(
             model, quantizer.recipe, place, quantizer.quantizable.__contains__, part, most_layers=PROBE_LAYERS
@@ -181,8 +188,8 @@ def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratc
     finally:
         place.close()
     ram_bytes, accelerator_bytes = meter.peak_bytes()
-    # At the end, tensors outside the layers are written one by one; safetensors copies what it writes.
-    at_the_end = meter.now_bytes() + 2 * _largest_outside_bytes(model)
+    # At the end, tensors outside the layers that are given another dtype are written one by one, from a copy.
+    at_the_end = meter.now_bytes() + 2 * _largest_converted_bytes(model, weights)
     share = 1.0 if part is None or everything is None else everything.tokens / part.tokens
     more_hidden = int(hidden_bytes * (1 - 1 / share))
     run = report.phase_seconds
@@ -190,7 +197,8 @@ def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratc
     commit = run.get("commit", 0.0) / len(report.layers)
     per_layer = report.layers[-1].seconds - forward + forward * share + commit
     first = report.layers[0].seconds - forward + forward * share + commit
-    seconds = run.get("skeleton", 0.0) * share + first + per_layer * (first_look.layers - 1)
+    writing = commit * first_look.layers * sizes.result / sizes.quantized_layers
+    seconds = preparing + run.get("skeleton", 0.0) * share + first + per_layer * (first_look.layers - 1) + writing
     return replace(
         first_look,
         ram_peak_bytes=max((ram_bytes or first_look.ram_peak_bytes) + more_hidden, at_the_end),
@@ -209,9 +217,10 @@ def _first_batches(calibration: CalibrationSet, batch_tokens: int) -> Calibratio
     )
 
 
-def _largest_outside_bytes(model: PreTrainedModel) -> int:
+def _largest_converted_bytes(model: PreTrainedModel, weights: StoredWeights) -> int:
     inside = {id(parameter) for layer in candidate_layers(model).values() for parameter in layer.parameters()}
-    sizes = [p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside]
+    outside = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    sizes = [p.numel() * p.element_size() for name, p in outside.items() if not weights.is_as_stored(name)]
     return max(sizes, default=0)
 
 
@@ -232,7 +241,10 @@ class _Sizes:
     hidden_bytes_per_token: int
     outside: int
     """Embeddings and what else runs beside the layers."""
+    quantized_layers: int
+    """In the files of the journal."""
     result: int
+    """In the files of the new checkpoint."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, recipe: AwqOffloadConfig, device: torch.device) -> _Sizes:
@@ -243,8 +255,11 @@ class _Sizes:
         computed = compute_dtype(device, next(model.parameters()).dtype)
         width = computed.itemsize if computed is not None else element
         inputs = {(linear.in_features, linear.out_features) for linear in linears}
-        total = _bytes(model)
-        quantized = sum(linear.weight.numel() for layer in layers for linear in linears_in(layer).values())
+        in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        stored = {
+            id(parameter): parameter.numel() * _stored_element_bytes(model, name, parameter)
+            for name, parameter in model.named_parameters()
+        }
         decoder = getattr(model, "base_model", model)
         return cls(
             layer=_bytes(widest),
@@ -254,8 +269,17 @@ class _Sizes:
             activation_bytes_per_token=width * sum(linear.in_features + linear.out_features for linear in linears),
             hidden_bytes_per_token=element * cast(Any, model.get_input_embeddings()).weight.shape[-1],
             outside=_bytes(decoder) - sum(map(_bytes, layers)),
-            result=total - quantized * element + int(quantized * (recipe.bits / 8 + 0.2)),
+            quantized_layers=int(sum(size for key, size in stored.items() if key in in_layers)),
+            result=int(sum(stored.values())),
         )
+
+
+def _stored_element_bytes(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> float:
+    """Of an element in the new checkpoint; experts that are still fused are quantized one by one."""
+    quantizer = _quantizer(model)
+    if is_fused_experts(model.get_submodule(name.rpartition(".")[0])) and parameter.ndim == 3:
+        return quantizer.quantized_element_bytes(name, parameter)
+    return quantizer.param_element_size(model, name, parameter)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -131,7 +131,11 @@ class AwqOffloadQuantizer(HfQuantizer):
         module_name, _, parameter = param_name.rpartition(".")
         if self.pre_quantized or parameter != "weight" or module_name not in self.quantizable:
             return super().param_element_size(model, param_name, param)
-        grid = self.recipe.grid(module_name, param.shape[-1], param.dtype)
+        return self.quantized_element_bytes(module_name, param)
+
+    def quantized_element_bytes(self, module_name: str, weight: torch.Tensor) -> float:
+        """Bytes per element of a weight (..., in) once it is quantized, with scales and zero points."""
+        grid = self.recipe.grid(module_name, weight.shape[-1], weight.dtype)
         bits_of_group = 16 + grid.bits  # scale and zero point
         return (grid.bits + bits_of_group / grid.group_size) / 8
 

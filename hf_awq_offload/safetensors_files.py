@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -110,17 +110,14 @@ def bytes_of(
 
 def write_shards(
     directory: Path,
-    pieces: Iterable[Path],
+    places: Mapping[str, TensorPlace],  # name -> where its bytes are now
     max_shard_size: str | int,
     total_parameters: int,
 ) -> None:
-    """Join safetensors files to those that `save_pretrained` would write, byte by byte, with an index if several.
+    """Join tensors to the files that `save_pretrained` would write, byte by byte, with an index if several.
 
-    Nothing is held in memory. Names must be distinct over all pieces.
+    Nothing is held in memory.
     """
-    places: dict[str, TensorPlace] = {}
-    for piece in pieces:
-        places |= tensor_places(piece)
     named = {name: torch.empty(places[name].shape, dtype=places[name].torch_dtype, device="meta") for name in places}
     split = split_torch_state_dict_into_shards(
         {name: named[name] for name in sorted(named, key=_natural)},

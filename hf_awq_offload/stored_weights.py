@@ -48,6 +48,11 @@ class StoredWeights:
         if f"{name}.{fused_names(module)[-1]}" in self.places:
             self.fused[name] = (module, experts)
 
+    def is_as_stored(self, name: str) -> bool:
+        """Whether `read` gives the very bytes that are in the file."""
+        dtype = self.places[name].torch_dtype
+        return not dtype.is_floating_point or self.dtypes.get(name, dtype) == dtype
+
     def read(self, name: str, pin_memory: bool = False) -> Tensor:
         """One parameter, on the CPU, in the model's dtype.
 

@@ -31,7 +31,7 @@ from .planning import estimate, plan, require_fit, streamed_recipe
 from .progress import announce
 from .quantizer import AwqOffloadQuantizer
 from .report import QuantizationReport
-from .safetensors_files import tensor_places, write_shards
+from .safetensors_files import TensorPlace, tensor_places, write_shards
 from .stored_weights import StoredWeights
 from .streaming import detach_stored_weights
 from .workplace import ToCheckpoint
@@ -168,17 +168,19 @@ def _assemble(
     """The checkpoint's tensors from the journal and the source, and what `save_pretrained` writes beside them."""
     try:
         _save_what_is_no_tensor(directory, model)
-        pieces = [commit.file for commit in sorted(journal.commits.values(), key=lambda commit: commit.index)]
+        commits = sorted(journal.commits.values(), key=lambda commit: commit.index)
+        places = {name: place for commit in commits for name, place in tensor_places(commit.file).items()}
         for index, names in enumerate(_groups_outside(model, set(journal.commits))):
-            piece = directory.parent / f"rest-{index:05}.safetensors"
-            tensors = to_checkpoint({name: _value(model, weights, name) for name in names})
-            if tensors:
+            unchanged = _places_unchanged(model, weights, names, to_checkpoint)
+            if unchanged is None:
+                piece = directory.parent / f"rest-{index:05}.safetensors"
+                tensors = to_checkpoint({name: _value(model, weights, name) for name in names})
                 save_file({name: value.contiguous() for name, value in tensors.items()}, piece, {"format": "pt"})
-                pieces.append(piece)
+                unchanged = tensor_places(piece)
+            places |= unchanged
         buffers = {name for name, _ in model.named_buffers()}
-        places = [entry for piece in pieces for entry in tensor_places(piece).items()]
-        total_parameters = sum(math.prod(place.shape) for name, place in places if name not in buffers)
-        write_shards(directory, pieces, max_shard_size, total_parameters)
+        total_parameters = sum(math.prod(place.shape) for name, place in places.items() if name not in buffers)
+        write_shards(directory, places, max_shard_size, total_parameters)
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"The checkpoint can't be written: {error}. All layers are quantized: make room, and repeat the call."
@@ -210,6 +212,20 @@ def _groups_outside(model: PreTrainedModel, done: set[str]) -> Iterator[list[str
 def _is_in(name: str, modules: set[str]) -> bool:
     parts = name.split(".")
     return any(".".join(parts[:length]) in modules for length in range(1, len(parts)))
+
+
+def _places_unchanged(
+    model: PreTrainedModel, weights: StoredWeights, names: list[str], to_checkpoint: ToCheckpoint
+) -> dict[str, TensorPlace] | None:
+    """Name in the checkpoint -> where the source has just these bytes; None if they have to be computed."""
+    values = {name: cast(Tensor, model.get_parameter_or_buffer(name)) for name in names}
+    source = {id(value): name for name, value in reversed(values.items()) if value.is_meta and name in weights.places}
+    places = {}
+    for name, value in to_checkpoint(values).items():
+        if id(value) not in source or not weights.is_as_stored(source[id(value)]):
+            return None
+        places[name] = weights.places[source[id(value)]]
+    return places
 
 
 def _value(model: PreTrainedModel, weights: StoredWeights, name: str) -> Tensor:

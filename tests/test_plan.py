@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from models import save_model, tiny_llama, token_recipe
+from models import save_model, tiny_gpt_oss, tiny_llama, token_batch, token_recipe
+from transformers import PreTrainedModel
 
-from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, Plan, plan, quantize, stored_weights
+from hf_awq_offload import (
+    AwqOffloadConfig,
+    MemoryLimitError,
+    Plan,
+    journal,
+    plan,
+    quantize,
+    stored_weights,
+    streamed,
+)
 from hf_awq_offload.batches import default_batch_tokens
 from hf_awq_offload.memory import MemoryMeter, at_most, release_freed
 
@@ -50,12 +61,34 @@ def test_without_a_probe_no_weight_is_read(llama, monkeypatch):
     assert 2 * layer_bytes + hidden_bytes < planned.ram_peak_bytes < 20 * layer_bytes
 
 
-def test_the_checkpoint_is_about_as_large_as_planned(llama, tmp_path):
-    planned = plan(llama, token_recipe(), probe=False)
-    quantize(llama, tmp_path / "out", token_recipe())
-    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-    hidden_bytes = 120 * 64 * 4
-    assert (planned.disk_bytes - 3 * hidden_bytes) / 2 == pytest.approx(written, rel=0.3)
+SHAPES: dict[str, tuple[Callable[[], PreTrainedModel], dict]] = {
+    "more hidden states than weights": (lambda: tiny_llama(num_hidden_layers=4, hidden_size=256), {}),
+    "more weights": (lambda: tiny_llama(num_hidden_layers=5, hidden_size=256, vocab_size=4096), {"n_samples": 4}),
+    "experts": (lambda: tiny_gpt_oss(hidden_size=256, intermediate_size=256), {"n_samples": 4}),
+}
+
+
+@pytest.mark.parametrize(("build", "changes"), SHAPES.values(), ids=SHAPES)
+def test_as_much_lies_on_the_disk_as_planned(build, changes, tmp_path, monkeypatch):
+    source = save_model(build(), tmp_path / "source")
+    recipe = token_recipe(dataset=token_batch(64, 20).tolist(), **{"n_samples": 64} | changes)
+    planned = plan(source, recipe, probe=False)
+    most = []
+
+    def watch(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            result = original(*args, **kwargs)
+            most.append(sum(path.stat().st_size for path in (tmp_path / "result").rglob("*") if path.is_file()))
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(journal.Journal, "_keep")  # the hidden states of three layers are there
+    watch(streamed, "write_shards")  # and the checkpoint beside the journal
+    quantize(source, tmp_path / "result" / "out", recipe)
+    assert max(most) == pytest.approx(planned.disk_bytes, rel=0.15)
 
 
 def test_the_time_grows_with_the_tokens_and_the_layers(llama, monkeypatch):

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_awq_offload import AwqLinear, ConfigError, MemoryLimitError, NumericalError, quantize, workplace
+from hf_awq_offload import AwqLinear, ConfigError, MemoryLimitError, NumericalError, quantize, streamed, workplace
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 
@@ -96,6 +96,22 @@ def test_shards_and_their_index_are_those_of_save_pretrained(llama, quantized, t
     index = json.loads((tmp_path / "streamed" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     assert_same_files(tmp_path / "streamed", tmp_path / "saved", "sharded")
+
+
+def test_what_is_not_quantized_is_copied_from_file_to_file(llama, quantized, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a tensor was read into memory to be written again")
+
+    monkeypatch.setattr(streamed, "_value", fail)
+    quantize(llama, tmp_path / "out", token_recipe())
+    assert_same_files(tmp_path / "out", quantized)
+
+
+def test_in_another_dtype_than_the_checkpoint(llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=token_recipe(), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "cpu")
+    quantize(llama, tmp_path / "streamed", token_recipe(), dtype=torch.bfloat16)
+    assert_same_files(tmp_path / "streamed", tmp_path / "cpu")
 
 
 def test_reading_ahead_changes_no_bit(llama, quantized, tmp_path):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 1024, 1536, 2048, 8
+POLL_S = 0.02
 
 
 def make_checkpoint(folder: Path, n_layers: int, layers_per_shard: int = 8, **changes: Any) -> Path:
@@ -79,18 +84,52 @@ meter = MemoryMeter(torch.device("cpu"))
 {limit}
 start = time.perf_counter(), time.process_time()
 {body}
-result = {{"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1],
+seconds = time.perf_counter() - start[time.perf_counter is time.process_time]
+result = {{"seconds": seconds, "cpu_seconds": time.process_time() - start[1],
           "above": meter.peak_bytes()[0], "baseline": meter.baseline_bytes, **locals().get("more", {{}})}}
 print("RESULT", json.dumps(result))
 """
 
 
-def measured(body: str, limit: str = "") -> dict[str, Any]:
-    """Run Python code in a process of its own: seconds, and its memory before and at its peak, in bytes."""
+def measured(body: str, limit: str = "", folder: Path | None = None) -> dict[str, Any]:
+    """Run Python code in a process of its own: seconds, and its memory before and at its peak, in bytes.
+
+    With `folder`, also the most that lay in it at any time beyond what was there before ("disk").
+    """
     here = Path(__file__).resolve().parent
     code = MEASURED.format(paths=[str(here), str(here.parents[1])], body=body, limit=limit)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    with _watched(folder) as sizes:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise RuntimeError(f"the measured run failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
-    return json.loads(lines[0].removeprefix("RESULT "))
+    result = {"disk": max(sizes) - sizes[0]}
+    return result | json.loads(lines[0].removeprefix("RESULT "))
+
+
+@contextmanager
+def _watched(folder: Path | None) -> Iterator[list[int]]:
+    """The sizes of all that is in a folder, taken every few milliseconds; the first is that before."""
+    sizes = [_bytes_in(folder)]
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(POLL_S):
+            sizes.append(_bytes_in(folder))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield sizes
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _bytes_in(folder: Path | None) -> int:
+    total = 0
+    for parent, _, files in os.walk(folder) if folder is not None else ():
+        for file in files:
+            with suppress(OSError):  # gone meanwhile
+                total += os.path.getsize(os.path.join(parent, file))
+    return total
