@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor, nn
 
@@ -11,13 +9,8 @@ from .data import CalibrationSet, micro_batches
 from .decoder import Decoder, RunLayer, find_decoder
 from .feeds import PROBES
 from .inputs import ModelInputs, text_in, token_ids_of
-from .linears import linears_in
 
 PROBE_TOKENS = 32
-CPU_BATCH_TOKENS = 4096
-"""Micro-batch on a CPU: large enough for full-speed matrix products, small beside any model."""
-ACCELERATOR_MEMORY_SHARE = 0.25
-"""Share of the accelerator's free memory that a micro-batch's activations may take."""
 
 
 def decoder_and_probes(
@@ -39,34 +32,6 @@ def batches_of(calibration: CalibrationSet, batch_tokens: int) -> tuple[list[Mod
     counted = [_stack_counted(calibration, batch) for batch in indices]
     samples = calibration.samples
     return [*texts, *(sample.inputs for sample in samples)], [*counted, *(sample.counted for sample in samples)]
-
-
-def default_batch_tokens(layers: Collection[nn.Module], device: torch.device, limit_bytes: int | None = None) -> int:
-    """Tokens of a micro-batch when the recipe leaves it open: what a share of the free memory holds.
-
-    Args:
-        layers: the decoder layers.
-        device: the execution device.
-        limit_bytes: use no more of the device's memory; a layer, the next one and the statistics go first.
-    """
-    if device.type == "cpu" and limit_bytes is None:
-        return CPU_BATCH_TOKENS
-    # Alive at once in a layer's forward: about every linear's output, and fp32 copies of the widest in norms.
-    bytes_per_token = max(
-        6 * sum(linear.out_features + linear.in_features for linear in linears_in(layer).values()) for layer in layers
-    )
-    if limit_bytes is None:
-        free_bytes, _ = torch.accelerator.get_memory_info(device)
-        return max(1, int(free_bytes * ACCELERATOR_MEMORY_SHARE) // bytes_per_token)
-    batch_tokens = max(1, (limit_bytes - max(map(_fixed_bytes, layers))) // bytes_per_token)
-    return min(batch_tokens, CPU_BATCH_TOKENS) if device.type == "cpu" else batch_tokens
-
-
-def _fixed_bytes(layer: nn.Module) -> int:
-    """Of a layer's weights, the next one's, and the statistics."""
-    inputs = {(linear.in_features, linear.out_features) for linear in linears_in(layer).values()}
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
-    return 2 * weights + sum(4 * in_features**2 for in_features, _ in inputs)
 
 
 def _stack_counted(calibration: CalibrationSet, indices: list[int]) -> Tensor | None:

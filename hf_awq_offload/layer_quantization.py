@@ -85,8 +85,9 @@ def quantize_with_statistics(
     context: LayerContext, structure: LayerStructure, statistics: GatheredStatistics
 ) -> list[GroupReport]:
     """Scales for every group, folded; then clip, round and pack every linear."""
+    device = next(context.layer.parameters()).device  # statistics may be elsewhere, see budget.py
     searched = [
-        (group, group_statistics, _search_group_scale(context, group, group_statistics))
+        (group, group_statistics, _search_group_scale(context, group, group_statistics.to(device)))
         for group in structure.groups
         if (group_statistics := statistics.of_group(group)) is not None
     ]
@@ -104,7 +105,8 @@ def quantize_with_statistics(
             own = statistics.of_linear(group, sharing[0])
             loss_nearest += _identity_loss(context, sharing, own) if len(inputs) > 1 else search.identity_loss
             scale = channel_scales.get(sharing[0])
-            gram = own.gram if scale is None else own.divided(scale).gram
+            here = own.to(device)
+            gram = here.gram if scale is None else here.divided(scale).gram
             data = RoundingData(
                 gram=gram,
                 order=feedback_order(gram) if context.recipe.rounding == "error_feedback" else None,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +31,40 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
-def free_bytes(device: torch.device) -> int:
-    """Of an accelerator's memory."""
-    return int(torch.accelerator.get_memory_info(device)[0])
+def accelerator_bytes(device: torch.device) -> tuple[int, int]:
+    """Of an accelerator's memory: (free, all)."""
+    free, total = torch.accelerator.get_memory_info(device)
+    return int(free), int(total)
 
 
 @contextmanager
-def at_most(device: torch.device, limit_bytes: int | None) -> Iterator[None]:
-    """Inside, on CUDA, torch's allocator raises OutOfMemoryError rather than go beyond the limit."""
-    if limit_bytes is None or device.type != "cuda":
+def at_most(limits: Mapping[torch.device, int | None]) -> Iterator[None]:
+    """Inside, allocating beyond a limit fails as it does when memory is used up.
+
+    On CUDA torch's allocator keeps to it. The CPU's is a limit on the process's private memory (RLIMIT_DATA, Linux),
+    counted from what it has now; mapped files do not count.
+    """
+    with ExitStack() as stack:
+        for device, limit_bytes in limits.items():
+            if limit_bytes is None:
+                continue
+            if device.type == "cuda":
+                total = torch.cuda.get_device_properties(device).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+                stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, device)
+            elif device.type == "cpu" and hasattr(resource, "RLIMIT_DATA") and STATUS.exists():
+                _limit_private_memory(limit_bytes, stack)
         yield
-        return
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _limit_private_memory(limit_bytes: int, stack: ExitStack) -> None:
+    torch.ones(512, 512) @ torch.ones(512, 512)  # threads are there from now on; their stacks would count
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = _status_bytes("VmData") + limit_bytes
+    if any(most != resource.RLIM_INFINITY and most < allowed for most in (soft, hard)):
+        return  # less is allowed already
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
+    stack.callback(resource.setrlimit, resource.RLIMIT_DATA, (soft, hard))
 
 
 def release_freed() -> None:

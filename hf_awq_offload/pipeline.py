@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches import batches_of, decoder_and_probes, default_batch_tokens
+from .batches import batches_of, decoder_and_probes
+from .budget import CPU, budget_of
 from .config import AwqOffloadConfig
 from .data import CalibrationSet
 from .errors import MemoryLimitError, ModelStructureError
@@ -61,9 +62,9 @@ def quantize_layers(
         ModelStructureError: outputs of quantized layers are to be passed on, and the layers do not form a chain.
     """
     job = _Job(model, recipe, place, is_quantizable, undo, most_layers)
-    within = at_most(job.device, recipe.memory_limit_bytes(job.device))
+    limits = {device: recipe.memory_limit_bytes(device) for device in (job.device, CPU)}
     bounded = nullcontext() if place.onloader.weights is None else large_blocks_apart()
-    with within, bounded, calibration_mode(model), place.onloader.on_demand(), job.progress:
+    with at_most(limits), bounded, calibration_mode(model), place.onloader.on_demand(), job.progress:
         if calibration is None:
             job.without_data()
         else:
@@ -176,8 +177,10 @@ class _Calibrated:
         self.collectors: dict[str, LayerStatistics] = {}
         self.position = 0
         """Index of the layer that the feed's hidden states enter."""
-        layers, limit = self.decoder.layers.values(), job.recipe.memory_limit_bytes(self.device)
-        self._set_batch_tokens(job.recipe.batch_tokens or default_batch_tokens(layers, self.device, limit))
+        self.budget = budget_of(self.model, job.recipe, self.device, calibration)
+        if self.budget.statistics_device != self.device:
+            logger.info("Statistics are kept in RAM: %s has no room for them.", self.device)
+        self._set_batch_tokens(self.budget.batch_tokens)
 
     def run(self) -> None:
         with ExitStack() as rest, ExitStack() as stack:
@@ -260,7 +263,7 @@ class _Calibrated:
                 self._find_structure(name, layer)
             if name not in self.collectors:
                 self.collectors[name] = LayerStatistics(
-                    layer, self.found[name], context.quantizable, self.device, self.recipe.all_experts
+                    layer, self.found[name], context.quantizable, self.budget.statistics_device, self.recipe.all_experts
                 )
             outputs = None
             with self.job.timed("forward", name):

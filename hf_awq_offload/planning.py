@@ -21,27 +21,22 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .batches import default_batch_tokens
+from .budget import PROCESS_BYTES, LayerSizes, budget_of, hidden_bytes, parameter_bytes
 from .config import AwqOffloadConfig
 from .data import CalibrationSet, micro_batches
 from .errors import ConfigError, MemoryLimitError
 from .experts import is_fused_experts
 from .layers import candidate_layers
-from .linears import linears_in
-from .memory import MemoryMeter, free_bytes
+from .memory import MemoryMeter, accelerator_bytes
 from .offloading import execution_device, free_ram_bytes, load_on_meta, to_checkpoint_names
 from .pipeline import quantize_layers
 from .quantizer import AwqOffloadQuantizer
 from .stored_weights import StoredWeights
-from .streaming import compute_dtype, detach_stored_weights
+from .streaming import detach_stored_weights
 
 PROBE_LAYERS = 2
 """The first is probed for its structure; the second is like all that follow."""
 PROBE_BATCHES = 2
-
-FP32_BYTES = 4
-SEARCH_COPIES = 6
-"""fp32 tensors of a linear's size that its search and rounding hold at once."""
 
 
 @dataclass(frozen=True)
@@ -120,27 +115,22 @@ def estimate(model: PreTrainedModel) -> Plan:
     quantizer = _quantizer(model)
     recipe, calibration = quantizer.recipe, quantizer.calibration
     device = execution_device(recipe)
-    sizes = _Sizes.of(model, recipe, device)
-    tokens = 0 if calibration is None else calibration.tokens
-    limit = recipe.memory_limit_bytes(device)
-    batch_tokens = recipe.batch_tokens or default_batch_tokens(candidate_layers(model).values(), device, limit)
-    lengths = [] if calibration is None else [*calibration.sequences, *(s.token_ids for s in calibration.samples)]
-    longest = max(map(len, lengths), default=0)
-    alive = max(min(batch_tokens, tokens), longest)
-    n_layers = len(candidate_layers(model))
-    hidden_bytes = tokens * sizes.hidden_bytes_per_token
-    working = sizes.layer * (1 + recipe.prefetch) + sizes.computed_copy
-    working += max(sizes.statistics + alive * sizes.activation_bytes_per_token, sizes.statistics + sizes.search)
-    on_device = device.type != "cpu"
-    beside = sizes.layer * (1 + recipe.prefetch) if on_device else working
+    layers = candidate_layers(model).values()
+    layer_sizes, sizes = LayerSizes.of(layers, device), _Sizes.of(model)
+    budget = budget_of(model, recipe, device, calibration)
+    hidden = hidden_bytes(model, calibration)
+    beside_bytes = budget.peak_bytes
+    if device.type != "cpu":
+        beside_bytes = layer_sizes.weights * (1 + recipe.prefetch)
+        beside_bytes += layer_sizes.statistics if budget.statistics_device != device else 0
     return Plan(
         device=str(device),
-        layers=n_layers,
-        tokens=tokens,
-        batch_tokens=batch_tokens,
-        accelerator_peak_bytes=working if on_device else 0,
-        ram_peak_bytes=max(beside + hidden_bytes, sizes.outside + hidden_bytes),
-        disk_bytes=sizes.quantized_layers + max(min(3, n_layers - 1) * hidden_bytes, sizes.result + hidden_bytes),
+        layers=len(layers),
+        tokens=0 if calibration is None else calibration.tokens,
+        batch_tokens=budget.batch_tokens,
+        accelerator_peak_bytes=0 if device.type == "cpu" else budget.peak_bytes,
+        ram_peak_bytes=PROCESS_BYTES + max(beside_bytes, sizes.outside) + hidden,
+        disk_bytes=sizes.quantized_layers + max(min(3, len(layers) - 1) * hidden, sizes.result + hidden),
         seconds=None,
     )
 
@@ -154,7 +144,8 @@ def require_fit(wanted: Plan, recipe: AwqOffloadConfig, folder: Path) -> None:
     ]
     if device.type != "cpu":
         limit = recipe.memory_limit_bytes(device)
-        available = free_bytes(device) if limit is None else min(limit, free_bytes(device))
+        free_bytes, _ = accelerator_bytes(device)
+        available = free_bytes if limit is None else min(limit, free_bytes)
         checks.append(("accelerator memory", wanted.accelerator_peak_bytes, available, repr(str(device))))
     for what, needed, available, key in checks:
         if needed <= available:
@@ -176,9 +167,7 @@ def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratc
     quantizer.recipe.checkpoint_dir = scratch / "journal"
     quantizer.recipe.batch_tokens = first_look.batch_tokens
     weights = detach_stored_weights(model)
-    device = torch.device(first_look.device)
-    sizes = _Sizes.of(model, quantizer.recipe, device)
-    hidden_bytes = first_look.tokens * sizes.hidden_bytes_per_token
+    sizes = _Sizes.of(model)
     place = quantizer.prepare(model, weights, to_checkpoint_names(model))
     preparing = time.perf_counter() - start
     try:
@@ -191,7 +180,7 @@ def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratc
     # At the end, tensors outside the layers that are given another dtype are written one by one, from a copy.
     at_the_end = meter.now_bytes() + 2 * _largest_converted_bytes(model, weights)
     share = 1.0 if part is None or everything is None else everything.tokens / part.tokens
-    more_hidden = int(hidden_bytes * (1 - 1 / share))
+    more_hidden = int(hidden_bytes(model, everything) * (1 - 1 / share))
     run = report.phase_seconds
     forward = run.get("forward", 0.0) / len(report.layers)
     commit = run.get("commit", 0.0) / len(report.layers)
@@ -230,15 +219,8 @@ def _quantizer(model: PreTrainedModel) -> AwqOffloadQuantizer:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of what is there at once, of the largest decoder layer."""
+    """Bytes beside what a decoder layer takes."""
 
-    layer: int
-    computed_copy: int
-    """In the dtype that the device computes in, where that is another."""
-    statistics: int
-    search: int
-    activation_bytes_per_token: int
-    hidden_bytes_per_token: int
     outside: int
     """Embeddings and what else runs beside the layers."""
     quantized_layers: int
@@ -247,28 +229,15 @@ class _Sizes:
     """In the files of the new checkpoint."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, recipe: AwqOffloadConfig, device: torch.device) -> _Sizes:
+    def of(cls, model: PreTrainedModel) -> _Sizes:
         layers = list(candidate_layers(model).values())
-        widest = max(layers, key=_bytes)
-        linears = linears_in(widest).values()
-        element = next(model.parameters()).element_size()
-        computed = compute_dtype(device, next(model.parameters()).dtype)
-        width = computed.itemsize if computed is not None else element
-        inputs = {(linear.in_features, linear.out_features) for linear in linears}
         in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
         stored = {
             id(parameter): parameter.numel() * _stored_element_bytes(model, name, parameter)
             for name, parameter in model.named_parameters()
         }
-        decoder = getattr(model, "base_model", model)
         return cls(
-            layer=_bytes(widest),
-            computed_copy=_bytes(widest) // element * width if computed is not None else 0,
-            statistics=sum(FP32_BYTES * in_features**2 for in_features, _ in inputs),
-            search=SEARCH_COPIES * FP32_BYTES * max(linear.weight.numel() for linear in linears),
-            activation_bytes_per_token=width * sum(linear.in_features + linear.out_features for linear in linears),
-            hidden_bytes_per_token=element * cast(Any, model.get_input_embeddings()).weight.shape[-1],
-            outside=_bytes(decoder) - sum(map(_bytes, layers)),
+            outside=parameter_bytes(getattr(model, "base_model", model)) - sum(map(parameter_bytes, layers)),
             quantized_layers=int(sum(size for key, size in stored.items() if key in in_layers)),
             result=int(sum(stored.values())),
         )
@@ -280,7 +249,3 @@ def _stored_element_bytes(model: PreTrainedModel, name: str, parameter: nn.Param
     if is_fused_experts(model.get_submodule(name.rpartition(".")[0])) and parameter.ndim == 3:
         return quantizer.quantized_element_bytes(name, parameter)
     return quantizer.param_element_size(model, name, parameter)
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

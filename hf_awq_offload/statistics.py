@@ -38,6 +38,10 @@ class InputStatistics:
         """The statistics of X / scale, what a linear sees once `scale` is folded into what produces X."""
         return InputStatistics(self.gram / torch.outer(scale, scale), self.mean_abs / scale, self.tokens)
 
+    def to(self, device: torch.device) -> InputStatistics:
+        """The same on `device`."""
+        return InputStatistics(self.gram.to(device), self.mean_abs.to(device), self.tokens)
+
 
 def pooled(statistics: Sequence[InputStatistics]) -> InputStatistics:
     """The statistics over the tokens of all together; of inputs of equal width, not empty."""
@@ -123,11 +127,20 @@ class StatisticsCollector:
             gram, abs_sum = self.sums[name]
             with exact_on_matrix_units(rows.dtype, rows.device):
                 rows = rows.float()
-                add_gram(gram, rows)
-            abs_sum.add_(rows.abs().sum(dim=0))
+                if _are_together(gram, rows):
+                    add_gram(gram, rows)
+                else:  # the product where the layer is, the sum where there is room for all of them
+                    product = torch.zeros_like(gram, device=rows.device)
+                    add_gram(product, rows)
+                    gram.add_(product.to(gram.device))
+            abs_sum.add_(rows.abs().sum(dim=0).to(abs_sum.device))
             self.tokens[name] += rows.shape[0]
 
         return add
+
+
+def _are_together(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.device == other.device
 
 
 @contextmanager

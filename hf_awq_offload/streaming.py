@@ -305,7 +305,7 @@ def _keep_in_fp32(model: PreTrainedModel) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether smaller micro-batches may help."""
-    return isinstance(error, Exception) and should_reduce_batch_size(error)
+    return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 def release_cached(device: torch.device) -> None:

@@ -27,6 +27,7 @@ LEVELS = {
     ],
     2: [
         "memory",
+        "budget",
         "stored_weights",
         "streaming",
         "journal",

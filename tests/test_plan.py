@@ -20,8 +20,8 @@ from hf_awq_offload import (
     stored_weights,
     streamed,
 )
-from hf_awq_offload.batches import default_batch_tokens
-from hf_awq_offload.memory import MemoryMeter, at_most, release_freed
+from hf_awq_offload.budget import PROCESS_BYTES
+from hf_awq_offload.memory import MemoryMeter, release_freed
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def test_without_a_probe_no_weight_is_read(llama, monkeypatch):
     assert planned.seconds is None
     layer_bytes = sum(p.numel() * 4 for p in tiny_llama().model.layers[0].parameters())
     hidden_bytes = 120 * 64 * 4
-    assert 2 * layer_bytes + hidden_bytes < planned.ram_peak_bytes < 20 * layer_bytes
+    assert 2 * layer_bytes + hidden_bytes < planned.ram_peak_bytes - PROCESS_BYTES < 20 * layer_bytes
 
 
 SHAPES: dict[str, tuple[Callable[[], PreTrainedModel], dict]] = {
@@ -129,16 +129,6 @@ def test_a_plan_can_be_read():
     )
 
 
-def test_the_micro_batch_follows_from_the_limit():
-    model = tiny_llama()
-    layers = list(model.model.layers)
-    layer_bytes = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
-    small = default_batch_tokens(layers, CPU, 4 * layer_bytes)
-    assert 1 <= small < default_batch_tokens(layers, CPU, 8 * layer_bytes) < default_batch_tokens(layers, CPU)
-    assert default_batch_tokens(layers, CPU, 1) == 1
-    assert default_batch_tokens(layers, CPU, 2**40) == default_batch_tokens(layers, CPU)
-
-
 def test_the_limit_of_a_device_goes_by_its_index():
     limits = AwqOffloadConfig(max_memory={"cpu": "2GiB", "cuda:0": 8})
     assert limits.memory_limit_bytes(CPU) == 2 << 30
@@ -158,8 +148,3 @@ def test_a_peak_is_measured_from_its_beginning():
     assert ram_bytes is not None
     assert 0.9 * 2**26 < ram_bytes < 1.5 * 2**26
     assert accelerator_bytes == 0
-
-
-def test_on_a_cpu_no_allocator_is_limited():
-    with at_most(CPU, 1):
-        assert torch.ones(1000).sum() == 1000
