@@ -11,9 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .config import AwqOffloadConfig
+from .dispatching import dispatch
 from .errors import ConfigError, ModelStructureError
 from .layer_quantization import Undo
-from .quantizer import AwqOffloadQuantizer, dispatch
+from .quantizer import AwqOffloadQuantizer
 
 
 def quantize_model(
@@ -44,6 +45,11 @@ def quantize_model(
         raise ModelStructureError("The model carries adapters; merge them first (merge_and_unload) or remove them.")
     if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise ModelStructureError("Weights of the model are on the meta device; load them first.")
+    if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+        raise ModelStructureError(
+            "The model has layers on the disk, and it is changed in place; call from_pretrained with the recipe as "
+            "quantization_config instead, or hf_awq_offload.quantize."
+        )
     recipe = copy.copy(config)
     if tokenizer is not None:
         recipe.tokenizer = tokenizer

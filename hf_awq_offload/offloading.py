@@ -24,6 +24,7 @@ from .experts import UnfusedExperts
 from .fingerprint import fingerprint
 from .journal import Journal
 from .logs import get_logger
+from .offload_folder import OffloadFolder
 from .safetensors_files import TensorPlace, read_tensor, tensor_places
 from .stored_weights import StoredWeights
 from .streaming import Onloader, default_execution_device
@@ -126,22 +127,24 @@ def free_ram_bytes(recipe: AwqOffloadConfig) -> int:
     return available if limit is None else min(available, limit)
 
 
-def chosen_offload(recipe: AwqOffloadConfig, checkpoint_files: Sequence[str] | None) -> str:
-    """ "cpu" or "disk".
+def chosen_offload(recipe: AwqOffloadConfig, checkpoint_files: Sequence[str] | None, result_on_disk: bool) -> str:
+    """ "cpu" or "disk"; where the quantized model is to stay on the disk, so does the one in full precision.
 
     Raises:
         ConfigError: the disk is asked for, but the checkpoint's files can't be read lazily.
     """
     files = [str(file) for file in checkpoint_files or ()]
     is_lazy = bool(files) and all(file.endswith(".safetensors") for file in files)
-    if recipe.offload == "disk" and not is_lazy:
+    wanted = "disk" if result_on_disk else recipe.offload
+    if wanted == "disk" and not is_lazy:
+        found = ", ".join(map(os.path.basename, files)) or "none"
         raise ConfigError(
-            f"offload is 'disk', but the checkpoint's files are {', '.join(map(os.path.basename, files)) or 'none'}; "
-            "weights can be read one by one from safetensors files only. Load the model and save it once with "
-            "save_pretrained, or set offload='cpu'."
+            f"{'device_map has modules on' if result_on_disk else 'offload is'} 'disk', but the checkpoint's files are "
+            f"{found}; weights can be read one by one from safetensors files only. Load the model and save it once "
+            "with save_pretrained, or have everything on 'cpu' or an accelerator."
         )
-    if recipe.offload != "auto":
-        return recipe.offload
+    if wanted != "auto":
+        return wanted
     size_bytes = sum(os.path.getsize(file) for file in files) if is_lazy else 0
     place = "disk" if size_bytes > RAM_SHARE * free_ram_bytes(recipe) else "cpu"
     if place == "disk":
@@ -156,6 +159,7 @@ def open_workplace(
     weights: StoredWeights | None,
     to_checkpoint: ToCheckpoint | None = None,
     files: Sequence[Path] | None = None,
+    offload: OffloadFolder | None = None,
 ) -> Workplace:
     """Where `model` is quantized.
 
@@ -166,6 +170,7 @@ def open_workplace(
         weights: of a model on the meta device.
         to_checkpoint: streams, see `Workplace`.
         files: the source, for the journal's fingerprint; by default those of `weights`.
+        offload: as in `Workplace`.
 
     Raises:
         JournalError: the journal in checkpoint_dir is of another run.
@@ -184,7 +189,8 @@ def open_workplace(
         if journal.commits:
             logger.info("%d layers are in the journal %s.", len(journal.commits), journal.directory)
     onloader = Onloader(model, execution_device(recipe), weights, recipe.prefetch)
-    return Workplace(onloader, journal, to_checkpoint, spill_bytes=HIDDEN_SHARE * free_ram_bytes(recipe))
+    spill_bytes = HIDDEN_SHARE * free_ram_bytes(recipe)
+    return Workplace(onloader, journal, to_checkpoint, spill_bytes=spill_bytes, offload=offload)
 
 
 def take_experts_apart(weights: StoredWeights, model: PreTrainedModel, fused: dict[str, Any]) -> None:

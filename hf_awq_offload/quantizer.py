@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import dispatch_model
 from torch import nn
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -28,6 +27,7 @@ from .checkpoint import read_headers
 from .checkpoint_config import AwqCheckpointConfig
 from .config import AwqOffloadConfig
 from .data import CalibrationSet, load_calibration_set
+from .dispatching import DeviceMap, dispatch, dispatch_with_disk, offload_folder_of
 from .errors import CalibrationDataError, CheckpointError, ConfigError, ModelStructureError
 from .experts import (
     conversions_without_merging,
@@ -48,6 +48,7 @@ from .linears import is_linear, linears_in
 from .loading import ToGemm, replace_linears, to_gemm_converter
 from .logs import get_logger
 from .names import Renaming
+from .offload_folder import OffloadFolder
 from .offloading import chosen_offload, is_only_loading, open_workplace, stays_on_disk, take_experts_apart
 from .overrides import check_that_all_match
 from .packed_checkpoint_config import PackedCheckpointConfig
@@ -62,8 +63,6 @@ from .streaming import detach_stored_weights, move_hook
 from .workplace import ToCheckpoint, Workplace
 
 logger = get_logger(__name__)
-
-DeviceMap = dict[str, Any]
 
 
 class AwqOffloadQuantizer(HfQuantizer):
@@ -115,7 +114,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             return device_map  # transformers resolves it for the quantized sizes, then asks validate_environment
         if device_map is not None:
             self._keep_final_device_map(device_map)
-        return {"": "disk" if self.recipe.offload == "disk" else "cpu"}
+        return {"": "disk" if self.recipe.offload == "disk" or self._result_on_disk else "cpu"}
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         """transformers calls this again with the map it resolved from "auto": kept; loading goes to the CPU."""
@@ -123,6 +122,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             return
         if "weights_only" not in kwargs:
             self._keep_final_device_map(device_map)
+            self.offload = chosen_offload(self.recipe, self.files, self._result_on_disk)
             device_map.clear()
             device_map[""] = self.offload
 
@@ -186,16 +186,22 @@ class AwqOffloadQuantizer(HfQuantizer):
         if is_only_loading():
             return model
         weights = detach_stored_weights(model) if self.offload == "disk" else None
-        place = self.prepare(model, weights)
-        with closing(place):
+        offload = offload_folder_of(weights, self.final_device_map)
+        with closing(self.prepare(model, weights, offload=offload)) as place:
             self.quantize(model, place)
-            place.onloader.load_rest()
-        if self.final_device_map is not None:
+            place.onloader.load_rest(stays=lambda name: offload is not None and offload.has(name))
+        if weights is not None and offload is not None:
+            dispatch_with_disk(model, weights, offload)
+        elif self.final_device_map is not None:
             dispatch(model, self.final_device_map)
         return model
 
     def prepare(
-        self, model: PreTrainedModel, weights: StoredWeights | None = None, to_checkpoint: ToCheckpoint | None = None
+        self,
+        model: PreTrainedModel,
+        weights: StoredWeights | None = None,
+        to_checkpoint: ToCheckpoint | None = None,
+        offload: OffloadFolder | None = None,
     ) -> Workplace:
         """Settle which linears of `model` are quantized, and where; see `open_workplace`."""
         self._unfuse_experts(model, all_kinds=True)
@@ -203,7 +209,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         if weights is not None:
             take_experts_apart(weights, model, self.fused)
         files = [Path(file) for file in self.files]
-        return open_workplace(model, self.recipe, self.calibration, weights, to_checkpoint, files)
+        return open_workplace(model, self.recipe, self.calibration, weights, to_checkpoint, files, offload)
 
     def quantize(self, model: PreTrainedModel, place: Workplace, undo: Undo | None = None) -> None:
         """Quantize `model` in place, once prepared, and make its config that of an AWQ checkpoint."""
@@ -316,9 +322,13 @@ class AwqOffloadQuantizer(HfQuantizer):
     def _choose_place(self, device_map: Any, checkpoint_files: Sequence[str] | None) -> None:
         """RAM or disk for the full-precision weights; transformers loads by `device_map`, which is changed in place."""
         self.files = list(checkpoint_files or ())
-        self.offload = chosen_offload(self.recipe, self.files)
+        self.offload = chosen_offload(self.recipe, self.files, self._result_on_disk)
         if isinstance(device_map, dict):
             device_map[""] = self.offload
+
+    @property
+    def _result_on_disk(self) -> bool:
+        return "disk" in (self.final_device_map or {}).values()
 
     # -- which linears -------------------------------------------------------------------------------------------
 
@@ -383,11 +393,6 @@ class AwqOffloadQuantizer(HfQuantizer):
     # -- odds and ends of one run ----------------------------------------------------------------------------------
 
     def _keep_final_device_map(self, device_map: DeviceMap) -> None:
-        if "disk" in device_map.values():
-            raise ConfigError(
-                "device_map places modules on disk; from_pretrained returns the quantized model in memory. Map them "
-                "to 'cpu' or an accelerator, or raise max_memory['cpu']."
-            )
         self.final_device_map = dict(device_map)
 
     def _warn_of_unpackable(self) -> None:
@@ -437,15 +442,6 @@ def _source(model: PreTrainedModel, what: str) -> str:
             "tokenizer=..., or a dataset of token ids or of a processor's outputs."
         )
     return source
-
-
-def dispatch(model: nn.Module, device_map: DeviceMap) -> None:
-    """Put the model where `device_map` says: plainly on one device, by accelerate's hooks on several."""
-    devices = set(device_map.values())
-    if len(devices) == 1:
-        nn.Module.to(model, devices.pop())
-    else:
-        dispatch_model(model, device_map=device_map, skip_keys=model._skip_keys_device_placement)
 
 
 def _list_reasons(left_out: dict[str, str], most: int = 8) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
@@ -25,9 +26,17 @@ class StoredWeights:
     Args:
         index: name in the model -> {"safetensors_file", "weight_name"}, as transformers makes it for accelerate.
         dtypes: name in the model -> the dtype that the model wants it in.
+        folder: the `offload_folder` that the caller gave transformers.
     """
 
-    def __init__(self, index: Mapping[str, Mapping[str, str]], dtypes: Mapping[str, torch.dtype]):
+    def __init__(
+        self,
+        index: Mapping[str, Mapping[str, str]],
+        dtypes: Mapping[str, torch.dtype],
+        folder: str | os.PathLike[str] | None = None,
+    ):
+        self.index = index
+        self.folder = None if folder is None else Path(folder)
         files: dict[str, dict[str, TensorPlace]] = {}
         self.places: dict[str, TensorPlace] = {}
         for name, entry in index.items():

@@ -208,12 +208,12 @@ class Onloader:
             for part, key, parameter in originals:
                 part._parameters[key] = parameter
 
-    def load_rest(self) -> None:
-        """Read everything that is still on the meta device, to stay in RAM."""
+    def load_rest(self, stays: Callable[[str], bool] = lambda name: False) -> None:
+        """Read everything that is still on the meta device, to stay in RAM, but for parameters that `stays` names."""
         if self.weights is None:
             return
         for name, parameter in list(self.model.named_parameters()):
-            if parameter.is_meta:
+            if parameter.is_meta and not stays(name):
                 set_module_tensor_to_device(self.model, name, "cpu", value=self.weights.read(name))
         self.model.tie_weights()  # type: ignore[operator]
 
@@ -289,7 +289,7 @@ def detach_stored_weights(model: PreTrainedModel) -> StoredWeights:
     vars(model).pop("hf_device_map", None)
     _keep_in_fp32(model)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    return StoredWeights(loader.index, dtypes)
+    return StoredWeights(loader.index, dtypes, loader.save_folder)
 
 
 def _keep_in_fp32(model: PreTrainedModel) -> None:

@@ -1,6 +1,6 @@
 """Where a quantization has its layers, its results and its hidden states.
 
-in memory   a finished layer stays in RAM, where the model is returned from
+in memory   a finished layer stays in RAM, where the model is returned from, or goes to the caller's offload_folder
 streamed    a finished layer is committed to the journal and let go of; the journal's files become the checkpoint
 """
 
@@ -18,6 +18,7 @@ from .errors import StorageError
 from .hidden_states import HiddenStates, HiddenWriter
 from .journal import Journal, LayerCommit
 from .layer_quantization import LayerContext, restore_layer
+from .offload_folder import OffloadFolder
 from .report import LayerReport
 from .streaming import Onloader
 
@@ -34,6 +35,7 @@ class Workplace:
         to_checkpoint: streams: what the journal is given are tensors of the checkpoint. None: the model stays in RAM.
         spill_bytes: hidden states of more go to a file.
         scratch: the folder for that file; None takes the system's for temporary files.
+        offload: where layers of the model that is returned stay on the disk.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class Workplace:
         to_checkpoint: ToCheckpoint | None = None,
         spill_bytes: float = float("inf"),
         scratch: Path | None = None,
+        offload: OffloadFolder | None = None,
     ):
         assert journal is not None or to_checkpoint is None
         self.onloader = onloader
         self.journal = journal
         self.to_checkpoint = to_checkpoint
         self.spill_bytes = spill_bytes
+        self.offload = offload
         self._scratch_parent = scratch
         self._scratch: Path | None = None
         self._spills = False
@@ -82,7 +86,11 @@ class Workplace:
                 tensors = self.to_checkpoint(tensors)
             entry = {"layer": asdict(report), "left_out": left_out}
             self.journal.commit(index, name, tensors, batch_tokens, entry, hidden)
-        if self.to_checkpoint is None:
+        if self._stays_on_disk(name):
+            self._put_on_disk(
+                name, {key: value.detach() for key, value in layer.named_parameters(remove_duplicate=False)}
+            )
+        if self.to_checkpoint is None and not self._stays_on_disk(name):
             self.onloader.keep(name)
         else:
             self.onloader.let_go(name)
@@ -95,8 +103,19 @@ class Workplace:
                 restore_layer(context, report, None)
                 continue
             state = {name.removeprefix(f"{commit.name}."): value for name, value in commit.tensors().items()}
-            restore_layer(context, report, state)
-            self.onloader.is_in_ram(commit.name)
+            if self._stays_on_disk(commit.name):
+                restore_layer(context, report, None)
+                self._put_on_disk(commit.name, state)
+            else:
+                restore_layer(context, report, state)
+                self.onloader.is_in_ram(commit.name)
+
+    def _stays_on_disk(self, layer_name: str) -> bool:
+        return self.offload is not None and self.offload.has(layer_name)
+
+    def _put_on_disk(self, layer_name: str, tensors: Mapping[str, Tensor]) -> None:
+        assert self.offload is not None
+        self.offload.put(layer_name, {f"{layer_name}.{name}": value for name, value in tensors.items()})
 
     # -- hidden states ---------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ LEVELS = {
     2: [
         "memory",
         "budget",
+        "offload_folder",
         "stored_weights",
         "streaming",
         "journal",
@@ -40,8 +41,8 @@ LEVELS = {
     ],
     3: ["pipeline"],
     4: [
-        *("offloading", "planning", "streamed", "quantizer", "in_memory", "loading", "saving"),
-        *("registration", "deferred"),
+        *("offloading", "dispatching", "planning", "streamed", "quantizer", "in_memory"),
+        *("loading", "saving", "registration", "deferred"),
         *("evaluate", "demo", "demo.*"),
         *("hub", "model_card", "integrations", "integrations.*", "__init__", "__main__"),
     ],
@@ -160,7 +161,7 @@ def test_the_searches_see_no_module_no_model_and_no_file():
 
 
 def test_accelerate_offloads_only_in_streaming():
-    allowed = {"streaming", "quantizer", "config"}  # the finished model is dispatched; sizes are written as there
+    allowed = {"streaming", "dispatching", "config"}  # the finished model is dispatched; sizes are written as there
     for module, path in MODULES.items():
         if module not in allowed:
             assert "accelerate import" not in path.read_text(encoding="utf-8"), module
