@@ -80,11 +80,13 @@ def test_models_of_all_sizes_have_a_page_that_can_be_read(size, tmp_path):
     path = page(tmp_path, report, PLAN | {"accelerator_peak_bytes": 7 << 30 if experts else 0})
     found = dom(path, tmp_path)
     assert found.text["layers"] == str(layers)
-    assert found.text["linears"] == str(sum(len(group.consumers) for layer in report.layers for group in layer.groups))
+    assert found.text["linears"] == f"{sum(len(group.consumers) for each in report.layers for group in each.groups):,}"
     assert found.tags["details"] == layers
     assert found.text["planned-seconds"] == "3 min"
     assert found.text["peak-bytes"] == ("6.00 GiB" if experts else f"{max(_ram_gib(report)):.2f} GiB")
     assert found.tags["tr"] < 60 + layers * 14, "experts are summed up"
+    named = [cell for cell in found.cells if "mlp.experts.1" in cell]
+    assert max(map(len, named), default=0) < 300, "the most starved are named, the others counted"
     assert path.stat().st_size < 1 << 20
     assert overflow_pixels(path, tmp_path, width=400) == overflow_pixels(path, tmp_path, width=1400) == 0
 
@@ -120,6 +122,13 @@ def test_names_that_are_markup_are_text(tmp_path):
     assert f"because {evil}" in found.cells
     assert "model.layers.0<img src=x onerror=alert(1)>" in found.cells
     assert overflow_pixels(path, tmp_path, width=400) == 0
+
+
+def test_a_run_of_no_layers_has_a_page_too(tmp_path):
+    found = Dom()
+    found.feed(page(tmp_path, QuantizationReport()).read_text(encoding="utf-8"))
+    assert found.text["layers"] == "0"
+    assert "svg" not in found.tags
 
 
 @browser

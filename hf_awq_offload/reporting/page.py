@@ -22,8 +22,10 @@ DARK = {
     "ramp-0": "#1d3347", "ramp-1": "#20415d", "ramp-2": "#245074", "ramp-3": "#2a608c", "ramp-4": "#3372a4",
     "ramp-5": "#4285ba", "ramp-6": "#5b99cd", "ramp-7": "#7bafdd", "ramp-8": "#a0c7eb", "ramp-9": "#cbe2f8",
 }  # fmt: skip
-MOST_EXPERTS_NAMED = 60
-"""Of one layer; report.json has all of them."""
+MOST_EXPERTS_NAMED = 8
+"""Of one layer, those with the fewest tokens; report.json has all of them."""
+LONG_TEXT = 30
+"""Longer texts in tables may break into lines, figures don't."""
 
 STYLE = """
 *{box-sizing:border-box}
@@ -42,10 +44,11 @@ figcaption{font-weight:600;color:var(--ink)}
 .wide{overflow-x:auto}
 .wide svg{display:block;width:100%;min-width:36rem;height:auto}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
-th,td{text-align:right;padding:.2rem .55rem;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{text-align:right;padding:.2rem .55rem;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
 th{color:var(--muted);font-weight:600}
 th:first-child,td:first-child{text-align:left}
-td.text{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.text{text-align:left}
+td.text{min-width:13rem;white-space:normal;overflow-wrap:anywhere}
 details{margin:.2rem 0}
 summary{cursor:pointer;overflow-wrap:anywhere}
 code{font:.92em ui-monospace,monospace;overflow-wrap:anywhere}
@@ -106,12 +109,12 @@ def _figures(document: Mapping[str, Any]) -> str:
     peak = "accelerator_peak_bytes" if summary["accelerator_peak_bytes"] else "ram_peak_bytes"
     entries: list[tuple[str, str, Any, Callable[[Any], str]]] = [
         ("loss-ratio", "loss relative to nearest", summary["loss_ratio"], _percent),
-        ("layers", "decoder layers", summary["layers"], str),
-        ("linears", "quantized linears", summary["linears"], str),
-        ("left-out", "left in full precision", summary["left_out"], str),
+        ("layers", "decoder layers", summary["layers"], "{:,}".format),
+        ("linears", "quantized linears", summary["linears"], "{:,}".format),
+        ("left-out", "left in full precision", summary["left_out"], "{:,}".format),
         ("identity-share", "groups without a scale", summary["identity_share"], _percent),
         ("clip-ratio-mean", "mean clipping ratio", summary["clip_ratio_mean"], "{:.3f}".format),
-        ("starved-experts", "starved experts", summary["starved_experts"], str),
+        ("starved-experts", "starved experts", summary["starved_experts"], "{:,}".format),
         ("calibration-tokens", "calibration tokens", summary["calibration_tokens"], "{:,}".format),
         ("seconds", "time in layers", summary["seconds"], _duration),
         ("planned-seconds", "time planned", plan.get("seconds"), _duration),
@@ -223,14 +226,15 @@ def _settings(document: Mapping[str, Any]) -> str:
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Long texts may break into lines, figures don't."""
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    rows = list(rows)
+    columns = zip(titles, *rows, strict=True)
+    kinds = [' class="text"' if max(map(len, column)) > LONG_TEXT else "" for column in columns]
+    head = "".join(f"<th{kind}>{escape(title)}</th>" for kind, title in zip(kinds, titles, strict=True))
+    body = "".join(
+        f"<tr>{''.join(f'<td{kind}>{escape(text)}</td>' for kind, text in zip(kinds, row, strict=True))}</tr>"
+        for row in rows
+    )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _cell(text: str) -> str:
-    return f'<td class="text">{escape(text)}</td>' if len(text) > 30 else f"<td>{escape(text)}</td>"
 
 
 def _peak(memory: MemoryUse | None) -> str:
