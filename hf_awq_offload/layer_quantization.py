@@ -103,9 +103,9 @@ def quantize_with_statistics(
         inputs = _by_input(names, statistics)
         for sharing in inputs:
             own = statistics.of_linear(group, sharing[0])
-            loss_nearest += _identity_loss(context, sharing, own) if len(inputs) > 1 else search.identity_loss
-            scale = channel_scales.get(sharing[0])
             here = own.to(device)
+            loss_nearest += _identity_loss(context, sharing, here) if len(inputs) > 1 else search.identity_loss
+            scale = channel_scales.get(sharing[0])
             gram = here.gram if scale is None else here.divided(scale).gram
             data = RoundingData(
                 gram=gram,

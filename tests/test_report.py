@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import save_model, tiny_gemma2, tiny_gpt_oss, tiny_llama, tiny_mixtral, token_recipe
 
-from hf_awq_offload import quantize, quantize_model
+from hf_awq_offload import layer_quantization, quantize, quantize_model
 from hf_awq_offload.grid import Grid, group_range
 from hf_awq_offload.journal import Journal
 from hf_awq_offload.layer_quantization import NO_BETTER, NO_DATA, NO_PRODUCER, NOT_STORABLE, SEARCH_OFF
@@ -18,6 +18,7 @@ from hf_awq_offload.memory import MemoryWatch
 from hf_awq_offload.report import GroupReport, LayerReport, MemoryUse, QuantizationReport
 from hf_awq_offload.search.clip import STEP, STEPS, clipped_range, search_clip
 from hf_awq_offload.search.rounding import feedback_order, round_weight
+from hf_awq_offload.statistics import InputStatistics
 
 CPU = torch.device("cpu")
 
@@ -72,6 +73,26 @@ def test_where_nothing_is_searched_all_losses_are_that_of_the_nearest(build):
             assert other.loss_nearest == pytest.approx(group.loss_nearest, rel=1e-4)
             assert group.clip_counts == ()
             assert group.loss < group.loss_nearest
+
+
+def test_losses_are_counted_where_the_weights_are(monkeypatch):
+    """Statistics may be in RAM while a layer is on the accelerator."""
+    moved, used = [], []
+    to, own = InputStatistics.to, layer_quantization._identity_loss
+
+    def moving(self, device):
+        moved.append(replace(to(self, device)))
+        return moved[-1]
+
+    def watched(context, names, statistics):
+        used.append(statistics)
+        return own(context, names, statistics)
+
+    monkeypatch.setattr(InputStatistics, "to", moving)
+    monkeypatch.setattr(layer_quantization, "_identity_loss", watched)
+    report_of(tiny_mixtral())
+    assert len(used) == 2 * 3
+    assert all(any(each is other for other in moved) for each in used)
 
 
 def test_why_a_group_has_no_scale(monkeypatch):
