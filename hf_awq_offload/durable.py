@@ -45,6 +45,25 @@ def flush_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def locked(path: Path) -> Any:
+    """An open file that this process alone has locked until it is closed; None on systems without such locks.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    opened = path.open("w")
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        opened.close()
+        raise
+    return opened
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex digits."""
     digest: Any = hashlib.sha256()

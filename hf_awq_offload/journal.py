@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .durable import PARTIAL_SUFFIX, file_digest, flush_directory, replacing
+from .durable import PARTIAL_SUFFIX, file_digest, flush_directory, locked, replacing
 from .errors import JournalError, StorageError
 from .hidden_states import HiddenStates, HiddenWriter
 from .logs import get_logger
@@ -232,14 +232,8 @@ class Journal:
 
     def _take_lock(self) -> None:
         try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        self._lock = (self.directory / LOCK_NAME).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = locked(self.directory / LOCK_NAME)
         except BlockingIOError as error:
-            self.close()
             raise JournalError(
                 f"checkpoint_dir {self.directory} is in use by another process; wait for it, or name another folder."
             ) from error

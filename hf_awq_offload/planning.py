@@ -136,11 +136,16 @@ def estimate(model: PreTrainedModel) -> Plan:
 
 
 def require_fit(wanted: Plan, recipe: AwqOffloadConfig, folder: Path) -> None:
-    """MemoryLimitError unless there is room for `wanted`; `folder` is on the disk that is written to."""
+    """MemoryLimitError unless there is room for `wanted`; `folder` is on the disk that is written to.
+
+    What a journal holds already is not needed again.
+    """
+    journal = Path(recipe.checkpoint_dir) if recipe.checkpoint_dir is not None else folder / "none"
+    there_bytes = sum(path.stat().st_size for path in journal.glob("*")) if journal.is_dir() else 0
     device = torch.device(wanted.device)
     checks = [
         ("RAM", wanted.ram_peak_bytes, free_ram_bytes(recipe), "'cpu'"),
-        ("disk space", wanted.disk_bytes, shutil.disk_usage(folder).free, None),
+        ("disk space", wanted.disk_bytes - there_bytes, shutil.disk_usage(folder).free, None),
     ]
     if device.type != "cpu":
         limit = recipe.memory_limit_bytes(device)

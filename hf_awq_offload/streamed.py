@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .config import AwqOffloadConfig
 from .durable import flush_directory
@@ -34,14 +32,13 @@ from .report import QuantizationReport
 from .safetensors_files import TensorPlace, tensor_places, write_shards
 from .stored_weights import StoredWeights
 from .streaming import detach_stored_weights
+from .work_folder import REPLACED_NAME, work_folder
 from .workplace import ToCheckpoint
 
 logger = get_logger(__name__)
 
 MAX_SHARD_SIZE = "50GB"
 """As in `save_pretrained`."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""A folder without any has no tokenizer; transformers would make one up."""
 LARGE_BYTES = 1 << 23
 """Larger tensors outside the decoder layers are handled one by one."""
 
@@ -65,7 +62,8 @@ def quantize(
 
     In memory at any time: embeddings while the first layer's inputs are made; after that one decoder layer, the
     next one where it is read ahead, statistics, one micro-batch; the hidden states between two layers are on disk.
-    What is written is what `from_pretrained` and `save_pretrained` would write, with the tokenizer and a model card.
+    What is written is what `from_pretrained` and `save_pretrained` would write, with the tokenizer or processor and the
+    model card.
 
     Args:
         src: name or folder of a full-precision checkpoint in safetensors files.
@@ -94,8 +92,8 @@ def quantize(
     """
     recipe = streamed_recipe(config, checkpoint_dir=checkpoint_dir, max_memory=max_memory, prefetch=prefetch)
     target = Path(out_dir).absolute()
-    _refuse_existing(target, overwrite)
-    with _work_folder(target) as work:
+    with work_folder(target) as work:
+        _refuse_existing(target, overwrite)
         keeps_journal = recipe.checkpoint_dir is not None
         recipe.checkpoint_dir = recipe.checkpoint_dir or work / "journal"
         model = load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)
@@ -113,9 +111,7 @@ def quantize(
         try:
             quantizer.quantize(model, place=place)
             assembled = work / "checkpoint"
-            _assemble(assembled, model, place.journal, weights, to_checkpoint, max_shard_size)
-            _save_tokenizer(src, assembled, kwargs)
-            complete(model, assembled)
+            _assemble(assembled, model, place.journal, weights, to_checkpoint, max_shard_size, target.name)
             _move(assembled, target, work)
         except KeyboardInterrupt:
             if keeps_journal:
@@ -142,21 +138,6 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         )
 
 
-@contextmanager
-def _work_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, on the same file system, that is gone afterwards."""
-    work = target.with_name(f".{target.name}.work")
-    try:
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise StorageError(f"{work} can't be made: {error}. Correct the folder's permissions.") from error
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def _assemble(
     directory: Path,
     model: PreTrainedModel,
@@ -164,6 +145,7 @@ def _assemble(
     weights: StoredWeights,
     to_checkpoint: ToCheckpoint,
     max_shard_size: int | str,
+    name: str,  # of the checkpoint, for its card
 ) -> None:
     """The checkpoint's tensors from the journal and the source, and what `save_pretrained` writes beside them."""
     try:
@@ -181,6 +163,7 @@ def _assemble(
         buffers = {name for name, _ in model.named_buffers()}
         total_parameters = sum(math.prod(place.shape) for name, place in places.items() if name not in buffers)
         write_shards(directory, places, max_shard_size, total_parameters)
+        complete(model, directory, repo_id=f"your-name/{name}")
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"The checkpoint can't be written: {error}. All layers are quantized: make room, and repeat the call."
@@ -191,7 +174,7 @@ def _save_what_is_no_tensor(directory: Path, model: PreTrainedModel) -> None:
     """config.json and the like, by `save_pretrained`; it would take away shards that are there already."""
     quantizer = model.__dict__.pop("hf_quantizer")  # it would have all of the model's tensors saved
     try:
-        model.save_pretrained(directory, state_dict={})
+        type(model).save_pretrained(model, directory, state_dict={})  # ours would complete the folder, too early
     finally:
         cast(Any, model).hf_quantizer = quantizer
 
@@ -233,21 +216,11 @@ def _value(model: PreTrainedModel, weights: StoredWeights, name: str) -> Tensor:
     return weights.read(name) if value.is_meta else value.detach()
 
 
-def _save_tokenizer(src: str | os.PathLike[str], directory: Path, kwargs: Mapping[str, Any]) -> None:
-    if Path(src).is_dir() and not any((Path(src) / name).exists() for name in TOKENIZER_FILES):
-        logger.warning("%s has no tokenizer, and so has the new checkpoint none.", src)
-        return
-    try:
-        AutoTokenizer.from_pretrained(src, **kwargs).save_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning("The tokenizer of %s is not in the new checkpoint: it can't be loaded (%s).", src, error)
-
-
 def _move(assembled: Path, target: Path, work: Path) -> None:
     """Give the finished checkpoint its name; what is there is moved aside first, and gone only after that."""
     try:
         if target.is_dir():
-            os.replace(target, work / "replaced")
+            os.replace(target, work / REPLACED_NAME)
         os.replace(assembled, target)
         flush_directory(target.parent)
     except OSError as error:

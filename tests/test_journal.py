@@ -210,14 +210,14 @@ def test_smaller_batches_after_running_out_of_memory_are_remembered(llama, tmp_p
     """Stopped and gone on with, a run that halved its micro-batches ends as it does undisturbed."""
     limited = small_memory(monkeypatch, most_tokens=45)
     recipe = token_recipe(batch_tokens=120)
-    quantize(llama, tmp_path / "reference", recipe)
+    quantize(llama, tmp_path / "reference" / "out", recipe)
     with monkeypatch.context() as patched:
         stop_after(patched, 3)
         with pytest.raises(Stopped):
             quantize(llama, tmp_path / "out", recipe, checkpoint_dir=tmp_path / "journal")
     limited.clear()
     quantize(llama, tmp_path / "out", recipe, checkpoint_dir=tmp_path / "journal")
-    assert digests(tmp_path / "out") == digests(tmp_path / "reference")
+    assert digests(tmp_path / "out") == digests(tmp_path / "reference" / "out")
     assert max(limited) <= 45, "the size that did not fit was not tried again"
 
 
@@ -305,8 +305,8 @@ def test_killed_inside_a_commit_a_run_goes_on_to_the_same_bits(llama, expected, 
     recipe = {
         name: fields(name) for name in ("dataset", "n_samples", "max_seq_len", "batch_tokens", "group_size", "n_grid")
     }
-    steps = steps_of(Run(llama, tmp_path / "counted", tmp_path / "counted-journal", recipe))
-    assert digests(tmp_path / "counted") == expected
+    steps = steps_of(Run(llama, tmp_path / "counted" / "out", tmp_path / "counted-journal", recipe))
+    assert digests(tmp_path / "counted" / "out") == expected
     for step in commit_and_end(steps, layer=1)[::7]:
         run = Run(llama, tmp_path / "out", tmp_path / "journal", recipe)
         finished, _ = run_to_the_end(run, kill_at_step=step)

@@ -21,7 +21,7 @@ LEVELS = {
         *("search", "search.*", "statistics"),
         *("linear", "quantized_linear", "packed_linear", "linear_classes", "weight_view"),
         *("checkpoint", "data", "data_*"),
-        *("safetensors_files", "durable", "hidden_states"),
+        *("safetensors_files", "durable", "work_folder", "hidden_states"),
         *("layers", "linears", "names", "inputs", "skeleton", "halted", "decoder", "feeds"),
         *("folds", "probing", "rowmaps", "experts", "gathering"),
     ],

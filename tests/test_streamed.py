@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_awq_offload import AwqLinear, ConfigError, MemoryLimitError, NumericalError, quantize, streamed, workplace
+from hf_awq_offload.work_folder import work_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 
@@ -147,6 +148,42 @@ def test_a_folder_that_is_there_is_refused_or_replaced(llama, quantized, tmp_pat
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
     quantize(llama, target, token_recipe(), overwrite=True)
     assert_same_files(target, quantized)
+
+
+def killed_run(target: Path) -> Path:
+    """The folder of a run that is no more."""
+    work = target.with_name(f".{target.name}.work")
+    (work / "checkpoint").mkdir(parents=True)
+    (work / "rest-00000.safetensors").write_bytes(b"half")
+    (work / "lock").write_text("")
+    return work
+
+
+def test_what_a_killed_run_left_is_removed(llama, quantized, tmp_path):
+    killed_run(tmp_path / "out")
+    quantize(llama, tmp_path / "out", token_recipe())
+    assert_same_files(tmp_path / "out", quantized)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_to_be_replaced_survives_a_kill_before_its_successor_took_its_place(llama, quantized, tmp_path):
+    replaced = killed_run(tmp_path / "out") / "replaced"
+    replaced.mkdir()
+    (replaced / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        quantize(llama, tmp_path / "out", token_recipe())
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+    quantize(llama, tmp_path / "out", token_recipe(), overwrite=True)
+    assert_same_files(tmp_path / "out", quantized)
+
+
+def test_two_runs_do_not_write_to_one_place(llama, tmp_path):
+    with work_folder(tmp_path / "out") as work:
+        (work / "half").write_text("half")
+        with pytest.raises(ConfigError, match="Another process is quantizing to"):
+            quantize(llama, tmp_path / "out", token_recipe())
+        assert (work / "half").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_fails_leaves_nothing(tmp_path):

@@ -120,8 +120,8 @@ def test_in_memory_it_goes_on_too(source, tmp_path, monkeypatch):
 
 
 def test_killed_inside_a_commit_it_goes_on_to_the_same_bits(source, expected, tmp_path):
-    steps = steps_of(Run(source, tmp_path / "counted", tmp_path / "counted-journal", RECIPE))
-    assert digests(tmp_path / "counted") == expected
+    steps = steps_of(Run(source, tmp_path / "counted" / "out", tmp_path / "counted-journal", RECIPE))
+    assert digests(tmp_path / "counted" / "out") == expected
     for step in commit_and_end(steps, layer=1)[::6]:
         run = Run(source, tmp_path / "out", tmp_path / "journal", RECIPE)
         finished, _ = run_to_the_end(run, kill_at_step=step)

@@ -26,7 +26,7 @@ def experiment(folder: Path, seed: int, moments: int) -> tuple[list[str], int]:
     source = save_model(tiny_llama(num_hidden_layers=5), folder / "source")
     recipe = {name: getattr(token_recipe(), name) for name in ("dataset", "n_samples", "max_seq_len", "batch_tokens")}
     recipe |= {"group_size": 32, "n_grid": 3}
-    reference = Run(source, folder / "reference", folder / "reference-journal", recipe)
+    reference = Run(source, folder / "reference" / "out", folder / "reference-journal", recipe)
     run_to_the_end(reference)
     expected = digests(reference.target)
     _, seconds = run_to_the_end(Run(source, folder / "timed", folder / "timed-journal", recipe))  # modules are loaded
