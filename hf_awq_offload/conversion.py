@@ -37,7 +37,7 @@ def to_pack_quantized(
         )
     return PackQuantizedWeight(
         pack_stream(codes, BITS),
-        _exact(packed.scales.t().contiguous(), scale_dtype),
+        exact(packed.scales.t().contiguous(), scale_dtype),
         pack_stream(zeros.t(), BITS).t().contiguous() if zero_point else None,
         torch.tensor(codes.shape, dtype=torch.int64, device=codes.device),
     )
@@ -61,11 +61,11 @@ def to_awq(
     zeros = unpack_zeros(packed.weight_zero_point, out_features, BITS)
     if zeros is None:
         zeros = torch.full_like(packed.weight_scale, SYMMETRIC_ZERO, dtype=torch.uint8)
-    scales = _exact(packed.weight_scale.t().contiguous(), SCALE_DTYPE)
+    scales = exact(packed.weight_scale.t().contiguous(), SCALE_DTYPE)
     return PackedWeight(pack_columns(codes.t()), pack_columns(zeros.t()), scales)
 
 
-def _exact(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def exact(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`scales` in `dtype`; CheckpointError if that changes one."""
     converted = scales.to(dtype)
     changed = int((converted.to(scales.dtype) != scales).sum())

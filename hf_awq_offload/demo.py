@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         run(options.out or Path(scratch) / "tiny-llama-awq", Path(scratch) / "tiny-llama-rtn")
 
 
-def run(awq_folder: Path, nearest_folder: Path) -> list[Row]:
+def run(awq_folder: Path, nearest_folder: Path, with_speed: bool = True) -> list[Row]:
     """Print the demo; checkpoints are written to the two folders. Returns the table's rows."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED_MODEL)
     original = load_for_evaluation(SHIPPED_MODEL)
@@ -82,7 +82,8 @@ def run(awq_folder: Path, nearest_folder: Path) -> list[Row]:
     peak_mib = peak_memory_bytes(default_execution_device()) / 2**20
     print(f"\nHeld-out tokens: {rows[0].evaluation.tokens}. Peak memory of this demo: {peak_mib:.0f} MiB.")
     print(f"\n{PROMPT!r} goes on, quantized and loaded again from {awq_folder}:\n  {generate(reloaded, tokenizer)}")
-    print(f"\n{speed()}")
+    if with_speed:
+        print(f"\n{speed()}")
     return rows
 
 

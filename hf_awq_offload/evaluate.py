@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ class Evaluation:
     kl_nats: float | None  # KL(reference ‖ model), None without a reference
     top1_agreement: float | None  # share of tokens where both models predict the same one, None without a reference
     tokens: int  # predicted tokens
+    reference_perplexity: float | None = None  # of the reference on the same tokens
+
+
+class Window(NamedTuple):
+    """A stretch of text, of which a model predicts the last tokens."""
+
+    token_ids: Tensor  # (1, tokens) int64
+    predicted: int  # how many of the last tokens count; those before them are context
 
 
 def token_windows(
@@ -37,45 +45,85 @@ def token_windows(
     return windows if count is None else windows[:count]
 
 
+def sliding_windows(
+    token_ids: Tensor,  # (tokens,) int64
+    window_tokens: int,
+    stride_tokens: int,
+) -> list[Window]:
+    """Windows that begin every `stride_tokens`; each token of the text but the first is predicted exactly once.
+
+    A token is predicted from at least `window_tokens - stride_tokens` tokens before it, where the text has them. With
+    a stride of the whole window, the first token of each is context only, and is predicted by none.
+
+    Raises:
+        ValueError: the text has fewer than two tokens, or the stride is not between 1 and the window.
+    """
+    if not 1 <= stride_tokens <= window_tokens or window_tokens < 2:
+        raise ValueError(
+            f"The stride is {stride_tokens} and the window {window_tokens} tokens; expected a window of at least 2 and "
+            "a stride from 1 to the window."
+        )
+    if len(token_ids) < 2:
+        raise ValueError(f"The text has {len(token_ids)} tokens; expected at least two. Give a longer text.")
+    windows, done = [], 1  # tokens that are predicted, or can't be
+    for start in range(0, len(token_ids), stride_tokens):
+        end = min(start + window_tokens, len(token_ids))
+        predicted = min(end - done, end - start - 1)
+        if predicted:
+            windows.append(Window(token_ids[start:end].unsqueeze(0), predicted))
+        done = end
+        if end == len(token_ids):
+            break
+    return windows
+
+
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
-    windows: Sequence[Tensor],  # each (batch, tokens) int64
+    windows: Sequence[Tensor | Window],  # tensors (batch, tokens) int64: all but the first token is predicted
     reference: PreTrainedModel | None = None,
 ) -> Evaluation:
     """Compare `model` on `windows` with the text itself and, where given, with `reference`.
 
-    Both models predict every token of a window but its first. Log-probabilities are taken in fp32.
+    Log-probabilities are taken in fp32.
 
     Raises:
         ValueError: there is no window, or one of less than two tokens.
     """
-    if not windows or any(window.shape[1] < 2 for window in windows):
+    stretches = [each if isinstance(each, Window) else Window(each, each.shape[1] - 1) for each in windows]
+    if not stretches or any(stretch.token_ids.shape[1] < 2 for stretch in stretches):
         raise ValueError("Expected at least one window of at least two tokens; give a longer text.")
-    nll_nats, kl_nats, agreed, tokens = 0.0, 0.0, 0, 0
+    nll_nats, reference_nll_nats, kl_nats, agreed, tokens = 0.0, 0.0, 0.0, 0, 0
     with calibration_mode(model):
-        for window in windows:
-            log_p = _log_probabilities(model, window)
-            targets = window[:, 1:].flatten()
-            nll_nats += float(F.nll_loss(log_p, targets.to(log_p.device), reduction="sum"))
+        for stretch in stretches:
+            log_p = _log_probabilities(model, stretch)
+            targets = stretch.token_ids[:, -stretch.predicted :].flatten().to(log_p.device)
+            nll_nats += float(F.nll_loss(log_p, targets, reduction="sum"))
             tokens += targets.numel()
             if reference is not None:
                 with calibration_mode(reference):
-                    reference_log_p = _log_probabilities(reference, window).to(log_p.device)
+                    reference_log_p = _log_probabilities(reference, stretch).to(log_p.device)
+                reference_nll_nats += float(F.nll_loss(reference_log_p, targets, reduction="sum"))
                 kl_nats += float(F.kl_div(log_p, reference_log_p, reduction="sum", log_target=True))
                 agreed += int((log_p.argmax(-1) == reference_log_p.argmax(-1)).sum())
     return Evaluation(
-        perplexity=math.exp(nll_nats / tokens),
+        perplexity=_exp(nll_nats / tokens),
         kl_nats=None if reference is None else kl_nats / tokens,
         top1_agreement=None if reference is None else agreed / tokens,
         tokens=tokens,
+        reference_perplexity=None if reference is None else _exp(reference_nll_nats / tokens),
     )
 
 
-def _log_probabilities(model: PreTrainedModel, window: Tensor) -> Tensor:
-    """Log-probabilities of the next token at every position but the last, (batch * (tokens - 1), vocabulary) fp32."""
-    logits = model(input_ids=window.to(model.device), use_cache=False).logits
-    return logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
+def _log_probabilities(model: PreTrainedModel, stretch: Window) -> Tensor:
+    """Log-probabilities of the tokens that count, (batch * predicted, vocabulary) fp32."""
+    logits = model(input_ids=stretch.token_ids.to(model.device), use_cache=False).logits
+    return logits[:, -stretch.predicted - 1 : -1].flatten(0, 1).float().log_softmax(-1)
+
+
+def _exp(nats: float) -> float:
+    """Infinite where a float is too small; a broken model gets there."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def decoding_tokens_per_second(model: PreTrainedModel, new_tokens: int, runs: int = 3) -> float:

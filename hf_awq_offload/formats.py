@@ -1,4 +1,4 @@
-"""Layouts of AWQ checkpoints other than GEMM, converted to GEMM. Pure functions.
+"""Layouts of AWQ checkpoints other than GEMM, converted to GEMM, and one of them back. Pure functions.
 
     gemm       qweight (in, out / 8) int32      qzeros (n, out / 8) int32    scales (n, out)       packing.py
     gemv       qweight (out, in / 8) int32      qzeros (out, p / 8) int32    scales (out, p)
@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .packing import BITS, COLUMNS_PER_WORD, PackedWeight, pack_columns
+from .errors import CheckpointError
+from .packing import BITS, COLUMNS_PER_WORD, PackedWeight, pack_columns, unpack_columns
 
 VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 
@@ -95,6 +96,40 @@ def _from_gemv_fast(stored: PackedWeight, n: int) -> PackedWeight:
     return PackedWeight(pack_columns(_unpack_fast(stored.qweight).t()), pack_columns(zeros), scales)
 
 
+def to_gemv(
+    packed: PackedWeight,  # in the GEMM layout
+) -> PackedWeight:
+    """The same weight in the GEMV layout, with the padding that AutoAWQ's kernel reads.
+
+    Raises:
+        CheckpointError: AutoAWQ has no padding for the group size.
+    """
+    in_features, n = packed.qweight.shape[0], packed.qzeros.shape[0]
+    padded = COLUMNS_PER_WORD * gemv_words(in_features, in_features // n)
+    zeros = unpack_columns(packed.qzeros).t()  # (out, n)
+    padding = (0, padded - n)
+    return PackedWeight(
+        _pack_ascending(unpack_columns(packed.qweight).t()),
+        _pack_ascending(torch.nn.functional.pad(zeros, padding)),
+        torch.nn.functional.pad(packed.scales.t(), padding).contiguous(),
+    )
+
+
+def gemv_words(
+    in_features: int,
+    group_size: int,  # resolved
+) -> int:
+    """Words in a row of GEMV's `qzeros` (AutoAWQ 0.2.9 `calculate_zeros_width`)."""
+    multiple = {64: 2, 32: 4}.get(group_size, 1)
+    if group_size not in (32, 64) and group_size < 128:
+        raise CheckpointError(
+            f"The group size is {group_size}; AutoAWQ's GEMV layout has 32, 64, and 128 or more. Convert to "
+            "compressed-tensors, or leave it in GEMM."
+        )
+    words = -(-(in_features // group_size) // COLUMNS_PER_WORD)
+    return -(-words // multiple) * multiple
+
+
 _CONVERSIONS: dict[str, Callable[[PackedWeight, int], PackedWeight]] = {
     "gemm": lambda stored, n: stored,
     "gemv": _from_gemv,
@@ -109,6 +144,17 @@ def _unpack_ascending(
     """(rows, columns) uint8: column 8c + i is in bits 4i … 4i + 3 of word c."""
     shifts = torch.arange(COLUMNS_PER_WORD, dtype=torch.int32, device=words.device) * BITS
     return ((words.unsqueeze(-1) >> shifts) & 0xF).to(torch.uint8).flatten(-2)
+
+
+def _pack_ascending(
+    codes: Tensor,  # (rows, columns) uint8, columns % 8 == 0
+) -> Tensor:
+    """Inverse of `_unpack_ascending`, (rows, columns / 8) int32, contiguous."""
+    values = codes.to(torch.int32).unflatten(-1, (-1, COLUMNS_PER_WORD))
+    words = torch.zeros(values.shape[:-1], dtype=torch.int32, device=codes.device)
+    for position in range(COLUMNS_PER_WORD):
+        words |= values[..., position] << (BITS * position)
+    return words
 
 
 def _unpack_fast(

@@ -216,13 +216,9 @@ class Journal:
 
     def remove(self) -> None:
         """Take the journal's own files away, and the folder if nothing else is in it. The journal's end."""
-        for pattern in ("layer-*.json", "layer-*.safetensors", "hidden-*.bin", f"*{PARTIAL_SUFFIX}", HEADER_NAME):
-            for path in self.directory.glob(pattern):
-                path.unlink(missing_ok=True)
+        _remove_files(self.directory)
         self.close()
-        (self.directory / LOCK_NAME).unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: the rest is not ours
-            self.directory.rmdir()
+        _remove_folder(self.directory)
 
     def close(self) -> None:
         """Let another run have the folder."""
@@ -237,6 +233,31 @@ class Journal:
             raise JournalError(
                 f"checkpoint_dir {self.directory} is in use by another process; wait for it, or name another folder."
             ) from error
+
+
+def committed_layers(directory: str | os.PathLike[str]) -> int | None:
+    """How many decoder layers the journal in a folder holds; None where there is no journal. Nothing is checked."""
+    folder = Path(directory)
+    return len(list(folder.glob("layer-*.json"))) if (folder / HEADER_NAME).exists() else None
+
+
+def discard_if_empty(directory: str | os.PathLike[str]) -> None:
+    """Remove a journal without a committed layer, which no run can go on from. The run that made it must be over."""
+    if committed_layers(directory) == 0:
+        _remove_files(Path(directory))
+        _remove_folder(Path(directory))
+
+
+def _remove_files(directory: Path) -> None:
+    for pattern in ("layer-*.json", "layer-*.safetensors", "hidden-*.bin", f"*{PARTIAL_SUFFIX}", HEADER_NAME):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def _remove_folder(directory: Path) -> None:
+    (directory / LOCK_NAME).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty: the rest is not ours
+        directory.rmdir()
 
 
 def _hidden_name(index: int) -> str:

@@ -10,10 +10,12 @@ it holds the interpreter's lock while it copies, so that reading ahead in a thre
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -137,35 +139,65 @@ def write_shards(
 
 def _join(target: Path, places: Mapping[str, TensorPlace]) -> None:
     """One file; tensors in the order of the library: wide dtypes first, so that all are aligned, then by name."""
+    with writing(target, {name: (place.dtype, place.shape) for name, place in places.items()}) as file:
+        for name in file.names:
+            file.copy(name, places[name])
 
-    def order(name: str) -> tuple[int, str]:
-        return WIDEST_FIRST.index(places[name].dtype), name
 
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    names: Sequence[str] = sorted(places, key=order)
-    for name in names:
-        place = places[name]
-        size = place.end - place.start
-        header[name] = {"dtype": place.dtype, "shape": place.shape, "data_offsets": [position, position + size]}
-        position += size
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with target.open("wb") as out:
-        out.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in names:
-            place = places[name]
-            with place.file.open("rb") as source:
-                source.seek(place.start)
-                left = place.end - place.start
-                while left:
-                    block = source.read(min(left, COPY_BYTES))
-                    if not block:
-                        raise CheckpointError(f"{place.file} ends within {name}; it was changed meanwhile.")
-                    out.write(block)
-                    left -= len(block)
-        out.flush()
-        os.fsync(out.fileno())
+class TensorFile:
+    """A safetensors file whose header is written, and whose tensors are put in their places one by one."""
+
+    def __init__(self, opened: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
+        def order(name: str) -> tuple[int, str]:
+            return WIDEST_FIRST.index(tensors[name][0]), name
+
+        self.names: Sequence[str] = sorted(tensors, key=order)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name in self.names:
+            dtype, shape = tensors[name]
+            size = math.prod(shape) * ALL_DTYPES[dtype].itemsize
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
+            position += size
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        opened.write(len(encoded).to_bytes(8, "little") + encoded)
+        first = 8 + len(encoded)
+        self._opened = opened
+        self._ranges = {name: tuple(first + at for at in header[name]["data_offsets"]) for name in self.names}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """A tensor of the dtype and shape that were announced."""
+        start, end = self._ranges[name]
+        data = bytes_of(tensor.contiguous())
+        assert len(data) == end - start, name
+        self._opened.seek(start)
+        self._opened.write(data)
+
+    def copy(self, name: str, place: TensorPlace) -> None:
+        """A tensor of another file, byte by byte."""
+        self._opened.seek(self._ranges[name][0])
+        with place.file.open("rb") as source:
+            source.seek(place.start)
+            left = place.end - place.start
+            while left:
+                block = source.read(min(left, COPY_BYTES))
+                if not block:
+                    raise CheckpointError(f"{place.file} ends within {name}; it was changed meanwhile.")
+                self._opened.write(block)
+                left -= len(block)
+
+
+@contextmanager
+def writing(
+    target: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],  # name -> dtype as the format spells it, shape
+) -> Iterator[TensorFile]:
+    """Write a file of these tensors, all of them written or copied inside; flushed to the disk at the end."""
+    with target.open("wb") as opened:
+        yield TensorFile(opened, tensors)
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

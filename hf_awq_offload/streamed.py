@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .config import AwqOffloadConfig
-from .durable import flush_directory
 from .errors import ConfigError, StorageError
 from .hub import complete
 from .journal import Journal
@@ -32,7 +33,7 @@ from .report import QuantizationReport
 from .safetensors_files import TensorPlace, tensor_places, write_shards
 from .stored_weights import StoredWeights
 from .streaming import detach_stored_weights
-from .work_folder import REPLACED_NAME, work_folder
+from .work_folder import move_into_place, refuse_existing, work_folder
 from .workplace import ToCheckpoint
 
 logger = get_logger(__name__)
@@ -54,6 +55,7 @@ def quantize(
     probe: bool = False,
     overwrite: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    repo_id: str | None = None,
     model_class: Any = AutoModelForCausalLM,
     dtype: Any = "auto",
     **kwargs: Any,
@@ -76,6 +78,7 @@ def quantize(
         probe: predict the time, too, and the memory as measured, by quantizing two layers beforehand, see `plan`.
         overwrite: put the result in the place of a folder that exists. By default that is refused.
         max_shard_size: of the safetensors files.
+        repo_id: where the checkpoint will be on the hub, for the snippets in its card.
         model_class: the Auto class that knows the model.
         dtype: of the model; "auto" is the checkpoint's.
         kwargs: passed to `from_pretrained` (revision, token, trust_remote_code, …).
@@ -91,9 +94,10 @@ def quantize(
         AwqOffloadError: the model can't be quantized, or the data can't be used.
     """
     recipe = streamed_recipe(config, checkpoint_dir=checkpoint_dir, max_memory=max_memory, prefetch=prefetch)
+    _require_size(max_shard_size)
     target = Path(out_dir).absolute()
     with work_folder(target) as work:
-        _refuse_existing(target, overwrite)
+        refuse_existing(target, overwrite)
         keeps_journal = recipe.checkpoint_dir is not None
         recipe.checkpoint_dir = recipe.checkpoint_dir or work / "journal"
         model = load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)
@@ -103,6 +107,7 @@ def quantize(
         if probe and not (Path(recipe.checkpoint_dir) / "journal.json").exists():
             planned = plan(src, recipe, model_class=model_class, dtype=dtype, **kwargs)
         quantizer.planned = planned
+        repo_id = repo_id or f"your-name/{target.name}"
         announce(f"Planned: {planned}.")
         weights = detach_stored_weights(model)
         to_checkpoint = to_checkpoint_names(model)
@@ -111,16 +116,15 @@ def quantize(
         try:
             quantizer.quantize(model, place=place)
             assembled = work / "checkpoint"
-            _assemble(assembled, model, place.journal, weights, to_checkpoint, max_shard_size, target.name)
-            _move(assembled, target, work)
-        except KeyboardInterrupt:
-            if keeps_journal:
-                logger.warning(
-                    "Interrupted with %d layers finished. They are kept in %s: the same call goes on from there.",
-                    len(place.commits),
-                    place.journal.directory,
-                )
-            raise
+            _assemble(assembled, model, place.journal, weights, to_checkpoint, max_shard_size, repo_id)
+            move_into_place(assembled, target, work)
+        except KeyboardInterrupt as interrupt:
+            if not keeps_journal:
+                raise
+            raise KeyboardInterrupt(
+                f"Interrupted with {len(place.commits)} layers finished. They are kept in {place.journal.directory}: "
+                "the same call goes on from there."
+            ) from interrupt
         finally:
             place.close()
         place.journal.remove()
@@ -128,14 +132,15 @@ def quantize(
         return quantizer.report
 
 
-def _refuse_existing(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"out_dir {target} is a file; name a folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+def _require_size(max_shard_size: int | str) -> None:
+    """ConfigError now, where writing would fail with all layers quantized."""
+    tensors = {"weight": torch.empty(1, device="meta")}
+    try:
+        split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    except (ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
         raise ConfigError(
-            f"out_dir {target} exists and is not empty; nothing was changed. Name another folder, or pass "
-            "overwrite=True to put the quantized checkpoint in its place."
-        )
+            f"max_shard_size is {max_shard_size!r}; pass a number of bytes, or a text such as '5GB'."
+        ) from error
 
 
 def _assemble(
@@ -145,7 +150,7 @@ def _assemble(
     weights: StoredWeights,
     to_checkpoint: ToCheckpoint,
     max_shard_size: int | str,
-    name: str,  # of the checkpoint, for its card
+    repo_id: str,  # for the card
 ) -> None:
     """The checkpoint's tensors from the journal and the source, and what `save_pretrained` writes beside them."""
     try:
@@ -163,7 +168,7 @@ def _assemble(
         buffers = {name for name, _ in model.named_buffers()}
         total_parameters = sum(math.prod(place.shape) for name, place in places.items() if name not in buffers)
         write_shards(directory, places, max_shard_size, total_parameters)
-        complete(model, directory, repo_id=f"your-name/{name}")
+        complete(model, directory, repo_id)
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"The checkpoint can't be written: {error}. All layers are quantized: make room, and repeat the call."
@@ -214,14 +219,3 @@ def _places_unchanged(
 def _value(model: PreTrainedModel, weights: StoredWeights, name: str) -> Tensor:
     value = cast(Tensor, model.get_parameter_or_buffer(name))
     return weights.read(name) if value.is_meta else value.detach()
-
-
-def _move(assembled: Path, target: Path, work: Path) -> None:
-    """Give the finished checkpoint its name; what is there is moved aside first, and gone only after that."""
-    try:
-        if target.is_dir():
-            os.replace(target, work / REPLACED_NAME)
-        os.replace(assembled, target)
-        flush_directory(target.parent)
-    except OSError as error:
-        raise StorageError(f"The finished checkpoint can't be moved to {target}: {error}. Repeat the call.") from error

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .durable import locked
+from .durable import flush_directory, locked
 from .errors import ConfigError, StorageError
 
 LOCK_NAME = "lock"
@@ -42,6 +42,28 @@ def work_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         if lock is not None:
             lock.close()
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """ConfigError if there is a file, or unless `overwrite` a folder with something in it."""
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"out_dir {target} is a file; name a folder.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ConfigError(
+            f"out_dir {target} exists and is not empty; nothing was changed. Name another folder, or pass "
+            "overwrite=True to put the quantized checkpoint in its place."
+        )
+
+
+def move_into_place(assembled: Path, target: Path, work: Path) -> None:
+    """Give the finished checkpoint its name; what is there is moved aside first, and gone only after that."""
+    try:
+        if target.is_dir():
+            os.replace(target, work / REPLACED_NAME)
+        os.replace(assembled, target)
+        flush_directory(target.parent)
+    except OSError as error:
+        raise StorageError(f"The finished checkpoint can't be moved to {target}: {error}. Repeat the call.") from error
 
 
 def _clear(work: Path, target: Path) -> None:

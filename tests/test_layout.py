@@ -43,7 +43,8 @@ LEVELS = {
     4: [
         *("offloading", "dispatching", "planning", "streamed", "quantizer", "in_memory"),
         *("loading", "saving", "registration", "deferred"),
-        *("evaluate", "demo", "demo.*"),
+        *("evaluate", "evaluation_text", "demo", "demo.*"),
+        *("quantized_files", "inspection", "checkpoint_conversion", "cli", "cli.*"),
         *("hub", "model_card", "integrations", "integrations.*", "__init__", "__main__"),
     ],
 }

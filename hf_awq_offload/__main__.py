@@ -1,0 +1,7 @@
+"""`python -m hf_awq_offload`: as the console script `hf-awq-offload`."""
+
+import sys
+
+from .cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,25 @@
+"""`hf-awq-offload convert`: a quantized checkpoint in another format, exactly."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..checkpoint_conversion import convert_checkpoint
+from .checkpoint_folder import checkpoint_folder
+from .outcome import Outcome
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Nothing is left of a conversion that fails."""
+    source = checkpoint_folder(options.source, options.revision)
+    scale_dtype = getattr(torch, options.scale_dtype) if options.scale_dtype else None
+    done = convert_checkpoint(
+        source, Path(options.out), options.to, scale_dtype=scale_dtype, overwrite=options.overwrite
+    )
+    document = {"source": options.source, "out": options.out, **asdict(done)}
+    formats = f"{done.linears} linears from {done.source_format} to {done.format}"
+    return Outcome(document, f"{options.out}: {formats}, {done.size_bytes / 1e6:.1f} MB")

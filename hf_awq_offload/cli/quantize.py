@@ -1,0 +1,171 @@
+"""`hf-awq-offload quantize`: `quantize` of the package, with a journal that is always there."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils import logging
+
+from ..config import AwqOffloadConfig
+from ..errors import ConfigError, JournalError
+from ..journal import committed_layers, discard_if_empty
+from ..planning import Plan, plan
+from ..report import QuantizationReport
+from ..streamed import quantize
+from .checkpoint_folder import named
+from .outcome import CommandError, Interrupted, Outcome
+
+JOURNAL_SUFFIX = ".journal"
+"""Of the folder beside OUT in which finished layers are kept."""
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """`options.fields` is the recipe, of the config file and the command line together."""
+    recipe = AwqOffloadConfig(**options.fields)
+    if options.plan:
+        return _planned(options, recipe)
+    journal = Path(recipe.checkpoint_dir or f"{Path(options.out).absolute()}{JOURNAL_SUFFIX}")
+    recipe.checkpoint_dir = journal
+    _refuse_journal(journal, options)
+    if options.push_to_hub:
+        HfApi().whoami()  # whoever has no token is told now, not after hours
+    try:
+        with named(options.source):
+            report = quantize(
+                options.source,
+                options.out,
+                recipe,
+                overwrite=options.overwrite,
+                max_shard_size=options.max_shard_size,
+                repo_id=options.push_to_hub,
+                **loading(options),
+            )
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(f"interrupted: {_what_is_left(journal, options)}") from interrupt
+    except Exception as error:
+        discard_if_empty(journal)
+        if isinstance(error, ConfigError | JournalError) or not committed_layers(journal):
+            raise  # the same command would fail again
+        raise CommandError(f"{error} {_what_is_left(journal, options).capitalize()}") from error
+    url = _push(options) if options.push_to_hub else None
+    return Outcome(_document(options, report, url), _text(options, report, url))
+
+
+def loading(options: argparse.Namespace) -> dict[str, Any]:
+    """What `from_pretrained` is passed."""
+    arguments: dict[str, Any] = {
+        "model_class": AutoModelForImageTextToText if options.image_text else AutoModelForCausalLM,
+        "dtype": options.dtype,
+    }
+    if options.revision:
+        arguments["revision"] = options.revision
+    if options.trust_remote_code:
+        arguments["trust_remote_code"] = True
+    return arguments
+
+
+# -- the journal -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_journal(journal: Path, options: argparse.Namespace) -> None:
+    """A run that would go on where the user may not expect it, or take somebody's night of work away."""
+    layers = committed_layers(journal)
+    if layers and not options.resume:
+        raise CommandError(
+            f"{journal} is the journal of an earlier run, with {_layers(layers)} finished. Go on with it by --resume, "
+            "or delete that folder to start anew."
+        )
+    if not layers and options.resume:
+        logging.get_logger("transformers").warning(f"{journal} holds no finished layer: the run starts from the start.")
+
+
+def _what_is_left(journal: Path, options: argparse.Namespace) -> str:
+    layers = committed_layers(journal)
+    if not layers:
+        discard_if_empty(journal)
+        return "no layer was finished, and nothing is left behind."
+    command = list(options.command_line)
+    if "--resume" not in command:
+        command.append("--resume")
+    return f"{_layers(layers)} finished, kept in {journal}; resume with: {shlex.join(command)}"
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' if count > 1 else ''}"
+
+
+# -- the result --------------------------------------------------------------------------------------------------------
+
+
+def _push(options: argparse.Namespace) -> str:
+    """Returns the commit's address."""
+    api = HfApi()
+    try:
+        repository = api.create_repo(options.push_to_hub, private=options.private or None, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository.repo_id, folder_path=options.out, commit_message="Upload quantized model"
+        )
+    except Exception as error:  # the hub's and the network's are of many kinds
+        again = shlex.join(["hf", "upload", options.push_to_hub, options.out])
+        raise CommandError(
+            f"{options.out} is complete, but was not pushed to {options.push_to_hub}: {error} Push it with: {again}"
+        ) from error
+    return str(commit)
+
+
+def _document(options: argparse.Namespace, report: QuantizationReport, url: str | None) -> dict[str, Any]:
+    layers = [{"loss": layer.loss, "loss_nearest": layer.loss_nearest, **asdict(layer)} for layer in report.layers]
+    return {
+        "source": options.source,
+        "out": options.out,
+        "size_bytes": _size_bytes(options.out),
+        "calibration_tokens": report.tokens,
+        "layers": layers,
+        "left_out": report.left_out,
+        "phase_seconds": report.phase_seconds,
+        "pushed_to": url,
+    }
+
+
+def _text(options: argparse.Namespace, report: QuantizationReport, url: str | None) -> str:
+    loss, nearest = sum(layer.loss for layer in report.layers), sum(layer.loss_nearest for layer in report.layers)
+    lines = [f"{options.out}: {_layers(len(report.layers))} quantized, {_size_bytes(options.out) / 1e6:.1f} MB"]
+    if nearest:
+        lines.append(f"loss on the calibration data: {loss / nearest:.3f} of that of rounding to nearest")
+    if url:
+        lines.append(f"pushed: {url}")
+    return "\n".join(lines)
+
+
+def _size_bytes(folder: str) -> int:
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def _planned(options: argparse.Namespace, recipe: AwqOffloadConfig) -> Outcome:
+    with named(options.source):
+        found = plan(options.source, recipe, **loading(options))
+    return Outcome({"source": options.source, "plan": asdict(found)}, plan_table(found))
+
+
+def plan_table(found: Plan) -> str:
+    """A line for every field; sizes in GiB, times in minutes."""
+    lines = []
+    for name, value in asdict(found).items():
+        label, shown = name.replace("_", " "), str(value)
+        if value is None:
+            shown = "not known"
+        elif name.endswith("_bytes"):
+            label, shown = label.removesuffix(" bytes"), f"{value / 2**30:.2f} GiB"
+        elif name == "seconds":
+            label, shown = "time", f"{value:.0f} s" if value < 100 else f"{value / 60:.1f} minutes"
+        lines.append(f"{label:24}{shown}")
+    return "\n".join(lines)

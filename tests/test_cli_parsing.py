@@ -1,0 +1,358 @@
+"""Options and what is wrong with them: every option of every command refuses bad input in one line."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import FAST, environment
+from huggingface_hub import constants
+from transformers.utils import logging
+
+from hf_awq_offload import AwqOffloadConfig
+from hf_awq_offload.cli import recipe_options
+from hf_awq_offload.cli.main import main
+from hf_awq_offload.cli.parser import build_parser, parse
+from hf_awq_offload.cli.preflight import check
+from hf_awq_offload.cli.recipe_options import given_fields, recipe_fields
+
+# What is wrong -> the exit code, and a word of the message. {model}, {empty} and {file} are paths; of a command's
+# positional arguments there is always a good set.
+BAD_VALUES = {
+    "quantize": {
+        "--config": (["{folder}/none.yaml"], 2, "can't be read"),
+        "--dtype": (["float99"], 1, "float99"),
+        "--revision": (["no-such-branch"], 1, "nobody/nothing"),
+        "--max-shard-size": (["a few"], 2, "max_shard_size is 'a few'"),
+        "--push-to-hub": (["two words"], 2, "'two words' is no name of a repository"),
+        "--bits": (["five"], 2, "invalid int value: 'five'"),
+        "--group-size": (["100"], 2, "group_size is 100"),
+        "--overrides": (["down_proj"], 2, "is no JSON"),
+        "--format": (["gguf"], 2, "format is 'gguf'"),
+        "--dataset": (["{folder}/none.txt"], 1, "there is no such file"),
+        "--tokenizer": (["{empty}"], 1, "{empty}"),
+        "--text-column": ([""], 2, "text_column is ''"),
+        "--n-samples": (["0"], 2, "n_samples is 0"),
+        "--max-seq-len": (["7"], 2, "max_seq_len is 7"),
+        "--batch-tokens": (["0"], 2, "batch_tokens is 0"),
+        "--n-grid": (["-1"], 2, "n_grid is -1"),
+        "--min-expert-tokens": (["-1"], 2, "min_expert_tokens is -1"),
+        "--rounding": (["gptq"], 2, "rounding is 'gptq'"),
+        "--propagate": (["both"], 2, "propagate is 'both'"),
+        "--modules-to-not-convert": ([""], 2, "modules_to_not_convert is ['']"),
+        "--execution-device": (["gpu"], 2, "execution_device is 'gpu'"),
+        "--offload": (["ram"], 2, "offload is 'ram'"),
+        "--max-memory": (["8GiB"], 2, "is not of the form KEY=VALUE"),
+        "--checkpoint-dir": (["{folder}"], 1, "holds other files"),
+        "--report-dir": (["{file}"], 2, "report_dir {file} is a file"),
+        "--seed": (["-1"], 2, "seed is -1"),
+        "--backend": (["marlin"], 2, "backend is 'marlin'"),
+    },
+    "evaluate": {
+        "--against": (["{empty}"], 1, "holds no config.json"),
+        "--dataset": (["{folder}/none.txt"], 1, "there is no such file"),
+        "--text-column": (["body"], 1, "body"),
+        "--tokenizer": (["{empty}"], 1, "{empty}"),
+        "--window": (["0"], 2, "no positive number"),
+        "--stride": (["513"], 2, "--stride is 513 and --window 512"),
+        "--tokens": (["some"], 2, "no positive number"),
+        "--new-tokens": (["-1"], 2, "no number from 0 on"),
+        "--tasks": (["a,,b"], 2, "empty name"),
+        "--tasks-path": (["{empty}"], 2, "belong to --tasks"),
+        "--limit": (["10"], 2, "belong to --tasks"),
+        "--device-map": (["nowhere"], 1, "nowhere"),
+        "--dtype": (["float99"], 1, "float99"),
+        "--revision": (["no-such-branch"], 1, "nobody/nothing"),
+    },
+    "inspect": {"--revision": (["no-such-branch"], 1, "nobody/nothing")},
+    "convert": {
+        "--to": (["gguf"], 2, "invalid choice: 'gguf'"),
+        "--scale-dtype": (["int8"], 2, "invalid choice: 'int8'"),
+        "--revision": (["no-such-branch"], 1, "nobody/nothing"),
+    },
+    "demo": {"--out": (["{file}"], 1, "is a file")},
+}
+GOOD_POSITIONALS = {
+    "quantize": ["{model}", "{folder}/out"],
+    "evaluate": ["{model}"],
+    "inspect": ["{model}"],
+    "convert": ["{model}", "{folder}/out"],
+    "demo": [],
+}
+ALSO_NEEDED = {
+    "--text-column": ["--dataset", "{table}"],
+    "--dtype": ["--dataset", "{file}"],
+    "--device-map": ["--dataset", "{file}"],
+    "--stride": ["--dataset", "{file}"],
+}
+FLAGS = {
+    "quantize": [
+        *("--plan", "--resume", "--overwrite", "--image-text", "--trust-remote-code", "--private"),
+        *("--zero-point", "--duo-scaling", "--clip", "--all-experts", "--prefetch"),
+    ],
+    "evaluate": ["--image-text", "--trust-remote-code"],
+    "inspect": ["--headers-only"],
+    "convert": ["--overwrite"],
+    "demo": ["--no-speed"],
+}
+COMMON = ["--json", "--debug", "--quiet", "--verbose"]
+
+
+@pytest.fixture(autouse=True)
+def unchanged(monkeypatch):
+    """No network, and transformers as talkative afterwards as before."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(verbosity)
+    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+
+@pytest.fixture
+def paths(tmp_path, tiny_llama_dir) -> dict[str, str]:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("A text of some words. " * 20)
+    (tmp_path / "table.csv").write_text("text,other\nsome words,more words\n")
+    names = {"folder": tmp_path, "model": tiny_llama_dir, "empty": tmp_path / "empty"}
+    names |= {"file": tmp_path / "text.txt", "table": tmp_path / "table.csv"}
+    return {name: str(path) for name, path in names.items()}
+
+
+def values_of(command: str) -> list[str]:
+    """Options that take a value."""
+    return [action.option_strings[0] for action in actions_of(command) if action.nargs != 0]
+
+
+def actions_of(command: str) -> list[argparse.Action]:
+    """Of the options, by their first names."""
+    actions = build_parser()[1][command]._actions
+    return [each for each in actions if each.option_strings and not isinstance(each, argparse._HelpAction)]
+
+
+def one_line(captured) -> str:
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    (line,) = (line for line in lines if line.startswith("error: "))
+    assert lines[-1] == line
+    assert "Traceback" not in captured.err
+    return line
+
+
+@pytest.mark.parametrize("command", BAD_VALUES)
+def test_there_is_a_bad_value_for_every_option(command):
+    flags = [each.option_strings[0] for each in actions_of(command) if each.nargs == 0]
+    assert set(BAD_VALUES[command]) == set(values_of(command)), "give it a bad value in BAD_VALUES"
+    assert set(flags) == {*FLAGS[command], *COMMON}, "name it in FLAGS"
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(command, option) for command, options in BAD_VALUES.items() for option in options]
+)
+def test_a_bad_value_is_one_line(command, option, paths, capsys):
+    words, code, message = BAD_VALUES[command][option]
+    positionals = GOOD_POSITIONALS[command]
+    if option == "--revision":
+        positionals = ["nobody/nothing", *positionals[1:]]
+    line = [command, *positionals, option, *words, *ALSO_NEEDED.get(option, [])]
+    if command == "convert" and option != "--to":
+        line += ["--to", "gemm"]
+    if command == "quantize":
+        line += [word for word in FAST if option not in FAST or word not in FAST[FAST.index(option) :][:2]]
+    assert main([word.format(**paths) for word in line]) == code
+    assert message.format(**paths) in one_line(capsys.readouterr())
+    assert not (Path(paths["folder"]) / "out").exists()
+    assert not list(Path(paths["folder"]).glob("*.journal")) + list(Path(paths["folder"]).glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(command, option) for command, flags in FLAGS.items() for option in [*flags, *COMMON]]
+)
+def test_a_flag_takes_no_value(command, option, paths, capsys):
+    line = [command, *GOOD_POSITIONALS[command], f"{option}=yes"]
+    assert main([word.format(**paths) for word in line]) == 2
+    assert f"{option}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(command, option) for command, options in BAD_VALUES.items() for option in options]
+)
+def test_a_value_that_is_left_out_is_missed(command, option, paths, capsys):
+    assert main([*(word.format(**paths) for word in [command, *GOOD_POSITIONALS[command]]), option]) == 2
+    assert "expected one argument" in one_line(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ([], "no command is given; expected one of quantize, evaluate, inspect, convert, demo"),
+        (["quantise", "a", "b"], "invalid choice: 'quantise'"),
+        (["quantize"], "the following arguments are required: SRC, OUT"),
+        (["quantize", "a"], "the following arguments are required: OUT"),
+        (["quantize", "a", "b", "c"], "unexpected argument: c"),
+        (["quantize", "a", "b", "--bit", "4"], "unknown option: --bit (near misses: --bits"),
+        (["quantize", "a", "b", "--group_size=64"], "near misses: --group-size"),
+        (["quantize", "a", "b", "--private"], "name a repository with --push-to-hub"),
+        (["quantize", "a", "b", "--quiet", "--verbose"], "not allowed with argument --quiet"),
+        (["quantize", "a", "b", "--max-memory", "=8GiB"], "not of the form KEY=VALUE"),
+        (["quantize", "a", "b", "--overrides", "[1]"], "is no JSON object"),
+        (["evaluate"], "required: MODEL"),
+        (["inspect"], "required: CHECKPOINT"),
+        (["convert", "a", "b"], "required: --to"),
+        (["demo", "now"], "unexpected argument: now"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(line, message, capsys):
+    assert main(line) == 2
+    assert message in one_line(capsys.readouterr())
+
+
+@pytest.mark.parametrize("command", ["quantize", "convert"])
+@pytest.mark.parametrize(
+    ("source", "out", "message"),
+    [
+        ("{folder}/none", "{folder}/out", "There is no folder {folder}/none"),
+        ("{empty}", "{folder}/out", "{empty} holds no config.json"),
+        ("{file}", "{folder}/out", "{file} is a file"),
+        ("{model}", "{file}", "{file} is a file"),
+        ("{model}", "{model}", "is the source itself"),
+        ("{model}", "{folder}", "{folder} exists and is not empty; nothing was changed"),
+    ],
+)
+def test_wrong_paths_are_told_before_anything_is_loaded(command, source, out, message, paths, capsys, monkeypatch):
+    monkeypatch.setattr("hf_awq_offload.cli.main.importlib", None)
+    line = [command, source, out, *(["--to", "gemv"] if command == "convert" else [])]
+    assert main([word.format(**paths) for word in line]) == 1
+    assert message.format(**paths) in one_line(capsys.readouterr())
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_the_recipe_is_an_option_with_its_default_and_its_meaning():
+    parameters = [p for p in inspect.signature(AwqOffloadConfig.__init__).parameters.values() if p.name != "self"]
+    assert {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD} == {
+        name: field.default for name, field in recipe_fields().items()
+    }
+    help_text = " ".join(build_parser()[1]["quantize"].format_help().split())
+    for field in recipe_fields().values():
+        assert len(field.meaning) > 10, field.name
+        assert field.option in help_text
+
+
+def test_options_make_the_recipe_that_python_makes():
+    line = ["quantize", "a", "b", "--bits", "8", "--no-zero-point", "--group-size", "-1", "--n-grid=0", "--no-clip"]
+    line += ["--overrides", '{"down_proj$": {"bits": 4}}', "--overrides", '{"q_proj$": {"group_size": 64}}']
+    line += ["--modules-to-not-convert", "lm_head", "--modules-to-not-convert", "gate"]
+    line += ["--max-memory", "cpu=8GiB", "--max-memory", '{"cuda:0": 1000}', "--dataset", "corpus.txt"]
+    fields = given_fields(parse(line))
+    assert fields == {
+        "bits": 8,
+        "zero_point": False,
+        "group_size": -1,
+        "n_grid": 0,
+        "clip": False,
+        "overrides": {"down_proj$": {"bits": 4}, "q_proj$": {"group_size": 64}},
+        "modules_to_not_convert": ["lm_head", "gate"],
+        "max_memory": {"cpu": "8GiB", "cuda:0": 1000},
+        "dataset": "corpus.txt",
+    }
+    assert AwqOffloadConfig(**fields).max_memory == {"cpu": 2**33, "cuda:0": 1000}
+
+
+def test_a_new_field_is_an_option_without_more(tmp_path, monkeypatch):
+    source = Path(inspect.getfile(AwqOffloadConfig)).read_text(encoding="utf-8")
+    source = source.replace(
+        "        seed: int = 0,\n", "        seed: int = 0,\n        patience: int | None = None,\n"
+    )
+    source = source.replace("        seed: seed of", "        patience: how long to wait.\n        seed: seed of")
+    (tmp_path / "config.py").write_text(source, encoding="utf-8")
+    monkeypatch.setattr(recipe_options, "SOURCE", tmp_path / "config.py")
+    field = recipe_fields()["patience"]
+    assert (field.option, field.kind, field.meaning) == ("--patience", "integer", "how long to wait.")
+    assert given_fields(parse(["quantize", "a", "b", "--patience", "3"])) == {"patience": 3}
+
+
+def test_the_command_line_goes_before_the_file(tmp_path, tiny_llama_dir):
+    (tmp_path / "recipe.yaml").write_text("bits: 8\ngroup_size: 64\noverrides: {down_proj$: {bits: 4}}\n")
+    line = ["quantize", str(tiny_llama_dir), str(tmp_path / "out"), "--config", str(tmp_path / "recipe.yaml")]
+    options = parse([*line, "--bits", "4"])
+    check(options)
+    assert options.fields == {"bits": 4, "group_size": 64, "overrides": {"down_proj$": {"bits": 4}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("group-sise: 64", "has the key 'group-sise', which is no field of the recipe; near misses: group_size"),
+        ("model: llama", "known: bits, group_size"),
+        ("- bits", "holds a list"),
+        ("4", "holds a int"),
+        ("bits: [", "is no YAML"),
+        ("bits: 5", "bits is 5"),
+        ("1: 2", "has the key 1"),
+        (b"\xff\xfe\x00", "is no YAML"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(content, message, tmp_path, tiny_llama_dir, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["quantize", str(tiny_llama_dir), str(tmp_path / "out"), "--config", str(file)]) == 2
+    assert message in one_line(capsys.readouterr())
+
+
+def test_an_empty_file_is_the_default_recipe(tmp_path, tiny_llama_dir):
+    (tmp_path / "recipe.yaml").write_text("# nothing\n")
+    options = parse(["quantize", str(tiny_llama_dir), "out", "--config", str(tmp_path / "recipe.yaml")])
+    check(options)
+    assert options.fields == {}
+
+
+# -- how it starts, how it ends ----------------------------------------------------------------------------------------
+
+
+def test_options_are_parsed_without_torch():
+    program = """
+import sys
+from hf_awq_offload.cli.main import main
+assert main(["quantize", "--help"]) == main(["--version"]) == 0
+assert main(["quantize", "a", "b", "--bit", "4"]) == 2
+assert main(["inspect", "./none"]) == 1
+print(sorted({"torch", "transformers", "numpy", "yaml", "accelerate"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("[]\n")
+
+
+def test_errors_are_json_too(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path), "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {
+        "command": "inspect",
+        "error": {
+            "type": "CommandError",
+            "message": f"{tmp_path} holds no config.json; expected the folder of a checkpoint.",
+            "exit_code": 1,
+        },
+    }
+    assert captured.err.startswith("error: ")
+    assert main(["inspect", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 2
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path), "--debug"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1].startswith("error: ")
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch, tiny_llama_dir, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["evaluate", str(tiny_llama_dir), "--tasks", "hellaswag"]) == 1
+    assert "pip install hf_awq_offload[eval]" in one_line(capsys.readouterr())
