@@ -38,4 +38,6 @@ class QuantizeCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = (CommandInfo(name="awq", help=AwqCommand.COMMAND.help, subcommand_class=AwqCommand),)
 
 
-REGISTER_COMMANDS = [QuantizeCommand]
+REGISTER_COMMANDS = iter([QuantizeCommand])
+"""optimum reads this once per folder that has this file: a clone on the path beside an installation must not register a
+command twice, which argparse refuses. So it is used up after the first time."""
