@@ -27,6 +27,9 @@ from .errors import CheckpointError
 from .layers import candidate_layers, shadowed_forward
 from .stored_weights import ReadAhead, StoredWeights, Tensors
 
+ALIGNMENT_BYTES = 64
+"""Of what torch allocates on a CPU."""
+
 
 @contextmanager
 def onloaded(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
@@ -38,12 +41,25 @@ def onloaded(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     _, handle = cpu_offload_with_hook(layer, device)
     try:
         handle.hook.pre_forward(layer)
+        if device.type == "cpu":
+            _align(layer)
         yield layer
     finally:
         handle.offload()
         handle.remove()
         if not had_own_forward:
             vars(layer).pop("forward", None)  # accelerate puts the class's method back as an instance attribute
+
+
+def _align(module: nn.Module) -> None:
+    """Have every parameter begin where torch's allocator would let it begin.
+
+    Those that transformers has mapped from a file begin anywhere. The order of sums in some kernels depends on that,
+    and the same layer read from the disk would differ from it in the last bit.
+    """
+    for parameter in module.parameters():
+        if parameter.data_ptr() % ALIGNMENT_BYTES:
+            parameter.data = parameter.data.clone()
 
 
 def move_hook(old: nn.Module, new: nn.Module) -> None:

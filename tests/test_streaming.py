@@ -176,3 +176,18 @@ def test_peak_memory_on_a_cpu_is_that_of_the_process_in_bytes():
     peak_bytes = peak_memory_bytes(CPU)
     assert 2**26 < peak_bytes < 2**40
     assert peak_memory_bytes(CPU) >= peak_bytes
+
+
+def test_weights_that_begin_anywhere_in_a_mapped_file_are_aligned_while_a_layer_runs():
+    layer = nn.Linear(16, 16, bias=False)
+    memory = bytearray(64 + 4 * 16 * 16)
+    start = (8 - torch.frombuffer(memory, dtype=torch.uint8).data_ptr()) % 64
+    unaligned = torch.frombuffer(memory, offset=start, dtype=torch.float32, count=256).view(16, 16)
+    unaligned.copy_(layer.weight.detach())
+    expected = unaligned.clone()
+    layer.weight.data = unaligned
+    parameter = layer.weight
+    with onloaded(layer, torch.device("cpu")):
+        assert layer.weight.data_ptr() % 64 == 0
+    assert layer.weight is parameter
+    assert torch.equal(layer.weight, expected)
