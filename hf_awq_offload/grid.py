@@ -86,11 +86,11 @@ def group_parameters(ranges: GroupRange, grid: Grid) -> GroupParameters:
     """Scale and zero point that map `ranges` onto the integers; see the module's formulas."""
     low, high = ranges
     if grid.zero_point:
-        scale = _to_stored_precision((high - low).clamp(min=MIN_RANGE) / grid.levels, grid)
+        scale = stored_scale((high - low).clamp(min=MIN_RANGE) / grid.levels, grid)
         zero = (-torch.round(low / scale)).clamp(0, grid.levels)
     else:
         half = grid.levels // 2
-        scale = _to_stored_precision(torch.maximum(-low, high).clamp(min=MIN_RANGE) / half, grid)
+        scale = stored_scale(torch.maximum(-low, high).clamp(min=MIN_RANGE) / half, grid)
         zero = torch.full_like(scale, half + 1)
     return GroupParameters(scale, zero)
 
@@ -131,8 +131,8 @@ def quantize_dequantize(
     return integers.clamp_(-zero, grid.levels - zero).mul_(scale).flatten(-2)
 
 
-def _to_stored_precision(scale: Tensor, grid: Grid) -> Tensor:
-    """Round to fp16, never to zero or infinity: a group of tiny weights gets the smallest fp16 step."""
+def stored_scale(scale: Tensor, grid: Grid) -> Tensor:
+    """A positive scale as the format stores it; never zero or infinite: tiny weights get the smallest fp16 step."""
     info = torch.finfo(SCALE_DTYPE)
     largest = info.max if grid.scale_dtype == SCALE_DTYPE else LARGEST_BF16_SCALE
     rounded = scale.clamp(max=largest).to(grid.scale_dtype).to(SCALE_DTYPE).to(scale.dtype)

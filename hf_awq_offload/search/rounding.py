@@ -9,7 +9,8 @@ are rounded one after another, each corrected for what rounding the earlier ones
 
 Channels are taken in the order of falling G_ii: errors of the loud ones can then still be made up for (natural order is
 worse, docs/design/002). The grid of every group is fixed beforehand, from the weights as they are, so that the order
-leaves no trace in the checkpoint, which stays a standard one ("static groups" in GPTQ implementations).
+leaves no trace in the checkpoint, which stays a standard one ("static groups" in GPTQ implementations). Then
+scales are fitted to the codes (refit.py) and rows rounded once more on these, as far as either lowers the error.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..errors import NumericalError
 from ..grid import Grid, GroupParameters, GroupRange, dequantize, group_parameters, group_range, quantize
 from .loss import row_chunks, row_mse
+from .refit import refitted
 
 LEAF_CHANNELS = 16
 """Channels rounded one by one between two matrix products."""
@@ -94,7 +96,7 @@ def round_weight(
     if order is None:
         codes, mse = _nearest(weight, gram, parameters, grid)
     else:
-        codes, mse = round_with_feedback(weight, order, parameters, grid)
+        codes, mse, parameters = _round_and_refit(weight, gram, order, parameters, grid)
     improved = mse < nearest_mse
     clip_ratio = None if clipped is None else _ratio(clipped, full_range)
     worse = (~improved).nonzero().squeeze(1)
@@ -106,6 +108,24 @@ def round_weight(
         if clip_ratio is not None:
             clip_ratio[worse] = 1.0
     return RoundedWeight(codes, mse, parameters, nearest_mse, improved, clip_ratio)
+
+
+def _round_and_refit(
+    weight: Tensor,  # (out, in) fp32
+    gram: Tensor,  # (in, in) fp32
+    order: FeedbackOrder,
+    parameters: GroupParameters,  # (out, n)
+    grid: Grid,
+) -> tuple[Tensor, Tensor, GroupParameters]:
+    """Codes, mse and grid; of each row the best: as rounded, on scales fitted to the codes, or rounded again on these."""
+    codes, mse = round_with_feedback(weight, order, parameters, grid)
+    fitting, change = refitted(weight, codes, parameters, gram, order.damping, grid)
+    codes_again, mse_again = round_with_feedback(weight, order, fitting, grid)
+    again = mse_again < torch.minimum(mse, mse + change)
+    better = again | (change < 0)
+    codes = torch.where(again[:, None], codes_again, codes)
+    mse = torch.where(again, mse_again, torch.where(better, (mse + change).clamp_(min=0), mse))
+    return codes, mse, GroupParameters(torch.where(better[:, None], fitting.scale, parameters.scale), parameters.zero)
 
 
 def round_with_feedback(

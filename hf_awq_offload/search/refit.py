@@ -1,0 +1,74 @@
+"""The scales that suit given codes best: least squares in closed form, per row.
+
+A row is Σ_g Δ_g q_g with q_g = codes - zero point in the channels of group g and zero elsewhere. With the codes held
+fixed, its output error is a quadratic form in the Δ of its groups, on the damped matrix that error feedback works on:
+
+    min_Δ (w - Δ Q)(G + λI)(w - Δ Q)ᵀ   ->   Δ (Q H Qᵀ) = w H Qᵀ,   H = G + λI,   Q = (q_1; …; q_n)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..grid import Grid, GroupParameters, stored_scale
+from .loss import row_chunks
+
+MOST_SYSTEM_ELEMENTS = 2**24
+"""Of the equations that are solved together: 64 MiB."""
+
+
+def refitted(
+    weight: Tensor,  # (out, in) fp32
+    codes: Tensor,  # (out, in) integers
+    parameters: GroupParameters,  # (out, n)
+    gram: Tensor,  # (in, in) fp32
+    damping: Tensor,  # () fp32: λ
+    grid: Grid,
+) -> tuple[GroupParameters, Tensor]:
+    """New scales as they can be stored, the same zero points; and by what the error of each row changes, (out,).
+
+    The error is that on G alone, without λ. A group whose best scale is not positive, and a row whose equations can't
+    be solved, keep what they have.
+    """
+    scale, change = torch.empty_like(parameters.scale), torch.empty_like(weight[:, 0])
+    for span in row_chunks(weight):
+        before = parameters.scale[span]
+        centered = grid.groups(codes[span]) - parameters.zero[span, :, None]
+        matrix, right = _equations(weight[span], centered, gram)
+        damped_right = right + damping * (grid.groups(weight[span]) * centered).sum(dim=-1)
+        best = _solved(matrix, damping * centered.square().sum(dim=-1), damped_right)
+        scale[span] = torch.where(best > 0, stored_scale(best, grid), before)
+        step, middle = scale[span] - before, (scale[span] + before) / 2
+        change[span] = 2 * (step * ((matrix @ middle[..., None]).squeeze(-1) - right)).sum(dim=1)
+    return GroupParameters(scale, parameters.zero), change
+
+
+def _equations(
+    weight: Tensor,  # (rows, in)
+    centered: Tensor,  # (rows, n, group_size): codes - zero point
+    gram: Tensor,  # (in, in)
+) -> tuple[Tensor, Tensor]:
+    """Q G Qᵀ of every row, (rows, n, n), and w G Qᵀ, (rows, n)."""
+    n, group_size = centered.shape[1:]
+    matrix, right = weight.new_empty(len(weight), n, n), weight.new_empty(len(weight), n)
+    for group in range(n):
+        products = centered[:, group] @ gram[group * group_size : (group + 1) * group_size]
+        right[:, group] = (products * weight).sum(dim=1)
+        matrix[:, group] = products.unflatten(1, (n, group_size)).mul_(centered).sum(dim=-1)
+    return matrix, right
+
+
+def _solved(
+    matrix: Tensor,  # (rows, n, n)
+    diagonal: Tensor,  # (rows, n), added to it
+    right: Tensor,  # (rows, n)
+) -> Tensor:
+    """Solutions, (rows, n); 0 where there is none."""
+    rows = max(1, MOST_SYSTEM_ELEMENTS // matrix[0].numel())
+    solutions = []
+    for part, added, side in zip(matrix.split(rows), diagonal.split(rows), right.split(rows), strict=True):
+        factor, failed = torch.linalg.cholesky_ex(part + torch.diag_embed(added))
+        solution = torch.cholesky_solve(side[..., None], factor).squeeze(-1)
+        solutions.append(torch.where(failed[:, None] == 0, solution, 0))
+    return torch.cat(solutions)
