@@ -117,7 +117,7 @@ def _round_and_refit(
     parameters: GroupParameters,  # (out, n)
     grid: Grid,
 ) -> tuple[Tensor, Tensor, GroupParameters]:
-    """Codes, mse and grid; of each row the best: as rounded, on scales fitted to the codes, or rounded again on these."""
+    """Codes, mse, grid; of each row the best: as rounded, on scales fitted to the codes, or rounded again on these."""
     codes, mse = round_with_feedback(weight, order, parameters, grid)
     fitting, change = refitted(weight, codes, parameters, gram, order.damping, grid)
     codes_again, mse_again = round_with_feedback(weight, order, fitting, grid)
