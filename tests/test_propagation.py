@@ -73,7 +73,7 @@ class Stopped(BaseException):
 def test_a_stopped_run_goes_on_to_the_same_bits(harmed: str | None, tmp_path: Path, monkeypatch):
     source = save_model(tiny_llama(num_hidden_layers=LAYERS), tmp_path / "source")
     recipe = token_recipe(propagate="quantized")
-    quantize(source, tmp_path / "undisturbed", recipe)
+    quantize(source, tmp_path / "undisturbed" / "out", recipe)
     commit = Journal.commit
 
     def stopping(self, index, *args, **kwargs):
@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(harmed: str | None, tmp_path: Pa
     if harmed is not None:
         (tmp_path / "journal" / harmed).write_bytes(b"")
     quantize(source, tmp_path / "out", recipe, checkpoint_dir=tmp_path / "journal")
-    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
+    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed" / "out")
 
 
 def test_layers_that_form_no_chain_are_refused_before_anything_is_changed():
