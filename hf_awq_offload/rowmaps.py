@@ -8,7 +8,11 @@ from torch import Tensor
 LEVELS = 32
 """Distinct factors of one probe: 1.25 … 5, about 4.6 % apart; a row's index is read as digits in this base."""
 RATIO_TOLERANCE = 1e-3
-"""Largest relative deviation of a channel from an exact multiple; fp32 rounding stays well below it."""
+"""Largest relative deviation of a channel from an exact multiple; fp32 rounding mostly stays well below it …"""
+ROUNDING_NOISE = 3e-6
+"""… except in channels in which large terms cancel: relative to the root mean square of all channels, …"""
+LARGEST_TOLERANCE = 0.015
+"""… as long as factors can be told apart."""
 
 
 def level_factors(device: torch.device) -> Tensor:
@@ -41,7 +45,9 @@ def factor_index(
     residual = (after - ratio * before).norm(dim=0)
     index = (ratio.unsqueeze(1).log() - factors.log()).abs().nan_to_num(nan=torch.inf).argmin(dim=1)
     deviation = (ratio / factors[index] - 1).abs()
-    linear = (residual <= RATIO_TOLERANCE * after.norm(dim=0)) & (deviation <= RATIO_TOLERANCE)
+    noise = ROUNDING_NOISE * (energy.mean() / energy).sqrt()
+    tolerance = (RATIO_TOLERANCE + noise).clamp(max=LARGEST_TOLERANCE)
+    linear = (residual <= tolerance * after.norm(dim=0)) & (deviation <= tolerance)
     if not bool((linear | ~alive).all()):
         return None
     return torch.where(alive, index, -1)
