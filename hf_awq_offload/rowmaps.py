@@ -11,7 +11,7 @@ RATIO_TOLERANCE = 1e-3
 """Largest relative deviation of a channel from an exact multiple; fp32 rounding mostly stays well below it …"""
 ROUNDING_NOISE = 3e-6
 """… except in channels in which large terms cancel: relative to the root mean square of all channels, …"""
-LARGEST_TOLERANCE = 0.015
+LARGEST_TOLERANCE = 0.02
 """… as long as factors can be told apart."""
 
 
