@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .evaluate import Evaluation
 from .logs import get_logger
-from .model_card import BEGIN, PICTURE, CardFacts, hub_id, write_card
+from .model_card import BEGIN, PICTURE, CardFacts, hub_id, proposed_name, write_card
 from .quantized_linear import QuantizedLinear
 from .report import QuantizationReport
 from .saving import META_ATTRIBUTE
@@ -58,10 +58,10 @@ def accompany(model: PreTrainedModel, report: QuantizationReport | None = None, 
     instance._upload_modified_files = partial(_upload_modified_files, model)
 
 
-def describe_origin(model: PreTrainedModel, base_model: str | None, tokenizer: Any) -> None:
-    """For a model that was quantized from a temporary folder: its base's name on the hub, and its tokenizer."""
+def describe_origin(model: PreTrainedModel, base: str | None, tokenizer: Any) -> None:
+    """For a model that was quantized from a temporary folder: what is its base in truth, and its tokenizer."""
     known: _Companions = cast(Any, model)._awq_companions
-    known.base_model, known.tokenizer = base_model, tokenizer
+    known.base_model, known.proposed_name, known.tokenizer = hub_id(base), proposed_name(base), tokenizer
 
 
 def record_evaluation(model: PreTrainedModel, name: str, evaluation: Evaluation) -> None:
@@ -75,6 +75,7 @@ class _Companions:
     def __init__(self, source: str, report: QuantizationReport | None, tokenizer: Any):
         self.source = source
         self.base_model = None if report is None else hub_id(source)
+        self.proposed_name = proposed_name(source)
         self.report = report
         self.tokenizer = tokenizer
         self.evaluations: dict[str, Evaluation] = {}
@@ -138,7 +139,7 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
         evaluations=known.evaluations,
         quantized_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         full_precision_bytes=full_precision_bytes(model),
-        repo_id=repo_id or f"your-name/{folder.resolve().name}",
+        repo_id=repo_id or f"your-name/{known.proposed_name}",
     )
     write_card(folder, facts)
 

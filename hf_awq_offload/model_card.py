@@ -58,6 +58,16 @@ def hub_id(
     return source
 
 
+def proposed_name(
+    source: str | os.PathLike | None,  # what a model was loaded from
+) -> str:
+    """What to call the quantized `source`: by what was quantized and not by where it is put, so that runs can be compared
+    file by file."""
+    path = Path(source or "model")
+    name = (hub_id(source) or path.resolve().name).rpartition("/")[2]
+    return name if name.lower().endswith("-awq") else f"{name}-AWQ"
+
+
 def write_card(folder: Path, facts: CardFacts) -> Path:
     """Write, or bring up to date, README.md (and the picture) in `folder`; returns the README's path."""
     path = folder / "README.md"

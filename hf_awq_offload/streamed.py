@@ -107,7 +107,6 @@ def quantize(
         if probe and not (Path(recipe.checkpoint_dir) / "journal.json").exists():
             planned = plan(src, recipe, model_class=model_class, dtype=dtype, **kwargs)
         quantizer.planned = planned
-        repo_id = repo_id or f"your-name/{target.name}"
         announce(f"Planned: {planned}.")
         weights = detach_stored_weights(model)
         to_checkpoint = to_checkpoint_names(model)
@@ -150,7 +149,7 @@ def _assemble(
     weights: StoredWeights,
     to_checkpoint: ToCheckpoint,
     max_shard_size: int | str,
-    repo_id: str,  # for the card
+    repo_id: str | None,  # for the card
 ) -> None:
     """The checkpoint's tensors from the journal and the source, and what `save_pretrained` writes beside them."""
     try:

@@ -12,7 +12,7 @@ from models import tiny_llama
 from hf_awq_offload import AwqOffloadConfig, quantize, quantize_model
 from hf_awq_offload.evaluate import Evaluation
 from hf_awq_offload.hub import copy_processing, full_precision_bytes, record_evaluation
-from hf_awq_offload.model_card import BEGIN, END, PICTURE, CardFacts, draw_losses, hub_id, updated, write_card
+from hf_awq_offload.model_card import BEGIN, END, PICTURE, CardFacts, draw_losses, hub_id, proposed_name, updated, write_card
 from hf_awq_offload.overrides import GridChoice
 from hf_awq_offload.packed_checkpoint_config import PackedCheckpointConfig
 from hf_awq_offload.report import GroupReport, LayerReport, QuantizationReport
@@ -155,6 +155,22 @@ def test_a_folder_that_looks_like_a_name_is_none(tmp_path, monkeypatch):
     (tmp_path / "org" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert hub_id("org/model") is None
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("org/model", "model-AWQ"),
+        ("/home/me/.cache/huggingface/hub/models--org--model/snapshots/0123abcd", "model-AWQ"),
+        ("/home/me/secret-project/tuned/", "tuned-AWQ"),
+        ("org/model-AWQ", "model-AWQ"),  # saved once more
+        ("./model-awq", "model-awq"),
+        ("", "model-AWQ"),
+        (None, "model-AWQ"),
+    ],
+)
+def test_a_card_is_named_by_what_was_quantized(source, name):
+    assert proposed_name(source) == name
 
 
 def test_tokens_and_credentials_do_not_get_into_a_card(monkeypatch):

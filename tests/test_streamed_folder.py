@@ -23,11 +23,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def both(source: Path, scratch: Path, auto_class, recipe) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Every file by either form, in folders of one name."""
+    """Every file by either form."""
     model = auto_class.from_pretrained(source, quantization_config=recipe(), dtype="auto")
-    model.save_pretrained(scratch / "memory" / "awq")
-    quantize(source, scratch / "streamed" / "awq", recipe(), model_class=auto_class)
-    return contents(scratch / "memory" / "awq"), contents(scratch / "streamed" / "awq")
+    model.save_pretrained(scratch / "memory")
+    quantize(source, scratch / "streamed", recipe(), model_class=auto_class)
+    return contents(scratch / "memory"), contents(scratch / "streamed")
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def test_a_language_model(source, tmp_path):
     card = streamed["README.md"].decode()
     assert "base_model: someone/Tiny" in card
     assert "base_model_relation: quantized" in card
-    assert "# awq\n" in card
-    assert 'from_pretrained("your-name/awq"' in card
+    assert "# Tiny-AWQ\n" in card
+    assert 'from_pretrained("your-name/Tiny-AWQ"' in card
     assert "Weights: " in card
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "streamed" / "awq")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "streamed")
     chat = [{"role": "user", "content": "a"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "user: a\n"
 
@@ -78,7 +78,7 @@ def test_an_image_text_model(tmp_path):
     assert streamed.keys() == in_memory.keys()
     assert [name for name in streamed if streamed[name] != in_memory[name]] == []
     assert {"README.md", "processor_config.json", "tokenizer.json"} <= streamed.keys()
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "streamed" / "awq")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "streamed")
     with torch.no_grad():
         assert loaded(**samples[0]).logits.isfinite().all()
 

@@ -31,7 +31,6 @@ from ..errors import CalibrationDataError, ConfigError, ModelStructureError
 from ..hub import describe_origin
 from ..in_memory import quantize_model
 from ..logs import get_logger
-from ..model_card import hub_id
 from ..report import QuantizationReport
 from ..reporting.files import prepare_folder
 from ..saving import meta_of
@@ -269,7 +268,7 @@ def _base_model(model: Any, args: Any) -> str | None:
     """What the checkpoint is a quantized version of: the trained model's repository, or what training started from."""
     if args.push_to_hub and args.hub_model_id and "/" in args.hub_model_id:
         return args.hub_model_id
-    return hub_id(_base(model).config.name_or_path)
+    return _base(model).config.name_or_path
 
 
 def _name_data(model: Any, dataloader: Any) -> None:

@@ -48,7 +48,6 @@ IMAGE_TEXT: dict[str, Unsupported] = {
     "fast_vlm": Unsupported("build", "timm", _TIMM),
     "florence2": Unsupported("quantize", "encoder-decoder", _ENCODER_DECODER),
     "gemma3n": Unsupported("build", "timm", _TIMM),
-    "inkling_mm_model": Unsupported("build", "scipy", "transformers' implementation needs scipy"),
     "perception_lm": Unsupported("build", "timm", _TIMM),
     "pi0": Unsupported(
         "quantize", "does not run on text alone", "an action model: it wants a robot's state and its actions, too"
