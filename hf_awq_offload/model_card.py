@@ -61,8 +61,7 @@ def hub_id(
 def proposed_name(
     source: str | os.PathLike | None,  # what a model was loaded from
 ) -> str:
-    """What to call the quantized `source`: by what was quantized and not by where it is put, so that runs can be compared
-    file by file."""
+    """What to call the quantized `source`: by what it is, not by where it is put, so that runs compare file by file."""
     path = Path(source or "model")
     name = (hub_id(source) or path.resolve().name).rpartition("/")[2]
     return name if name.lower().endswith("-awq") else f"{name}-AWQ"

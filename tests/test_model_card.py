@@ -12,7 +12,17 @@ from models import tiny_llama
 from hf_awq_offload import AwqOffloadConfig, quantize, quantize_model
 from hf_awq_offload.evaluate import Evaluation
 from hf_awq_offload.hub import copy_processing, full_precision_bytes, record_evaluation
-from hf_awq_offload.model_card import BEGIN, END, PICTURE, CardFacts, draw_losses, hub_id, proposed_name, updated, write_card
+from hf_awq_offload.model_card import (
+    BEGIN,
+    END,
+    PICTURE,
+    CardFacts,
+    draw_losses,
+    hub_id,
+    proposed_name,
+    updated,
+    write_card,
+)
 from hf_awq_offload.overrides import GridChoice
 from hf_awq_offload.packed_checkpoint_config import PackedCheckpointConfig
 from hf_awq_offload.report import GroupReport, LayerReport, QuantizationReport
