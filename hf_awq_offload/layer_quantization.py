@@ -222,6 +222,7 @@ def _search_group_scale(context: LayerContext, group: InputGroup, statistics: In
         duo_scaling=context.recipe.duo_scaling,
         row_of_channel=group.fold.row_of_channel,
         rows=group.fold.rows,
+        with_feedback=context.recipe.rounding == "error_feedback",
         storable=partial(storable_scale, context.layer, group.fold),
     )
 

@@ -40,7 +40,7 @@ def reference_feedback(weight: Tensor, gram: Tensor, parameters: GroupParameters
     """
     gram = gram.double()
     hessian = gram + DAMPING * gram.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True).tolist()
+    order = feedback_order(gram.float()).channels.tolist()
     remaining, codes = weight.double().clone(), torch.zeros(OUT, IN, dtype=torch.float64)
     for position, i in enumerate(order):
         free = order[position:]
@@ -142,10 +142,45 @@ def test_rows_do_not_depend_on_each_other():
     assert float((whole == torch.cat(halves)).float().mean()) > 0.999
 
 
-def test_channels_go_from_loud_to_quiet_and_the_factor_is_of_the_damped_matrix():
+def damped(gram: Tensor) -> Tensor:
+    """G + λI in fp64."""
+    return gram.double() + DAMPING * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+
+
+def test_each_channel_varies_least_given_those_rounded_after_it(monkeypatch):
+    monkeypatch.setattr(rounding, "ORDER_BLOCKS", 64)
+    gram = correlated_gram(6)[:64, :64]
+    channels, matrix = feedback_order(gram).channels.tolist(), damped(gram)
+    assert sorted(channels) == list(range(64))
+    for position in range(64):
+        earlier, later = channels[: position + 1], channels[position + 1 :]
+        explained = matrix[earlier][:, later] @ torch.linalg.inv(matrix[later][:, later]) @ matrix[later][:, earlier]
+        variances = (matrix[earlier][:, earlier] - explained).diagonal()
+        assert float(variances[-1]) <= 1.001 * float(variances.min())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_makes_pivots_more_even_than_loudness_does(seed):
+    """Their product is the determinant of the matrix, so that the more even ones have the smaller sum."""
+    gram = correlated_gram(seed)
+    by_loudness = torch.argsort(gram.diagonal())  # from the last
+    pivots = torch.linalg.cholesky(damped(gram)[by_loudness][:, by_loudness]).diagonal().square()
+    found = feedback_order(gram).pivots.double()
+    assert float(found.log().sum()) == pytest.approx(float(pivots.log().sum()), abs=0.01)
+    assert float(found.sum()) < float(pivots.sum())
+
+
+def test_a_matrix_that_is_not_positive_is_taken_in_the_order_of_loudness():
+    gram = torch.diag(torch.tensor([1.0, 4.0, 2.0, 3.0]))
+    gram[1, 3] = gram[3, 1] = -5.0
+    order = feedback_order(gram)
+    assert order.channels.tolist() == [1, 3, 2, 0]
+    assert float(order.damping) > DAMPING * 2.5
+
+
+def test_the_factor_is_of_the_damped_matrix():
     gram = correlated_gram(6)
     order = feedback_order(gram)
-    assert bool((gram.diagonal()[order.channels].diff() <= 0).all())
     ordered = gram[order.channels][:, order.channels].double()
     assert float(order.damping) == pytest.approx(DAMPING * float(gram.diagonal().mean()), rel=1e-5)
     damped = ordered + order.damping.double() * torch.eye(IN, dtype=torch.float64)

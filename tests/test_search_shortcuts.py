@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from shipped_groups import Case, shipped_groups
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_awq_offload.search.clip
 import hf_awq_offload.search.scale
@@ -15,36 +15,14 @@ from hf_awq_offload.grid import Grid
 from hf_awq_offload.search.clip import search_clip
 from hf_awq_offload.search.rounding import round_weight
 from hf_awq_offload.search.scale import ScaleSearch, search_scale
-from hf_awq_offload.statistics import InputStatistics, StatisticsCollector
 
-GROUPS = [
-    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    ["self_attn.o_proj"],
-    ["mlp.gate_proj", "mlp.up_proj"],
-    ["mlp.down_proj"],
-]
 GRIDS = [Grid(4, 128, True), Grid(4, 32, True), Grid(3, 128, True), Grid(4, 64, False)]
 pytestmark = pytest.mark.xdist_group("shortcuts")
-
-Case = tuple[list[Tensor], InputStatistics]
 
 
 @pytest.fixture(scope="module")
 def groups(tiny_llama_dir) -> list[Case]:
-    """Weights and statistics of all input groups of the shipped model."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
-    text = (tiny_llama_dir / "heldout.txt").read_text(encoding="utf-8")
-    token_ids = AutoTokenizer.from_pretrained(tiny_llama_dir)(text, return_tensors="pt", verbose=False).input_ids
-    layers = list(enumerate(model.model.layers))
-    linears = {f"{i}.{names[0]}": layer.get_submodule(names[0]) for i, layer in layers for names in GROUPS}
-    collector = StatisticsCollector(linears, torch.device("cpu"))
-    with collector.collecting(), torch.no_grad():
-        model(input_ids=token_ids[:, :4096].reshape(8, 512), use_cache=False)
-    return [
-        ([layer.get_parameter(f"{name}.weight").detach() for name in names], collector.take(f"{i}.{names[0]}", ""))
-        for i, layer in layers
-        for names in GROUPS
-    ]
+    return shipped_groups(tiny_llama_dir)
 
 
 def searches(groups: list[Case]) -> Iterator[ScaleSearch]:

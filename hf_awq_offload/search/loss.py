@@ -9,9 +9,12 @@ takes little more than half of the products.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..grid import Grid
 
 CACHED_ELEMENTS = 2**19
 """Weights worked on at a time on a CPU: temporaries of 2 MiB stay in its cache (3.4 times faster, docs/log.md)."""
@@ -20,6 +23,14 @@ CACHED_ROWS = 256
 ACCELERATOR_ELEMENTS = 2**24
 """The same on an accelerator, where fewer, larger kernels count: 64 MiB for each temporary."""
 BLOCK_CHANNELS = 512
+
+
+class RowSample(NamedTuple):
+    """Rows of a weight that stand for all of them."""
+
+    rows: Tensor  # (rows, in) fp32
+    grid: Grid
+    share: Tensor  # (rows,) what the error of a row counts for
 
 
 def row_chunks(

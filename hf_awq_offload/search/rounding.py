@@ -7,10 +7,12 @@ are rounded one after another, each corrected for what rounding the earlier ones
     G + λI = (I + N) diag(c²) (I + N)ᵀ,  N strictly upper triangular
     w'_k = w_k + Σ_{j<k} (w_j - ŵ_j) N_jk,   ŵ_k = nearest to w'_k on the grid,   loss = Σ_k c_k² (w'_k - ŵ_k)²
 
-Channels are taken in the order of falling G_ii: errors of the loud ones can then still be made up for (natural order is
-worse, docs/design/002). The grid of every group is fixed beforehand, from the weights as they are, so that the order
-leaves no trace in the checkpoint, which stays a standard one ("static groups" in GPTQ implementations). Then
-scales are fitted to the codes (refit.py) and rows rounded once more on these, as far as either lowers the error.
+The loss is least where the pivots are even: c_k² is what channel k varies by once those rounded after it are known. So
+the order is made from its end, each time of the channel that varies least given those that come after it (by falling
+G_ii, GPTQ's "act order", is worse, natural order more so: docs/design/002). The grid of every group is fixed first,
+from the weights as they are, so that the order leaves no trace in the checkpoint, which stays a standard one ("static
+groups" in GPTQ implementations). Then scales are fitted to the codes (refit.py) and rows rounded once more on these, as
+far as either lowers the error.
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ ROWS_ELEMENTS = 2**26
 DAMPING = 0.01
 """λ, relative to the mean of G's diagonal; it is multiplied by ten until the factorization succeeds."""
 LARGEST_DAMPING = 1e3
+ORDER_BLOCKS = 32
+"""Channels are put in order by so many blocks; one by one would read the matrix once for every channel."""
 
 
 class FeedbackOrder(NamedTuple):
     """What rounding all linears of one input shares."""
 
-    channels: Tensor  # (in,) int64: input channels in the order in which they are rounded
+    channels: Tensor  # (in,) int64: input channels in the order in which they are rounded, see the module's text
     coupling: Tensor  # (in, in) fp32, contiguous: I + N, for channels in that order
     pivots: Tensor  # (in,) fp32: c², in that order
     damping: Tensor  # () fp32: λ
@@ -63,13 +67,12 @@ def feedback_order(
     Raises:
         NumericalError: the matrix can't be factorized even when strongly damped (it is not finite).
     """
-    channels = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    backwards = _from_the_last(gram)
     # The upper factor of a matrix is the lower one of the matrix in reversed order, reversed.
-    backwards = channels.flip(0)
     lower, damping = _damped_cholesky(gram.index_select(0, backwards).index_select(1, backwards), DAMPING)
     upper = lower.flip((0, 1)).contiguous()  # LAPACK's factors have contiguous columns
     diagonal = upper.diagonal().clone()
-    return FeedbackOrder(channels, upper.div_(diagonal), diagonal.square(), damping)
+    return FeedbackOrder(backwards.flip(0), upper.div_(diagonal), diagonal.square(), damping)
 
 
 def round_weight(
@@ -201,6 +204,31 @@ def _round_leaf(
         remaining[i] = codes
         errors[i].sub_(rounded)
         remaining[i + 1 : stop].addr_(coupling[i, i + 1 : stop], errors[i])
+
+
+def _from_the_last(
+    gram: Tensor,  # (in, in) fp32
+) -> Tensor:
+    """Channels, (in,) int64, by blocks of those that vary least given what is before them; by G_ii where that fails."""
+    size = -(-len(gram) // ORDER_BLOCKS)
+    rest = torch.arange(len(gram), device=gram.device)
+    unexplained = gram.clone()  # the Schur complement: what channels vary by given those in `chosen`
+    unexplained.diagonal().add_(DAMPING * gram.diagonal().mean())
+    chosen = []
+    while len(rest) > size:
+        by_variance = torch.argsort(unexplained.diagonal(), stable=True)
+        quiet, others = by_variance[:size], by_variance[size:]
+        rows = unexplained.index_select(0, quiet)
+        factor, failed = torch.linalg.cholesky_ex(rows.index_select(1, quiet))
+        if bool(failed):
+            return torch.argsort(gram.diagonal(), stable=True)
+        explaining = torch.linalg.solve_triangular(factor, rows.index_select(1, others), upper=False)
+        chosen.append(rest[quiet])
+        rest = rest[others]
+        unexplained = unexplained.index_select(0, others).index_select(1, others)
+        unexplained.addmm_(explaining.t(), explaining, alpha=-1)
+    chosen.append(rest[torch.argsort(unexplained.diagonal(), stable=True)])
+    return torch.cat(chosen)
 
 
 def _damped_cholesky(

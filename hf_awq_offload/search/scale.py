@@ -9,8 +9,9 @@ to rounding to nearest.
 
 Candidates are ranked on a sample of the rows, first every COARSE_STEP-th α and then those around the best two of these.
 A few rows make most of the loss, so rows are drawn in proportion to their share of it under the identity (evenly drawn
-ones took scales that cost up to 1.5 times the best, docs/log.md). Whether the winner beats the identity is decided on
-all rows.
+ones took scales that cost up to 1.5 times the best, docs/log.md). Where weights will be rounded with error feedback,
+those around the winner are then ranked by what that makes of the same rows (feedback_ranking.py). Whether what is taken
+beats the identity, rounding to nearest, is decided on all rows.
 
 Where several input channels are fed by one producer row (grouped queries), they share that row's scale: x̄ and w̄
 are pooled over them first.
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from ..grid import Grid, quantize_dequantize
 from ..statistics import InputStatistics
-from .loss import row_chunks, row_mse
+from .feedback_ranking import feedback_losses
+from .loss import RowSample, row_chunks, row_mse
 
 SMALLEST_SCALE = 1e-4
 SAMPLE_ROWS = 256
@@ -34,6 +36,8 @@ SAMPLE_ROWS = 256
 SMALLEST_SHARE = 0.05
 """Of the mean: even a row without error under the identity may have some under another scale."""
 COARSE_STEP = 3
+FEEDBACK_STEPS_DOWN, FEEDBACK_STEPS_UP = 6, 2
+"""Candidates around the best for rounding to nearest that are tried with error feedback, which takes smaller α."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def search_scale(
     duo_scaling: bool,
     row_of_channel: Tensor,  # (in,) int64: producer row that feeds each channel
     rows: int,
+    with_feedback: bool = False,  # for weights that will be rounded with error feedback
     storable: Callable[[Tensor], Tensor | None] = lambda row_scale: row_scale,
 ) -> ScaleSearch:
     """The best of `n_grid` candidates and the identity.
@@ -79,11 +84,22 @@ def search_scale(
             candidates[alpha] = row_scale
     if not candidates:
         return without
-    loss_of = _ranking(weights, grids, statistics.gram, without.row_mse)
-    alpha = _coarse_to_fine(sorted(candidates), lambda alpha: loss_of(candidates[alpha][row_of_channel]))
-    mse = weights_mse(weights, grids, statistics.gram, candidates[alpha][row_of_channel])
-    found = ScaleSearch(candidates[alpha], alpha, without.identity_loss, mse, len(candidates))
-    return found if found.loss < without.loss else replace(without, candidates=len(candidates))
+    gram = statistics.gram
+    samples = _row_samples(weights, grids, without.row_mse)
+    scales = {alpha: row_scale[row_of_channel] for alpha, row_scale in sorted(candidates.items())}
+    alpha = _coarse_to_fine([*scales], lambda alpha: _sampled_loss(samples, gram, scales[alpha]))
+    choices = [alpha]
+    if with_feedback:
+        center = [*scales].index(alpha)
+        near = [*scales][max(0, center - FEEDBACK_STEPS_DOWN) : center + FEEDBACK_STEPS_UP + 1]
+        losses = feedback_losses(samples, gram, scales[alpha], [scales[each] for each in near])
+        choices.insert(0, min(zip(losses, near, strict=True))[1])
+    for alpha in dict.fromkeys(choices):
+        mse = weights_mse(weights, grids, gram, scales[alpha])
+        found = ScaleSearch(candidates[alpha], alpha, without.identity_loss, mse, len(candidates))
+        if found.loss < without.loss:
+            return found
+    return replace(without, candidates=len(candidates))
 
 
 def without_scale(
@@ -145,13 +161,12 @@ def _difference(
     return quantize_dequantize(rows * scale, grid).div_(scale).sub_(rows)
 
 
-def _ranking(
+def _row_samples(
     weights: Sequence[Tensor],  # (out_i, in) each
     grids: Sequence[Grid],
-    gram: Tensor,  # (in, in) fp32
     mse: Tensor,  # (out_0 + out_1 + …,) of the identity
-) -> Callable[[Tensor], float]:
-    """An estimate of the loss of a scale (in,), without bias, to compare candidates by.
+) -> list[RowSample]:
+    """Rows to estimate the loss of a scale by, without bias.
 
     A row is drawn with a probability in proportion to its share of the identity's loss, and counts by the inverse.
     """
@@ -163,16 +178,23 @@ def _ranking(
         weights, grids, *(each.split([len(weight) for weight in weights]) for each in (drawn, chance)), strict=True
     ):
         rows = own.nonzero().squeeze(1).to(weight.device)
-        share = p[own].reciprocal().to(gram.device)
-        samples += [(weight[rows[span]].float(), grid, share[span]) for span in row_chunks(weight[: len(rows)])]
+        share = p[own].reciprocal().to(mse.device)
+        samples.append(RowSample(weight[rows].float(), grid, share))
+    return samples
 
-    def loss_of(scale: Tensor) -> float:
-        loss = torch.zeros((), dtype=torch.float64, device=gram.device)
-        for rows, grid, share in samples:
-            loss += (row_mse(_difference(rows, grid, scale), gram) * share).sum(dtype=torch.float64)
-        return float(loss)
 
-    return loss_of
+def _sampled_loss(
+    samples: Sequence[RowSample],
+    gram: Tensor,  # (in, in) fp32
+    scale: Tensor,  # (in,)
+) -> float:
+    """An estimate of the loss of rounding W·s to nearest."""
+    loss = torch.zeros((), dtype=torch.float64, device=gram.device)
+    for rows, grid, share in samples:
+        for span in row_chunks(rows):
+            mse = row_mse(_difference(rows[span], grid, scale), gram)
+            loss += (mse * share[span]).sum(dtype=torch.float64)
+    return float(loss)
 
 
 def _inclusion(
