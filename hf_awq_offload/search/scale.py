@@ -19,7 +19,7 @@ are pooled over them first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,22 +84,31 @@ def search_scale(
             candidates[alpha] = row_scale
     if not candidates:
         return without
-    gram = statistics.gram
     samples = _row_samples(weights, grids, without.row_mse)
-    scales = {alpha: row_scale[row_of_channel] for alpha, row_scale in sorted(candidates.items())}
-    alpha = _coarse_to_fine([*scales], lambda alpha: _sampled_loss(samples, gram, scales[alpha]))
-    choices = [alpha]
-    if with_feedback:
-        center = [*scales].index(alpha)
-        near = [*scales][max(0, center - FEEDBACK_STEPS_DOWN) : center + FEEDBACK_STEPS_UP + 1]
-        losses = feedback_losses(samples, gram, scales[alpha], [scales[each] for each in near])
-        choices.insert(0, min(zip(losses, near, strict=True))[1])
-    for alpha in dict.fromkeys(choices):
-        mse = weights_mse(weights, grids, gram, scales[alpha])
+    scales = {alpha: row_scale[row_of_channel] for alpha, row_scale in candidates.items()}
+    for alpha in _best(samples, statistics.gram, scales, with_feedback):
+        mse = weights_mse(weights, grids, statistics.gram, scales[alpha])
         found = ScaleSearch(candidates[alpha], alpha, without.identity_loss, mse, len(candidates))
         if found.loss < without.loss:
             return found
     return replace(without, candidates=len(candidates))
+
+
+def _best(
+    samples: Sequence[RowSample],
+    gram: Tensor,  # (in, in) fp32
+    scales: Mapping[float, Tensor],  # α, in rising order -> (in,)
+    with_feedback: bool,
+) -> list[float]:
+    """The best α; with error feedback, after it what to fall back on, the best for rounding to nearest."""
+    alphas = [*scales]
+    for_nearest = _coarse_to_fine(alphas, lambda alpha: _sampled_loss(samples, gram, scales[alpha]))
+    if not with_feedback:
+        return [for_nearest]
+    center = alphas.index(for_nearest)
+    near = alphas[max(0, center - FEEDBACK_STEPS_DOWN) : center + FEEDBACK_STEPS_UP + 1]
+    losses = feedback_losses(samples, gram, scales[for_nearest], [scales[alpha] for alpha in near])
+    return list(dict.fromkeys([near[losses.index(min(losses))], for_nearest]))
 
 
 def without_scale(
