@@ -21,8 +21,8 @@ from ..grid import Grid, GroupParameters, group_parameters, group_range
 from .loss import RowSample
 from .rounding import feedback_order, round_with_feedback
 
-CPU_ELEMENTS = 2**21
-"""Weights of all candidates that are rounded together: 8 MiB for each of a handful of fp32 temporaries."""
+CPU_ELEMENTS = 2**20
+"""Weights of all candidates that are rounded together: 4 MiB for each of nine fp32 temporaries."""
 ACCELERATOR_ELEMENTS = 2**25
 
 
@@ -48,22 +48,23 @@ def feedback_losses(
         grid = replace(sample.grid, group_size=1)
         for start in range(0, len(candidates), at_once):
             part = candidates[start : start + at_once]
-            steps = [_steps(sample.rows, sample.grid, reference, scale) for scale in part]
-            together = GroupParameters(*map(torch.cat, zip(*steps, strict=True)))
-            _, damped_mse = round_with_feedback(weight.repeat(len(part), 1), order, together, grid)
+            steps = _steps(sample, reference, part)
+            _, damped_mse = round_with_feedback(weight.repeat(len(part), 1), order, steps, grid)
             shares = damped_mse.view(len(part), -1) * sample.share
             losses[start : start + len(part)] += shares.sum(dim=1, dtype=torch.float64)
     return losses.tolist()
 
 
 def _steps(
-    rows: Tensor,  # (rows, in) fp32
-    grid: Grid,
+    sample: RowSample,
     reference: Tensor,  # (in,)
-    scale: Tensor,  # (in,)
+    candidates: Sequence[Tensor],  # (in,) each
 ) -> GroupParameters:
-    """The grid of rows · scale for every channel, in the units of the reference, (rows, in)."""
-    scaled = rows * scale
-    parameters = group_parameters(group_range(scaled, grid), grid)
-    step, zero = (each.repeat_interleave(grid.group_size, dim=1) for each in parameters)
-    return GroupParameters(step.mul_(reference / scale), zero)
+    """The grid of rows · scale for every channel, in the units of the reference, (candidates · rows, in)."""
+    steps, zeros = [], []
+    for scale in candidates:
+        parameters = group_parameters(group_range(sample.rows * scale, sample.grid), sample.grid)
+        step, zero = (each.repeat_interleave(sample.grid.group_size, dim=1) for each in parameters)
+        steps.append(step.mul_(reference / scale))
+        zeros.append(zero)
+    return GroupParameters(torch.cat(steps), torch.cat(zeros))
