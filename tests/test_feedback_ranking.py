@@ -134,6 +134,16 @@ def test_a_scale_that_is_worse_than_none_to_the_nearest_is_not_taken(monkeypatch
     assert found.alpha == search(case, grid, with_feedback=False).alpha
 
 
+def test_a_weight_of_which_no_row_is_drawn(monkeypatch):
+    monkeypatch.setattr(scale, "SAMPLE_ROWS", 8)
+    gram, _, _, _ = inputs(3)
+    weights = [torch.randn(512, IN, generator=torch.Generator().manual_seed(0)), torch.zeros(2, IN)]
+    assert len(scale._row_samples(weights, [GRIDS[0]] * 2, torch.cat([torch.ones(512), torch.zeros(2)]))) == 1
+    found = search((weights, InputStatistics(gram, gram.diagonal().sqrt(), tokens=100)), GRIDS[0])
+    assert found.loss <= found.identity_loss
+    assert len(found.row_mse) == 514
+
+
 def test_every_setting_of_rounding_has_scales_of_its_own(tiny_llama_dir):
     def alphas(rounding: str) -> list[float | None]:
         model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)

@@ -43,14 +43,14 @@ def feedback_losses(
     losses = torch.zeros(len(candidates), dtype=torch.float64, device=gram.device)
     for sample in samples:
         most_elements = CPU_ELEMENTS if gram.device.type == "cpu" else ACCELERATOR_ELEMENTS
-        at_once = max(1, most_elements // max(1, sample.rows.numel()))
+        at_once = max(1, most_elements // sample.rows.numel())
         weight = sample.rows * reference
         grid = replace(sample.grid, group_size=1)
         for start in range(0, len(candidates), at_once):
             part = candidates[start : start + at_once]
             steps = _steps(sample, reference, part)
             _, damped_mse = round_with_feedback(weight.repeat(len(part), 1), order, steps, grid)
-            shares = damped_mse.view(len(part), -1) * sample.share
+            shares = damped_mse.view(len(part), len(sample.rows)) * sample.share
             losses[start : start + len(part)] += shares.sum(dim=1, dtype=torch.float64)
     return losses.tolist()
 

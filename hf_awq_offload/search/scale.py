@@ -187,8 +187,8 @@ def _row_samples(
         weights, grids, *(each.split([len(weight) for weight in weights]) for each in (drawn, chance)), strict=True
     ):
         rows = own.nonzero().squeeze(1).to(weight.device)
-        share = p[own].reciprocal().to(mse.device)
-        samples.append(RowSample(weight[rows].float(), grid, share))
+        if len(rows):  # of a small weight none may be drawn
+            samples.append(RowSample(weight[rows].float(), grid, p[own].reciprocal().to(mse.device)))
     return samples
 
 
