@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_awq_offload.grid import Grid
+from hf_awq_offload.search.scale import ScaleSearch, search_scale
 from hf_awq_offload.statistics import InputStatistics, StatisticsCollector
 
 GROUPS = [
@@ -35,3 +37,13 @@ def shipped_groups(folder: Path) -> list[Case]:
         for i, layer in layers
         for names in GROUPS
     ]
+
+
+def search(case: Case, grid: Grid, with_feedback: bool) -> ScaleSearch:
+    """The search with its defaults, every channel with a scale of its own."""
+    weights, statistics = case
+    channels = statistics.gram.shape[0]
+    return search_scale(
+        weights, statistics, [grid] * len(weights), n_grid=20, duo_scaling=True,
+        row_of_channel=torch.arange(channels), rows=channels, with_feedback=with_feedback,
+    )  # fmt: skip

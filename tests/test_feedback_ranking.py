@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import token_recipe
-from shipped_groups import Case, shipped_groups
+from shipped_groups import Case, search, shipped_groups
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +15,7 @@ from hf_awq_offload.search import feedback_ranking, scale
 from hf_awq_offload.search.feedback_ranking import feedback_losses
 from hf_awq_offload.search.loss import RowSample
 from hf_awq_offload.search.rounding import DAMPING, feedback_order, round_weight
-from hf_awq_offload.search.scale import ScaleSearch, search_scale
+from hf_awq_offload.search.scale import ScaleSearch
 from hf_awq_offload.statistics import InputStatistics
 
 GRIDS = [Grid(4, 32, zero_point=True), Grid(3, 96, zero_point=False)]
@@ -80,15 +80,6 @@ def test_how_many_candidates_are_rounded_together_changes_next_to_nothing(monkey
     assert feedback_losses(samples, gram, reference, candidates) == pytest.approx(together, rel=1e-3)
 
 
-def search(case: Case, grid: Grid, with_feedback: bool = True) -> ScaleSearch:
-    weights, statistics = case
-    channels = statistics.gram.shape[0]
-    return search_scale(
-        weights, statistics, [grid] * len(weights), n_grid=20, duo_scaling=True,
-        row_of_channel=torch.arange(channels), rows=channels, with_feedback=with_feedback,
-    )  # fmt: skip
-
-
 def rounded_loss(case: Case, grid: Grid, found: ScaleSearch) -> float:
     """Of all rows, rounded with error feedback on full ranges, with the scale that was found."""
     weights, statistics = case
@@ -98,14 +89,14 @@ def rounded_loss(case: Case, grid: Grid, found: ScaleSearch) -> float:
 
 @pytest.mark.parametrize("grid", [Grid(4, 128, True), Grid(3, 128, True)], ids=str)
 def test_scales_found_lose_less_than_those_for_rounding_to_nearest(groups, grid, monkeypatch):
-    found = [search(case, grid) for case in groups]
+    found = [search(case, grid, with_feedback=True) for case in groups]
     for_nearest = [search(case, grid, with_feedback=False) for case in groups]
     losses = torch.tensor([rounded_loss(case, grid, each) for case, each in zip(groups, found, strict=True)])
     others = torch.tensor([rounded_loss(case, grid, each) for case, each in zip(groups, for_nearest, strict=True)])
     monkeypatch.setattr(scale, "SAMPLE_ROWS", 2**20)
     monkeypatch.setattr(scale, "FEEDBACK_STEPS_DOWN", 20)
     monkeypatch.setattr(scale, "FEEDBACK_STEPS_UP", 20)
-    best = torch.tensor([rounded_loss(case, grid, search(case, grid)) for case in groups])
+    best = torch.tensor([rounded_loss(case, grid, search(case, grid, with_feedback=True)) for case in groups])
     print(f"relative to scales for the nearest: {float((losses / others).mean()):.3f}; all rows, all candidates:")
     print(
         f"{float((best / others).mean()):.3f}; within 1 % of that: {int((losses <= 1.01 * best).sum())} of {len(best)}"
@@ -128,7 +119,7 @@ def test_a_scale_that_is_worse_than_none_to_the_nearest_is_not_taken(monkeypatch
     worst = max(losses)
     monkeypatch.setattr(scale, "FEEDBACK_STEPS_UP", 20)
     monkeypatch.setattr(scale, "feedback_losses", lambda samples, gram, reference, near: [*range(len(near), 0, -1)])
-    found = search(case, grid)
+    found = search(case, grid, with_feedback=True)
     assert losses.index(worst) == 19  # which feedback_losses prefers
     assert worst > found.identity_loss >= found.loss
     assert found.alpha == search(case, grid, with_feedback=False).alpha
@@ -139,7 +130,7 @@ def test_a_weight_of_which_no_row_is_drawn(monkeypatch):
     gram, _, _, _ = inputs(3)
     weights = [torch.randn(512, IN, generator=torch.Generator().manual_seed(0)), torch.zeros(2, IN)]
     assert len(scale._row_samples(weights, [GRIDS[0]] * 2, torch.cat([torch.ones(512), torch.zeros(2)]))) == 1
-    found = search((weights, InputStatistics(gram, gram.diagonal().sqrt(), tokens=100)), GRIDS[0])
+    found = search((weights, InputStatistics(gram, gram.diagonal().sqrt(), tokens=100)), GRIDS[0], with_feedback=True)
     assert found.loss <= found.identity_loss
     assert len(found.row_mse) == 514
 

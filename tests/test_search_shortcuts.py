@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from shipped_groups import Case, shipped_groups
+from shipped_groups import Case, search, shipped_groups
 from torch import Tensor
 
 import hf_awq_offload.search.clip
@@ -14,7 +12,7 @@ import hf_awq_offload.search.scale
 from hf_awq_offload.grid import Grid
 from hf_awq_offload.search.clip import search_clip
 from hf_awq_offload.search.rounding import round_weight
-from hf_awq_offload.search.scale import ScaleSearch, search_scale
+from hf_awq_offload.search.scale import ScaleSearch
 
 GRIDS = [Grid(4, 128, True), Grid(4, 32, True), Grid(3, 128, True), Grid(4, 64, False)]
 pytestmark = pytest.mark.xdist_group("shortcuts")
@@ -25,21 +23,15 @@ def groups(tiny_llama_dir) -> list[Case]:
     return shipped_groups(tiny_llama_dir)
 
 
-def searches(groups: list[Case]) -> Iterator[ScaleSearch]:
-    for grid in GRIDS:
-        for weights, statistics in groups:
-            channels = statistics.gram.shape[0]
-            yield search_scale(
-                weights, statistics, [grid] * len(weights), n_grid=20, duo_scaling=True,
-                row_of_channel=torch.arange(channels), rows=channels,
-            )  # fmt: skip
+def searches(groups: list[Case]) -> list[ScaleSearch]:
+    return [search(case, grid, with_feedback=False) for grid in GRIDS for case in groups]
 
 
 def test_the_scale_found_is_within_a_percent_of_the_exhaustive_search_on_nearly_all_groups(groups, monkeypatch):
-    found = list(searches(groups))
+    found = searches(groups)
     monkeypatch.setattr(hf_awq_offload.search.scale, "SAMPLE_ROWS", 2**20)
     monkeypatch.setattr(hf_awq_offload.search.scale, "COARSE_STEP", 1)
-    best = list(searches(groups))
+    best = searches(groups)
     close = [ours.loss <= 1.01 * exhaustive.loss for ours, exhaustive in zip(found, best, strict=True)]
     print(f"{sum(close)} of {len(close)} groups within 1 %")
     assert len(close) == 64

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from ..grid import GroupParameters, group_parameters, group_range
-from .loss import RowSample
+from .loss import ACCELERATOR_ELEMENTS, RowSample
 from .rounding import feedback_order, round_with_feedback
 
 CPU_ELEMENTS = 2**20
 """Weights of all candidates that are rounded together: 4 MiB for each of nine fp32 temporaries."""
-ACCELERATOR_ELEMENTS = 2**25
 
 
 def feedback_losses(
@@ -41,8 +40,8 @@ def feedback_losses(
     order = feedback_order(gram * inverse[:, None] * inverse)
     order = order._replace(damping=torch.zeros_like(order.damping))  # which leaves λ in the losses
     losses = torch.zeros(len(candidates), dtype=torch.float64, device=gram.device)
+    most_elements = CPU_ELEMENTS if gram.device.type == "cpu" else ACCELERATOR_ELEMENTS
     for sample in samples:
-        most_elements = CPU_ELEMENTS if gram.device.type == "cpu" else ACCELERATOR_ELEMENTS
         at_once = max(1, most_elements // sample.rows.numel())
         weight = sample.rows * reference
         grid = replace(sample.grid, group_size=1)
