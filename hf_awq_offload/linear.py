@@ -97,7 +97,7 @@ class AwqLinear(QuantizedLinear):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         words = self.native_words
         if words is None:
-            return ops.dequantize(self.packed, dtype)
+            return ops.dequantize(self.packed, dtype, self.backend)
         name = self._native_source[0]  # type: ignore[index]
         return ops.dequantize_native(words, self.qzeros, self.scales, self.in_features, dtype, name)
 

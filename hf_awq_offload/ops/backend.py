@@ -64,6 +64,14 @@ class WordsBackend(Backend):
     ) -> Tensor:
         """x Wᵀ, (M, N) in x's dtype."""
 
+    def dequantize(
+        self,
+        packed: PackedWeight,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The weight, (N, K) in `dtype`, a view of contiguous (K, N); exact up to that rounding."""
+        return dequantize_words(packed, dtype)
+
 
 class NativeBackend(Backend):
     """Reads a layout of its own."""

@@ -10,7 +10,7 @@ so four shifts of whole words give eight columns in their order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
 import torch
@@ -102,9 +102,19 @@ def linear_codes(
 ) -> Tensor:
     """x Wᵀ block by block, (M, N) in x's dtype."""
     dtype = matmul_dtype(x.device.type, x.dtype)
+    return multiply_blocks(x, blocks(codes, qzeros, scales, x.shape[1], dtype), scales.shape[1], dtype)
+
+
+def multiply_blocks(
+    x: Tensor,  # (M, K)
+    weight_blocks: Iterable[tuple[int, int, Tensor]],  # (first, last, Wᵀ[:, first:last] in `dtype`)
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x Wᵀ, multiplied in `dtype`, (M, N) in x's dtype."""
     wide = x.to(dtype)
-    output = torch.empty(x.shape[0], scales.shape[1], dtype=x.dtype, device=x.device)
-    for first, last, block in blocks(codes, qzeros, scales, x.shape[1], dtype):
+    output = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    for first, last, block in weight_blocks:
         output[:, first:last] = wide @ block
     return output
 

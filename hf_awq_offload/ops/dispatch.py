@@ -12,14 +12,14 @@ from functools import cache
 from importlib import import_module
 
 from ..errors import ConfigError
-from .backend import Backend, Case
+from .backend import Backend, Case, WordsBackend
 
 ENVIRONMENT_VARIABLE = "HF_AWQ_OFFLOAD_BACKEND"
 
-BACKENDS = ("auto", "torch", "cpu", "triton", "tinygemm", "xpu")
+BACKENDS = ("auto", "torch", "c", "cpu", "triton", "tinygemm", "xpu")
 """Values of the environment variable and of the config's field."""
 
-ORDER = {"cpu": ("cpu",), "cuda": ("triton", "tinygemm"), "xpu": ("xpu",)}
+ORDER = {"cpu": ("c", "cpu"), "cuda": ("triton", "tinygemm"), "xpu": ("xpu",)}
 """Device type -> backends to try; "torch" serves what they all refuse."""
 
 
@@ -33,6 +33,21 @@ def choose(
         ConfigError: the backend that was asked for is unknown, or refuses.
     """
     return _choose(os.environ.get(ENVIRONMENT_VARIABLE, ""), requested, case)
+
+
+def dequantizer(requested: str, case: Case) -> WordsBackend:
+    """Who dequantizes to `case.dtype`: the backend for `case` if it reads the AWQ words, else torch's.
+
+    None is refused: a backend that multiplies in few dtypes only is no reason not to read a weight.
+    """
+    try:
+        backend = choose(requested, case)
+    except ConfigError:
+        backend = None
+    if not isinstance(backend, WordsBackend):
+        backend = backend_named("torch")
+    assert isinstance(backend, WordsBackend)
+    return backend
 
 
 def backend_named(name: str) -> Backend:

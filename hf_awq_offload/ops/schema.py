@@ -2,7 +2,7 @@
 
     linear(x, qweight, qzeros, scales, backend)                         x (…, K) -> (…, N)
     linear_native(x, words, parameters, qzeros, scales, backend)        the same, from a backend's own layout
-    dequantize(qweight, qzeros, scales, dtype)                          (N, K)
+    dequantize(qweight, qzeros, scales, dtype, backend)                 (N, K)
     dequantize_native(words, qzeros, scales, in_features, dtype, backend)
 
 The gradient flows to x alone; the backward pass dequantizes again and keeps nothing but the packed tensors. Sizes are
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ..packing import COLUMNS_PER_WORD, PackedWeight
 from .backend import Case, NativeBackend, NativeWeight, WordsBackend
-from .blocks import dequantize_words
-from .dispatch import backend_named, choose
+from .dispatch import backend_named, choose, dequantizer
 
 NAMESPACE = "hf_awq_offload"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -29,7 +28,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 for _schema in (
     f"linear(Tensor x, {_PACKED}, str backend) -> Tensor",
     "linear_native(Tensor x, Tensor words, Tensor parameters, Tensor qzeros, Tensor scales, str backend) -> Tensor",
-    f"dequantize({_PACKED}, ScalarType dtype) -> Tensor",
+    f"dequantize({_PACKED}, ScalarType dtype, str backend) -> Tensor",
     "dequantize_native(Tensor words, Tensor qzeros, Tensor scales, int in_features, ScalarType dtype, str backend) "
     "-> Tensor",
 ):
@@ -64,9 +63,11 @@ def _linear_native(
     return _unflatten(output, x)
 
 
-def _dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     check_packed(qweight, qzeros, scales)
-    return dequantize_words(PackedWeight(qweight, qzeros, scales), dtype)
+    in_features, (n, out_features) = qweight.shape[0], scales.shape
+    case = Case(scales.device.type, dtype, in_features, out_features, in_features // n)
+    return dequantizer(backend, case).dequantize(PackedWeight(qweight, qzeros, scales), dtype)
 
 
 def _dequantize_native(
@@ -102,9 +103,9 @@ def linear_native(x: Tensor, native: NativeWeight, qzeros: Tensor, scales: Tenso
     return _ops.linear_native(x, native.words, native.parameters, qzeros, scales, backend)
 
 
-def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+def dequantize(packed: PackedWeight, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     """The weight (N, K) in `dtype`; (q - z) · Δ is computed in fp32 and rounded once."""
-    return _ops.dequantize(*packed, dtype)
+    return _ops.dequantize(*packed, dtype, backend)
 
 
 def dequantize_native(
@@ -198,7 +199,7 @@ def _(x, words, parameters, qzeros, scales, backend):
 
 
 @torch.library.register_fake(f"{NAMESPACE}::dequantize", lib=_library)
-def _(qweight, qzeros, scales, dtype):
+def _(qweight, qzeros, scales, dtype, backend):
     return scales.new_empty(qweight.shape[0], scales.shape[1], dtype=dtype).t()
 
 
@@ -212,10 +213,11 @@ def _(words, qzeros, scales, in_features, dtype, backend):
 
 def _keep_packed(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[1:4])
+    ctx.backend = inputs[4]
 
 
 def _linear_backward(ctx, grad_output: Tensor):
-    weight = _ops.dequantize(*ctx.saved_tensors, grad_output.dtype)
+    weight = _ops.dequantize(*ctx.saved_tensors, grad_output.dtype, ctx.backend)
     return grad_output @ weight, None, None, None, None
 
 

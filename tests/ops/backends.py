@@ -13,10 +13,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA or ROCm GPU")
 
-DEVICE = {"torch": "cpu", "cpu": "cpu", "triton": "cuda" if HAS_GPU else "cpu", "tinygemm": "cuda"}
+DEVICE = {"torch": "cpu", "c": "cpu", "cpu": "cpu", "triton": "cuda" if HAS_GPU else "cpu", "tinygemm": "cuda"}
 """Where a backend is tested."""
 
 BACKENDS = pytest.mark.parametrize(
     "backend",
-    ["torch", "cpu", pytest.param("triton", marks=needs_triton), pytest.param("tinygemm", marks=needs_gpu)],
+    ["torch", "c", "cpu", pytest.param("triton", marks=needs_triton), pytest.param("tinygemm", marks=needs_gpu)],
 )

@@ -16,10 +16,19 @@ from models import random_awq_linear
 from torch import Tensor
 
 from hf_awq_offload import AwqLinear, ops
-from hf_awq_offload.ops import cpu_backend
+from hf_awq_offload.ops import cpu_backend, dispatch
 from hf_awq_offload.packing import PackedWeight, pack_columns
 
 pytestmark = pytest.mark.skipif(cpu_backend.cpu_layout() is None, reason="torch has no int4 packing on this CPU")
+
+
+@pytest.fixture(autouse=True)
+def without_c_kernels(monkeypatch):
+    """As on a machine without a compiler: the cpu backend comes first."""
+    monkeypatch.setitem(dispatch.ORDER, "cpu", ("cpu",))
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
 
 
 def make(**kwargs) -> AwqLinear:

@@ -17,7 +17,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.
 
 @DTYPES
 @pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (64,), (0, 64)], ids=str)
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("backend", ["torch", "c", pytest.param("triton", marks=needs_triton)])
 def test_linear(dtype, shape, backend):
     packed = random_awq_linear(64, 32, dtype=dtype).packed
     x = torch.randn(shape).to(dtype)
@@ -39,7 +39,7 @@ def test_linear_native(dtype, rows):
 def test_dequantize(dtype):
     packed = random_awq_linear(64, 128).packed
     native = cpu_backend.BACKEND.pack(packed)
-    opcheck(_ops.dequantize, (*packed, dtype))
+    opcheck(_ops.dequantize, (*packed, dtype, "auto"))
     opcheck(_ops.dequantize_native, (native.words, packed.qzeros, packed.scales, 64, dtype, "cpu"))
     weight = ops.dequantize(packed, dtype)
     assert torch.equal(weight, ops.dequantize_native(native.words, packed.qzeros, packed.scales, 64, dtype, "cpu"))
@@ -61,7 +61,7 @@ BAD_SIZES = {
 
 
 @pytest.mark.parametrize("change", BAD_SIZES.values(), ids=BAD_SIZES)
-@pytest.mark.parametrize("backend", ["torch", "cpu", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("backend", ["torch", "c", "cpu", pytest.param("triton", marks=needs_triton)])
 def test_tensors_that_contradict_each_other_never_reach_a_kernel(change, backend):
     packed = change(*(tensor.detach() for tensor in random_awq_linear(64, 32).packed))
     with pytest.raises(ValueError, match="expected"):

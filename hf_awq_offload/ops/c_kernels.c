@@ -1,0 +1,322 @@
+/* Products with a weight in the AWQ GEMM layout, and its dequantization, on a CPU. Compiled by c_library.py.
+
+   The words are read as they are stored: word (k, i) holds the codes of input channel k and output channels 8i to
+   8i + 7, channel c in nibble {0, 4, 1, 5, 2, 6, 3, 7}[c]. Everything is computed in fp32. GCC's vector extension stands
+   in for intrinsics, so that one text serves AVX2, AVX-512 and NEON.
+
+   Products work on blocks of 8 words, 64 output channels, in "nibble order": vector i holds nibble i of the 8 words,
+
+       (words & 0xF << 4i), as float  =  16^i · codes
+
+   without a shift; 16^-i goes into the scales. Vector i, lane j is output channel 8j + channel of nibble i, so that a
+   transposed 8 × 8 matrix gives the natural order, once for each product.
+
+   Shapes: M = rows of x, K = input channels, N = 8W = output channels, g = group size. Sizes are checked by callers. */
+
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+enum { LANES = 8, BLOCK_WORDS = 8, BLOCK_COLUMNS = 64, MOST_DEPTH = 32, ONE_ROW_DEPTH = 16, ROWS_AT_ONCE = 6 };
+enum { FP16, BF16, FP32 };
+
+/* Vectors at any address: tensors in a mapped file need not even be aligned to their elements. */
+#define VECTOR(type, lanes) __attribute__((vector_size(sizeof(type) * (lanes)), aligned(1)))
+typedef uint16_t halves VECTOR(uint16_t, LANES);
+typedef uint32_t words VECTOR(uint32_t, LANES);
+typedef int32_t integers VECTOR(int32_t, LANES);
+typedef float floats VECTOR(float, LANES);
+
+#ifndef WIDE_LANES
+#ifdef __AVX512F__
+#define WIDE_LANES 16
+#else
+#define WIDE_LANES 8
+#endif
+#endif
+typedef float wide_floats VECTOR(float, WIDE_LANES); /* as wide as the CPU multiplies */
+
+typedef uint32_t word __attribute__((aligned(1)));
+
+typedef struct {
+    const word *qweight; /* (K, W) */
+    const word *qzeros;  /* (K / g, W) */
+    const char *scales;  /* (K / g, 8W) */
+    int64_t in_features, width, group_size; /* K, W, g */
+    int64_t scale_dtype;
+} weight;
+
+/* -- reading words and scales ------------------------------------------------------------------------------------- */
+
+/* `value` in all lanes: value - 0 is a mere broadcast; value + 0 is an addition, because of -0. */
+INLINE floats all(float value) { return value - (floats){}; }
+
+INLINE wide_floats all_wide(float value) { return value - (wide_floats){}; }
+
+INLINE floats to_floats(words codes) { return __builtin_convertvector((integers)codes, floats); }
+
+/* Bits where `condition` holds (a comparison's result), else 0. */
+INLINE words where(integers condition, uint32_t bits) { return (words)condition & bits; }
+
+INLINE floats floats_of_fp16(words bits) {
+    floats magnitude = (floats)((bits & 0x7fff) << 13) * 0x1p112f; /* right for subnormal numbers, too */
+    words infinite = where((bits & 0x7c00) == 0x7c00, 0x7f800000);
+    return (floats)((words)magnitude | infinite | (bits & 0x8000) << 16);
+}
+
+/* Scales of 8 consecutive output channels from `column`. */
+INLINE floats scales_at(const weight *w, int64_t group, int64_t column) {
+    int64_t i = group * w->width * 8 + column;
+    if (w->scale_dtype == FP32) return *(const floats *)(w->scales + 4 * i);
+    words bits = __builtin_convertvector(*(const halves *)(w->scales + 2 * i), words);
+    return w->scale_dtype == BF16 ? (floats)(bits << 16) : floats_of_fp16(bits);
+}
+
+/* The codes of one word in the order of its output channels. */
+INLINE floats codes_of_word(word bits) {
+    const words shifts = {0, 16, 4, 20, 8, 24, 12, 28};
+    return to_floats((((words){} + bits) >> shifts) & 15);
+}
+
+/* `count` words; the rest of 8 are 0. */
+INLINE words words_at(const word *p, int64_t count) {
+    words result = {};
+    if (count >= BLOCK_WORDS) return *(const words *)p;
+    memcpy(&result, p, count * sizeof(word));
+    return result;
+}
+
+/* Nibble i of 8 words, times 16^i, except nibble 7, which would be negative. */
+INLINE floats nibble(words block, int i) { return to_floats(i == 7 ? block >> 28 : block & 15u << 4 * i); }
+
+/* -- nibble order ------------------------------------------------------------------------------------------------- */
+
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
+#define EXCHANGE(i, j, FIRST, SECOND)                                                                                 \
+    {                                                                                                                 \
+        floats a = rows[i], b = rows[j];                                                                              \
+        rows[i] = SHUFFLE(a, b, FIRST);                                                                               \
+        rows[j] = SHUFFLE(a, b, SECOND);                                                                              \
+    }
+#define LIST(...) __VA_ARGS__
+
+/* Transposes an 8 × 8 matrix: exchanges its off-diagonal 1 × 1, then 2 × 2, then 4 × 4 blocks. */
+INLINE void transpose(floats rows[8]) {
+    UNROLL for (int i = 0; i < 8; i += 2)
+        EXCHANGE(i, i + 1, LIST(0, 8, 2, 10, 4, 12, 6, 14), LIST(1, 9, 3, 11, 5, 13, 7, 15))
+    UNROLL for (int i = 0; i < 8; i++) if (!(i & 2))
+        EXCHANGE(i, i + 2, LIST(0, 1, 8, 9, 4, 5, 12, 13), LIST(2, 3, 10, 11, 6, 7, 14, 15))
+    UNROLL for (int i = 0; i < 4; i++)
+        EXCHANGE(i, i + 4, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15))
+}
+
+INLINE int nibble_of_column(int column) { return column / 2 + column % 2 * 4; }
+
+/* (q - z) · Δ = q_i · scale[i] - zero[i] in nibble order, q_i as `nibble` reads it, for one group of one block. */
+INLINE void block_parameters(const weight *w, int64_t group, int64_t first, int64_t count, floats scale[8],
+                             floats zero[8]) {
+    floats rows[8] = {};
+    for (int j = 0; j < count; j++) rows[j] = scales_at(w, group, 8 * (first + j));
+    transpose(rows);
+    words zeros = words_at(w->qzeros + group * w->width + first, count);
+    UNROLL for (int c = 0; c < 8; c++) {
+        int i = nibble_of_column(c);
+        scale[i] = rows[c] * (i == 7 ? 1.0f : 1.0f / (float)(1u << 4 * i));
+        zero[i] = nibble(zeros, i) * scale[i];
+    }
+}
+
+/* Writes one row of a block, in nibble order, to `count` times 8 output channels. */
+INLINE void store_block(const float *block, int64_t count, float *y) {
+    floats rows[8];
+    UNROLL for (int c = 0; c < 8; c++) rows[c] = *(const floats *)(block + LANES * nibble_of_column(c));
+    transpose(rows);
+    for (int j = 0; j < count; j++) *(floats *)(y + 8 * j) = rows[j];
+}
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+/* -- one row ------------------------------------------------------------------------------------------------------ */
+
+/* sums += x codes, for input channels first_k to last_k of one block. The next words of a row are fetched ahead: they
+   lie a whole row apart, which no CPU guesses. */
+INLINE void add_codes(const weight *w, const float *x, int64_t first_k, int64_t last_k, int64_t first, int64_t count,
+                      float *sums) {
+    floats sum[8] = {}; /* of these channels alone: short sums are exact to more digits */
+    for (int64_t k = first_k; k < last_k; k++) {
+        const word *row = w->qweight + k * w->width + first;
+        __builtin_prefetch(row + 4 * BLOCK_WORDS);
+        words block = words_at(row, count);
+        floats value = all(x[k]);
+        UNROLL for (int i = 0; i < 8; i++) sum[i] += value * nibble(block, i);
+    }
+    UNROLL for (int i = 0; i < 8; i++) *(floats *)(sums + LANES * i) += sum[i];
+}
+
+/* y[8 first : 8 last] for M = 1. `scratch`: twice as many floats, in whole blocks.
+
+   Sums of x codes are kept for a group; then y += Δ (sums - z Σ x). */
+static void one_row(const weight *w, const float *x, float *y, int64_t first, int64_t last, float *scratch) {
+    int64_t size = round_up(last - first, BLOCK_WORDS) * 8;
+    float *sums = scratch, *total = scratch + size;
+    memset(total, 0, size * sizeof(float));
+    for (int64_t group_k = 0; group_k < w->in_features; group_k += w->group_size) {
+        int64_t end_k = group_k + w->group_size;
+        memset(sums, 0, size * sizeof(float));
+        for (int64_t k = group_k; k < end_k; k += ONE_ROW_DEPTH) {
+            int64_t last_k = least(k + ONE_ROW_DEPTH, end_k), i = first;
+            float *block = sums;
+            for (; i + BLOCK_WORDS <= last; i += BLOCK_WORDS, block += BLOCK_COLUMNS)
+                add_codes(w, x, k, last_k, i, BLOCK_WORDS, block);
+            if (i < last) add_codes(w, x, k, last_k, i, last - i, block);
+        }
+        double x_sum = 0;
+        for (int64_t k = group_k; k < end_k; k++) x_sum += x[k];
+        for (int64_t i = first; i < last; i += BLOCK_WORDS) {
+            floats scale[8], zero[8];
+            block_parameters(w, group_k / w->group_size, i, least(last - i, BLOCK_WORDS), scale, zero);
+            UNROLL for (int j = 0; j < 8; j++) {
+                int64_t at = (i - first) * 8 + LANES * j;
+                *(floats *)(total + at) += scale[j] * *(floats *)(sums + at) - zero[j] * (float)x_sum;
+            }
+        }
+    }
+    for (int64_t i = first; i < last; i += BLOCK_WORDS)
+        store_block(total + (i - first) * 8, least(last - i, BLOCK_WORDS), y + 8 * i);
+}
+
+/* -- several rows ------------------------------------------------------------------------------------------------- */
+
+/* y += x tile for `rows` rows: x (rows, depth), tile (depth, 64), y (rows, 64) with `stride`. `rows` is a constant
+   wherever this is inlined. */
+INLINE void multiply_rows(int rows, int64_t depth, const float *x, const float *tile, float *y, int64_t stride) {
+    for (int column = 0; column < BLOCK_COLUMNS; column += 2 * WIDE_LANES) {
+        wide_floats left[ROWS_AT_ONCE] = {}, right[ROWS_AT_ONCE] = {};
+        float *out = y + column;
+        for (int64_t k = 0; k < depth; k++) {
+            const float *codes = tile + k * BLOCK_COLUMNS + column;
+            wide_floats a = *(const wide_floats *)codes, b = *(const wide_floats *)(codes + WIDE_LANES);
+            UNROLL for (int m = 0; m < rows; m++) {
+                wide_floats value = all_wide(x[m * depth + k]);
+                left[m] += value * a;
+                right[m] += value * b;
+            }
+        }
+        UNROLL for (int m = 0; m < rows; m++) {
+            *(wide_floats *)(out + m * stride) += left[m];
+            *(wide_floats *)(out + m * stride + WIDE_LANES) += right[m];
+        }
+    }
+}
+
+/* y += x tile for all rows, in passes of as many as fit into the registers, or of nearly as many, all alike. */
+static void multiply_tile(int64_t rows, int64_t depth, const float *x, const float *tile, float *y, int64_t stride) {
+    for (int64_t passes = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; passes; passes--) {
+        int64_t now = (rows + passes - 1) / passes;
+        switch (now) {
+            case 1: multiply_rows(1, depth, x, tile, y, stride); break;
+            case 2: multiply_rows(2, depth, x, tile, y, stride); break;
+            case 3: multiply_rows(3, depth, x, tile, y, stride); break;
+            case 4: multiply_rows(4, depth, x, tile, y, stride); break;
+            case 5: multiply_rows(5, depth, x, tile, y, stride); break;
+            default: multiply_rows(ROWS_AT_ONCE, depth, x, tile, y, stride);
+        }
+        x += now * depth, y += now * stride, rows -= now;
+    }
+}
+
+/* The weights of `depth` input channels and one block, (depth, 64) in nibble order. */
+INLINE void make_tile(const weight *w, int64_t first_k, int64_t depth, int64_t first, int64_t count, float *tile) {
+    floats scale[8], zero[8];
+    block_parameters(w, first_k / w->group_size, first, count, scale, zero);
+    for (int64_t k = 0; k < depth; k++, tile += BLOCK_COLUMNS) {
+        const word *row = w->qweight + (first_k + k) * w->width + first;
+        __builtin_prefetch(row + 4 * BLOCK_WORDS);
+        words block = words_at(row, count);
+        UNROLL for (int i = 0; i < 8; i++) *(floats *)(tile + LANES * i) = nibble(block, i) * scale[i] - zero[i];
+    }
+}
+
+/* y[:, 8 first : 8 last] for M = `rows`. x: (K / depth, M, depth). `scratch`: as many floats as it computes, in whole
+   blocks. */
+static void several_rows(const weight *w, const float *x, int64_t rows, int64_t depth, float *y, int64_t first,
+                         int64_t last, float *scratch) {
+    int64_t stride = round_up(last - first, BLOCK_WORDS) * 8;
+    float tile[MOST_DEPTH * BLOCK_COLUMNS] __attribute__((aligned(64)));
+    memset(scratch, 0, rows * stride * sizeof(float));
+    for (int64_t k = 0; k < w->in_features; k += depth)
+        for (int64_t i = first; i < last; i += BLOCK_WORDS) {
+            if (last - i >= BLOCK_WORDS) /* with a constant, the compiler leaves the other case out */
+                make_tile(w, k, depth, i, BLOCK_WORDS, tile);
+            else
+                make_tile(w, k, depth, i, last - i, tile);
+            multiply_tile(rows, depth, x + k * rows, tile, scratch + (i - first) * 8, stride);
+        }
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t i = first; i < last; i += BLOCK_WORDS)
+            store_block(scratch + m * stride + (i - first) * 8, least(last - i, BLOCK_WORDS),
+                        y + (m * w->width + i) * 8);
+}
+
+/* -- what is called ----------------------------------------------------------------------------------------------- */
+
+/* y (M, N) = x Wᵀ, all in fp32.
+
+   x: (K / depth, M, depth), depth ≤ 32 dividing g. Each thread, or each part that fits into the cache, computes
+   `part_width` words of every row; a multiple of 8. scratch: max(M, 2) · round_up(W, 8) · 8 floats. */
+void awq_product(const weight *w, const float *x, int64_t rows, int64_t depth, float *y, float *scratch,
+                 int64_t part_width, int64_t threads) {
+    int64_t parts = (w->width + part_width - 1) / part_width, copies = rows > 2 ? rows : 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t first = part * part_width, last = least(first + part_width, w->width);
+        float *own = scratch + first * 8 * copies;
+        if (rows == 1)
+            one_row(w, x, y, first, last, own);
+        else
+            several_rows(w, x, rows, depth, y, first, last, own);
+    }
+}
+
+INLINE halves bf16_of_floats(floats value) {
+    words bits = (words)value, odd = bits >> 16 & 1;
+    words rounded = (bits + 0x7fff + odd) >> 16; /* to nearest, ties to even */
+    words not_a_number = where(value != value, 0xffff);
+    return __builtin_convertvector((rounded & ~not_a_number) | (not_a_number & 0x7fc0), halves);
+}
+
+enum { STRIP_WORDS = 16, STRIP_ROWS = 128 };
+
+/* Wᵀ[:, 8 first : 8 last], (K, 8 (last - first)) in fp32 or bf16: (q - z) · Δ in fp32, rounded once. */
+void awq_dequantize(const weight *w, int64_t first, int64_t last, char *out, int64_t dtype, int64_t threads) {
+    int64_t size = dtype == FP32 ? 4 : 2, stride = (last - first) * 8 * size;
+    int64_t strips = (last - first + STRIP_WORDS - 1) / STRIP_WORDS;
+    int64_t slices = (w->in_features + STRIP_ROWS - 1) / STRIP_ROWS;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t task = 0; task < strips * slices; task++) {
+        int64_t slice = task / strips, from = first + task % strips * STRIP_WORDS;
+        int64_t count = least(STRIP_WORDS, last - from);
+        int64_t first_k = slice * STRIP_ROWS, last_k = least(first_k + STRIP_ROWS, w->in_features);
+        floats scale[STRIP_WORDS], zero[STRIP_WORDS];
+        for (int64_t k = first_k; k < last_k; k++) {
+            if (k == first_k || k % w->group_size == 0)
+                for (int64_t j = 0; j < count; j++) {
+                    scale[j] = scales_at(w, k / w->group_size, 8 * (from + j));
+                    zero[j] = codes_of_word(w->qzeros[k / w->group_size * w->width + from + j]);
+                }
+            const word *row = w->qweight + k * w->width + from;
+            char *to = out + k * stride + (from - first) * 8 * size;
+            for (int64_t j = 0; j < count; j++, to += 8 * size) {
+                floats value = (codes_of_word(row[j]) - zero[j]) * scale[j];
+                if (dtype == FP32)
+                    *(floats *)to = value;
+                else
+                    *(halves *)to = bf16_of_floats(value);
+            }
+        }
+    }
+}

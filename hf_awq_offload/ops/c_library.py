@@ -1,0 +1,166 @@
+"""Compiles c_kernels.c with the system's GCC, once per machine, and loads it.
+
+The library goes to `$HF_HOME/hf_awq_offload`, under a name that depends on the source, the flags and the CPU, since a
+home may be shared by machines. It takes under a second. It contains no OpenMP runtime: its calls bind to the one that
+torch has loaded, so that there is one pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from torch import Tensor
+
+from ..packing import PackedWeight
+
+SOURCE = "c_kernels.c"
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
+COMPILERS = ("gcc", "cc")
+COMPILE_TIMEOUT_SECONDS = 120
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+"""The dtypes that the kernels know, and their numbers there."""
+
+
+class KernelsUnavailable(Exception):
+    """Why there are no compiled kernels here; `library` hands it on as text."""
+
+
+class CWeight(ctypes.Structure):
+    """`weight` of c_kernels.c. It holds addresses: the tensors must outlive it, and be contiguous."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("qweight", "qzeros", "scales")),
+        *((name, ctypes.c_int64) for name in ("in_features", "width", "group_size", "scale_dtype")),
+    )
+
+    @classmethod
+    def of(cls, packed: PackedWeight) -> CWeight:
+        """The weight of contiguous tensors that `schema.check_packed` has passed."""
+        in_features, width = packed.qweight.shape
+        group_size = in_features // packed.scales.shape[0]
+        addresses = (tensor.data_ptr() for tensor in packed)
+        return cls(*addresses, in_features, width, group_size, DTYPES[packed.scales.dtype])
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """The compiled kernels, or why there are none."""
+    if os.name != "posix":
+        return f"its kernels have not been tried on {platform.system()}"
+    try:
+        return load()
+    except KernelsUnavailable as error:
+        return str(error)
+
+
+def load() -> ctypes.CDLL:
+    """The kernels, compiled unless they are in the cache.
+
+    Raises:
+        KernelsUnavailable: there is no compiler, or what it makes can't be loaded.
+    """
+    try:
+        return _open(built(Path(HF_HOME) / "hf_awq_offload"))
+    except OSError:  # the folder can't be written, is open to others, or may not hold programs
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return _open(built(Path(folder)))
+            except OSError as error:
+                raise KernelsUnavailable(f"the compiled kernels can't be loaded: {error}") from error
+
+
+def built(folder: Path) -> Path:
+    """The library in `folder`, compiled if need be.
+
+    Raises:
+        KernelsUnavailable: there is no compiler, or it fails.
+        OSError: the folder can't be written, or others can change what is in it.
+    """
+    source = resources.files(__package__).joinpath(SOURCE).read_bytes()
+    key = hashlib.sha256(b"\0".join([source, " ".join(FLAGS).encode(), cpu().encode()])).hexdigest()[:16]
+    path = folder / f"kernels-{key}.so"
+    if not is_whole(path):
+        compiler = find_compiler()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # others may be compiling, too: the last one wins
+            (Path(scratch) / SOURCE).write_bytes(source)
+            # Linked without -fopenmp, which would bring an OpenMP runtime of its own.
+            _run([compiler, *FLAGS, "-c", SOURCE, "-o", "kernels.o"], scratch)
+            _run([compiler, "-shared", "kernels.o", "-o", "kernels.so"], scratch)
+            linked = Path(scratch) / "kernels.so"
+            content = linked.read_bytes()
+            linked.write_bytes(content + hashlib.sha256(content).digest())
+            linked.chmod(0o500)
+            os.replace(linked, path)
+    for status in (folder.stat(), path.stat()):
+        if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"{path} can be changed by other users")
+    return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the library is there and ends in the digest of the rest: a shortened one would crash whoever loads it."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
+
+
+def find_compiler() -> str:
+    """Path of the compiler: the environment variable CC, or the first of COMPILERS in the path."""
+    names = (os.environ["CC"],) if os.environ.get("CC") else COMPILERS
+    for name in names:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    raise KernelsUnavailable(f"no C compiler found ({' or '.join(names)}); install gcc, or set CC")
+
+
+def cpu() -> str:
+    """What distinguishes CPUs for which the compiler makes different code."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return " ".join([platform.system(), platform.machine(), platform.processor(), features])
+
+
+def address(tensor: Tensor) -> ctypes.c_void_p:
+    """Where a contiguous tensor's elements are."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _run(command: list[str], folder: str) -> None:
+    try:
+        result = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=COMPILE_TIMEOUT_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise KernelsUnavailable(f"{command[0]} was still running after {error.timeout:.0f} seconds") from error
+    if result.returncode:
+        first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip())
+        raise KernelsUnavailable(f"{command[0]} fails: {first}")
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    kernels = ctypes.CDLL(str(path))
+    pointer, integer, weight = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(CWeight)
+    kernels.awq_product.argtypes = (weight, pointer, integer, integer, pointer, pointer, integer, integer)
+    kernels.awq_dequantize.argtypes = (weight, integer, integer, pointer, integer, integer)
+    kernels.awq_product.restype = kernels.awq_dequantize.restype = None
+    return kernels

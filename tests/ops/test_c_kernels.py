@@ -1,0 +1,269 @@
+"""The C kernels: the same numbers as plain torch for every shape, and a library that is there or says why it is not."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import random_awq_linear
+from torch import Tensor
+
+from hf_awq_offload import ConfigError, ops
+from hf_awq_offload.ops import blocks, c_backend, c_library, dispatch
+from hf_awq_offload.packing import PackedWeight
+
+KERNELS = c_library.library()
+pytestmark = pytest.mark.skipif(isinstance(KERNELS, str), reason=str(KERNELS))
+
+BACKEND = c_backend.BACKEND
+SCALE_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def random_packed(groups: int, group_size: int, width: int, scale_dtype=torch.float16, seed: int = 0) -> PackedWeight:
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(*shape: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+
+    scales = (torch.rand(groups, 8 * width, generator=generator) / 10).to(scale_dtype)
+    return PackedWeight(words(groups * group_size, width), words(groups, width), scales)
+
+
+def assert_product_is_right(packed: PackedWeight, rows: int) -> None:
+    """Within what rounding sums in fp32 costs, of the product in fp64 with the weight that plain torch dequantizes."""
+    x = torch.randn(rows, packed.qweight.shape[0], generator=torch.Generator().manual_seed(1))
+    weight = blocks.dequantize_words(packed, torch.float64)
+    bound = (
+        x.double().abs() @ weight.abs().t() + x.double().abs().sum(1, keepdim=True) * 15 * packed.scales.double().max()
+    )
+    error = (c_backend._product(x, packed) - x.double() @ weight.t()).abs()
+    assert float((error / bound).max()) < 8 * torch.finfo(torch.float32).eps
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    groups=st.integers(1, 4),
+    group_size=st.sampled_from([1, 8, 16, 20, 24, 32, 48, 64, 96, 128, 160]),
+    width=st.integers(1, 40),
+    rows=st.integers(1, 20),
+    threads=st.integers(1, 3),
+    cache_bytes=st.sampled_from([1, 2**12, 2**17]),
+)
+def test_products_of_every_shape_however_they_are_divided(groups, group_size, width, rows, threads, cache_bytes):
+    packed = random_packed(groups, group_size, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c_backend, "_threads", lambda products: threads)
+        patch.setattr(c_backend, "CACHE_BYTES", cache_bytes)
+        assert_product_is_right(packed, rows)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
+def test_scales_of_every_dtype_that_checkpoints_have(scale_dtype, rows):
+    assert_product_is_right(random_packed(2, 64, 12, scale_dtype), rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
+@pytest.mark.parametrize(("groups", "group_size", "width"), [(3, 32, 5), (1, 160, 16), (2, 96, 70)])
+def test_dequantized_to_the_bit_as_by_plain_torch(groups, group_size, width, scale_dtype, dtype):
+    packed = random_packed(groups, group_size, width, scale_dtype)
+    weight = BACKEND.dequantize(packed, dtype)
+    expected = blocks.dequantize_words(packed, dtype)
+    assert weight.dtype == dtype
+    assert weight.stride() == expected.stride()
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_scales_that_are_no_ordinary_numbers(dtype):
+    bits = torch.tensor(
+        [0x0001, 0x03FF, 0x0400, 0x7BFF, 0x7C00, 0x7E00, 0x7FFF, 0x8000, 0x8001, 0xFC00], dtype=torch.int32
+    )
+    scales = bits.to(torch.int16).view(torch.float16).repeat(8).view(1, 80)
+    packed = random_packed(1, 32, 10)._replace(scales=scales)
+    expected = blocks.dequantize_words(packed, dtype)
+    torch.testing.assert_close(BACKEND.dequantize(packed, dtype), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_tensors_at_any_address(rows):
+    """In a mapped checkpoint a tensor begins wherever the one before it ends."""
+    packed = random_packed(2, 64, 9)
+
+    def moved(tensor: Tensor) -> Tensor:
+        memory = bytearray(tensor.nbytes + 2)
+        memory[2:] = tensor.numpy().tobytes()
+        return torch.frombuffer(memory, dtype=tensor.dtype, offset=2).view(tensor.shape)
+
+    odd = PackedWeight(*map(moved, packed))
+    assert odd.qweight.data_ptr() % 4 == 2
+    x = torch.randn(rows, 128)
+    assert torch.equal(c_backend._product(x, odd), c_backend._product(x, packed))
+    assert torch.equal(BACKEND.dequantize(odd, torch.float32), BACKEND.dequantize(packed, torch.float32))
+
+
+def test_views_of_larger_tensors_are_read_as_what_they_show():
+    whole = random_packed(2, 32, 12)
+    part = PackedWeight(whole.qweight[:, 2:8], whole.qzeros[:, 2:8], whole.scales[:, 16:64])
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(BACKEND.linear(x, part), BACKEND.linear(x, whole)[:, 16:64])
+
+
+def test_many_rows_agree_with_few():
+    packed = random_packed(2, 64, 80)
+    x = torch.randn(c_backend.FEW_ROWS[torch.float32] + 1, 128)
+    torch.testing.assert_close(BACKEND.linear(x, packed), c_backend._product(x, packed), rtol=1e-5, atol=1e-4)
+
+
+def test_without_a_product_layout_nothing_is_rearranged():
+    linear = random_awq_linear(256, 128, group_size=64)
+    before = linear.qweight
+    linear(torch.randn(2, 256))
+    assert linear.native_words is None
+    assert linear.qweight is before
+
+
+# -- compiled for other CPUs -----------------------------------------------------------------------------------------
+
+
+def compile_for(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    source = Path(c_library.__file__).parent / c_library.SOURCE
+    own = [flag for flag in c_library.FLAGS if not flag.startswith("-march")]
+    command = [c_library.find_compiler(), *own, "-Wall", "-Wextra", "-Werror", *flags, "-c", source, "-o", "kernels.o"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.skipif("x86" not in os.uname().machine, reason="the flags name x86 CPUs")
+@pytest.mark.parametrize("cpu", ["x86-64", "haswell", "skylake-avx512", "icelake-server", "znver3"])
+def test_it_compiles_without_warnings_for_other_cpus(cpu, tmp_path):
+    result = compile_for(tmp_path, f"-march={cpu}", "-Wno-psabi")  # vectors wider than the CPU's are passed inlined
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif("x86" not in os.uname().machine, reason="the flags name x86 CPUs")
+@pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=native", "-DWIDE_LANES=16"]], ids=["SSE2", "16 lanes"])
+def test_vectors_of_another_width_give_the_same(flags, tmp_path, monkeypatch):
+    """The code for AVX-512 multiplies 16 numbers at a time; compiled for less, it takes two instructions for it."""
+    assert compile_for(tmp_path, *flags, "-Wno-psabi").returncode == 0
+    subprocess.run([c_library.find_compiler(), "-shared", "kernels.o", "-o", "other.so"], cwd=tmp_path, check=True)
+    other = c_library._open(tmp_path / "other.so")
+    monkeypatch.setattr(c_backend, "library", lambda: other)
+    for rows in (1, 2, 6, 7, 13):
+        assert_product_is_right(random_packed(3, 32, 21), rows)
+    packed = random_packed(2, 64, 30)
+    assert torch.equal(BACKEND.dequantize(packed, torch.float32), blocks.dequantize_words(packed, torch.float32))
+
+
+# -- the library -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty folder for compiled kernels."""
+    monkeypatch.setattr(c_library, "HF_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    return tmp_path / "hf_awq_offload"
+
+
+def test_compiled_once_then_no_compiler_is_needed(cache, monkeypatch):
+    assert isinstance(c_library.load(), ctypes.CDLL)
+    (compiled,) = cache.iterdir()
+    modified = compiled.stat().st_mtime_ns
+    monkeypatch.setenv("PATH", "")
+    assert isinstance(c_library.load(), ctypes.CDLL)
+    assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [modified]
+
+
+def test_another_cpu_has_another_library(cache, monkeypatch):
+    c_library.load()
+    monkeypatch.setattr(c_library, "cpu", lambda: "another")
+    c_library.load()
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_no_compiler_is_a_reason(cache, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(c_library.KernelsUnavailable, match=r"no C compiler found .*install gcc"):
+        c_library.load()
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("exit 1", "fails"), ("echo 'kernels.c:1: error: no such vector' >&2; exit 1", "no such vector"), ("true", "can't be loaded")],
+)
+def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(cache, monkeypatch, tmp_path, compiler, reason):
+    path = tmp_path / "compiler"
+    path.write_text(f"#!/bin/sh\n{compiler}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+    with pytest.raises(c_library.KernelsUnavailable, match=reason):
+        c_library.load()
+    assert not list(cache.iterdir())
+
+
+def test_asking_for_it_in_vain_says_why(monkeypatch):
+    monkeypatch.setattr(c_backend, "library", lambda: "no C compiler found (gcc or cc); install gcc, or set CC")
+    dispatch._choose.cache_clear()
+    linear = random_awq_linear()
+    linear.backend = "c"
+    with pytest.raises(ConfigError, match=r"backend='c' can't serve .*no C compiler found"):
+        linear(torch.randn(1, 64))
+    linear.backend = "auto"
+    assert linear(torch.randn(1, 64)).shape == (1, 24)
+    dispatch._choose.cache_clear()
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(cache):
+    cache.write_text("a file where the folder should be")
+    assert isinstance(c_library.load(), ctypes.CDLL)
+
+
+@pytest.mark.parametrize("open_to_others", ["folder", "library"])
+def test_what_others_could_have_changed_is_not_loaded(cache, open_to_others):
+    c_library.load()
+    (compiled,) = cache.iterdir()
+    (cache if open_to_others == "folder" else compiled).chmod(0o777)
+    with pytest.raises(PermissionError, match="changed by other users"):
+        c_library.built(cache)
+    assert isinstance(c_library.load(), ctypes.CDLL)  # compiled again, elsewhere
+
+
+@pytest.mark.parametrize("kept", [0, 1000, -1], ids=str)
+def test_a_library_cut_off_in_the_middle_is_made_again(cache, kept):
+    compiled = c_library.built(cache)
+    content = compiled.read_bytes()
+    compiled.chmod(0o700)
+    compiled.write_bytes(content[:kept])
+    assert c_library.built(cache).read_bytes() == content
+    assert isinstance(c_library.load(), ctypes.CDLL)
+
+
+def test_processes_that_compile_side_by_side(cache, tmp_path):
+    program = "from hf_awq_offload.ops import c_library; c_library.load(); print('loaded')"
+    environment = os.environ | {"HF_HOME": str(tmp_path)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert [process.communicate(timeout=300)[0] for process in processes] == ["loaded\n"] * 3
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_there_is_one_pool_of_threads():
+    """A second OpenMP runtime would spin beside torch's."""
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+    packed = random_packed(4, 128, 512)
+    c_backend._product(torch.randn(4, 512), packed)
+    after = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+    assert loaded == after
+    assert sum("libgomp" in path or "libiomp" in path for path in after) <= 1
+    assert ops.BACKENDS.index("c")
