@@ -92,7 +92,9 @@ class AwqLinear(QuantizedLinear):
     @property
     def packed(self) -> PackedWeight:
         """The stored tensors."""
-        return PackedWeight(self.qweight, self.qzeros, self.scales)
+        held: dict[str, Any] = self._parameters
+        qweight = held.get("qweight")
+        return PackedWeight(self.qweight if qweight is None else qweight, held["qzeros"], held["scales"])
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         words = self.native_words
@@ -104,18 +106,20 @@ class AwqLinear(QuantizedLinear):
     def product(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             self._settle_layout(input)
-        words, parameters, source = self.native_words, self.native_parameters, self._native_source
+        held: dict[str, Any] = self._parameters  # attributes of a module are slower to read
+        words, parameters, source = held["native_words"], held["native_parameters"], self._native_source
         if words is None or parameters is None or source is None:
             return ops.linear(input, self.packed, self.backend)
-        return ops.linear_native(input, ops.NativeWeight(words, parameters), self.qzeros, self.scales, source[0])
+        return ops.linear_native(input, ops.NativeWeight(words, parameters), held["qzeros"], held["scales"], source[0])
 
     # -- the layout in memory --------------------------------------------------------------------------------------
 
     def _settle_layout(self, input: Tensor) -> None:
         """Bring the weight into the layout that the backend for `input` reads."""
-        if self.scales.is_meta or input.shape[-1:] != (self.in_features,):
+        scales: Tensor = self._parameters["scales"]  # type: ignore[assignment]
+        if scales.is_meta or input.shape[-1:] != (self.in_features,):
             return
-        backend = ops.choose(self.backend, ops.Case.of(input, self.scales))
+        backend = ops.choose(self.backend, ops.Case.of(input, scales))
         wanted = backend.name if isinstance(backend, ops.NativeBackend) else None
         if wanted is None or self.is_offloaded:
             # For a single input that the backend refuses (fp64, say) the words are brought back, too.
@@ -139,7 +143,7 @@ class AwqLinear(QuantizedLinear):
 
     def _restore_words(self) -> None:
         """Undo `_settle_layout`: hold `qweight` again, and nothing else."""
-        if self.native_words is None:
+        if self._parameters["native_words"] is None:
             return
         with _LAYOUT_LOCK, torch.inference_mode(False), torch.no_grad():
             if self.native_words is None or self._native_source is None:

@@ -174,7 +174,7 @@ class QuantizedLinear(nn.Linear):
 
         Kernels, and other readers of the checkpoint, expect what the format says. fp16 to fp32 and back is exact.
         """
-        scale = self.get_parameter(self.SCALE_NAME)
+        scale: Any = self._parameters[self.SCALE_NAME]  # get_parameter takes longer than all the rest
         if scale.dtype != self.scale_dtype:
             scale.data = scale.data.to(self.scale_dtype)
 

@@ -9,7 +9,6 @@ Shapes, in all files of this package: M = rows of x, K = input channels, N = out
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,8 +18,7 @@ from ..packing import PackedWeight
 from .blocks import dequantize_words
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """What has to be served: a linear of this shape, on this kind of device, for inputs of this dtype."""
 
     device_type: str

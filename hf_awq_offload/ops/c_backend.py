@@ -61,7 +61,9 @@ def _product(x: Tensor, packed: PackedWeight) -> Tensor:
     weight = CWeight.of(packed)
     rows, width = x.shape[0], weight.width
     depth = gcd(MOST_DEPTH, weight.group_size)
-    slices = x.float().view(rows, -1, depth).transpose(0, 1).contiguous()
+    slices = x.float().contiguous()
+    if rows > 1:
+        slices = slices.view(rows, -1, depth).transpose(0, 1).contiguous()
     output = torch.empty(rows, width * COLUMNS_PER_WORD)
     sums = torch.empty(max(rows, 2) * _round_up(width, WORDS_PER_BLOCK) * COLUMNS_PER_WORD)
     threads = _threads(x.numel() * output.shape[1])

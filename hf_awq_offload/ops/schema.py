@@ -176,7 +176,7 @@ def _unflatten(
     x: Tensor,  # (…, K)
 ) -> Tensor:
     """(…, N), not a view for autograd: callers may add to it in place."""
-    return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[1]])
+    return output if x.ndim == 2 else torch.ops.aten._unsafe_view.default(output, [*x.shape[:-1], output.shape[1]])
 
 
 def _output_like(x: Tensor, scales: Tensor) -> Tensor:

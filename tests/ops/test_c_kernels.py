@@ -198,7 +198,7 @@ def test_no_compiler_is_a_reason(cache, monkeypatch):
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [("exit 1", "fails"), ("echo 'kernels.c:1: error: no such vector' >&2; exit 1", "no such vector"), ("true", "can't be loaded")],
+    [("exit 1", "fails"), ("echo 'x.c:1: error: no vectors' >&2; exit 1", "no vectors"), ("true", "can't be loaded")],
 )
 def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(cache, monkeypatch, tmp_path, compiler, reason):
     path = tmp_path / "compiler"
