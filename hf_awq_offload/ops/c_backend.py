@@ -18,7 +18,7 @@ from .backend import Case, WordsBackend
 from .blocks import BLOCK_COLUMNS, matmul_dtype, multiply_blocks
 from .c_library import DTYPES, CWeight, address, library
 
-FEW_ROWS = {torch.float32: 128, torch.bfloat16: 32, torch.float16: 32}
+FEW_ROWS = {torch.float32: 256, torch.bfloat16: 32, torch.float16: 32}
 """Most rows for which the fused product beats a product with dequantized blocks, by the dtype of the latter. Measured
 for fp32 (docs/kernels.md); the others concern CPUs with instructions for them, where it is an estimate."""
 MOST_DEPTH = 32
@@ -46,18 +46,15 @@ class CBackend(WordsBackend):
     def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:
         packed = _readable(packed)
         dtype = matmul_dtype("cpu", x.dtype)
-        if x.shape[0] <= FEW_ROWS[dtype]:
-            return _product(x, packed)
-        return multiply_blocks(x, _blocks(packed, dtype), packed.scales.shape[1], dtype)
+        return product(x, packed) if x.shape[0] <= FEW_ROWS[dtype] else product_in_blocks(x, packed, dtype)
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
         packed = _readable(packed)
-        weight = _dequantize(packed, 0, packed.scales.shape[1], dtype)
-        return weight.t()
+        return _dequantize(packed, 0, packed.scales.shape[1], dtype).t()
 
 
-def _product(x: Tensor, packed: PackedWeight) -> Tensor:
-    """x Wᵀ in fp32, rounded to x's dtype once."""
+def product(x: Tensor, packed: PackedWeight) -> Tensor:
+    """x Wᵀ by the fused kernel, in fp32, rounded to x's dtype once."""
     weight = CWeight.of(packed)
     rows, width = x.shape[0], weight.width
     depth = gcd(MOST_DEPTH, weight.group_size)
@@ -73,6 +70,11 @@ def _product(x: Tensor, packed: PackedWeight) -> Tensor:
         byref(weight), address(slices), rows, depth, address(output), address(sums), part_width, threads
     )
     return output.to(x.dtype)
+
+
+def product_in_blocks(x: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """x Wᵀ multiplied in `dtype`, with blocks of output channels that are dequantized before."""
+    return multiply_blocks(x, _blocks(packed, dtype), packed.scales.shape[1], dtype)
 
 
 def _blocks(packed: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:

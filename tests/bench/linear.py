@@ -1,11 +1,13 @@
 """Speed and memory of the quantized linear beside dense ones, and of decoding with it.
 
     python tests/bench/linear.py [--backend auto] [--runs 15] [--device cpu] [--cpu-time] [--skip-decode]
+    python tests/bench/linear.py --crossover [--runs 15] [--cpu-time]
 
 Times are medians of runs that alternate between the contestants, so that a busy machine hurts all of them alike. The
 first table divides the time of dense `F.linear` in bf16 (fp32, fp16) by that of the quantized linear with an input of
 the same dtype: above 1 the quantized one is faster. Weights are random; speed does not depend on them. With --cpu-time
-(for one thread) it is processor time that is compared, which a machine shared with others leaves alone.
+(for one thread) it is processor time that is compared, which a machine shared with others leaves alone. --crossover
+compares the two ways of the C backend, a fused product and one with dequantized blocks, and torch's int4 kernel.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from transformers.utils import logging
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig, quantize_model
 from hf_awq_offload.grid import Grid
+from hf_awq_offload.ops import c_backend
 from hf_awq_offload.packing import PackedWeight
 
 logging.disable_progress_bar()
@@ -42,6 +45,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--skip-decode", action="store_true")
+    parser.add_argument("--crossover", action="store_true")
     options = parser.parse_args()
     if options.cpu_time and torch.get_num_threads() > 1:
         parser.error("--cpu-time wants OMP_NUM_THREADS=1")
@@ -51,6 +55,9 @@ def main() -> None:
         f"{describe(options.device)}, {threads} threads, torch {torch.__version__}, backend {options.backend}, "
         f"{'processor' if options.cpu_time else 'wall'} time"
     )
+    if options.crossover:
+        crossover(options)
+        return
     with torch.inference_mode():
         for out_features, in_features in SHAPES:
             print(f"\n{out_features} × {in_features}, g{GROUP_SIZE}: time of dense / time of quantized")
@@ -61,6 +68,24 @@ def main() -> None:
                 print(f"{name:6}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
     if not options.skip_decode:
         decode(options)
+
+
+@torch.inference_mode()
+def crossover(options: argparse.Namespace) -> None:
+    """Milliseconds of each way to multiply, for 4096 × 4096."""
+    packed = random_linear(4096, 4096, "cpu", "c").packed
+    int4 = random_linear(4096, 4096, "cpu", "cpu")
+    weight = torch.randn(4096, 4096)
+    print(f"\n4096 × 4096, g{GROUP_SIZE}, ms\n{'rows':>6}{'fused':>8}{'blocks':>8}{'int4':>8}{'fp32':>8}")
+    for rows in (1, 8, 32, 64, 128, 192, 256, 384, 512):
+        x = torch.randn(rows, 4096)
+        ways = [
+            lambda x=x: c_backend.product(x, packed),
+            lambda x=x: c_backend.product_in_blocks(x, packed, torch.float32),
+            lambda x=x: int4(x),
+            lambda x=x: nn.functional.linear(x, weight),
+        ]
+        print(f"{rows:6}" + "".join(f"{ms:8.1f}" for ms in medians_ms(ways, options)), flush=True)
 
 
 def compare(linear: AwqLinear, rows: int, dtype: torch.dtype, options: argparse.Namespace) -> str:

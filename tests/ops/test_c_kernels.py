@@ -43,7 +43,7 @@ def assert_product_is_right(packed: PackedWeight, rows: int) -> None:
     bound = (
         x.double().abs() @ weight.abs().t() + x.double().abs().sum(1, keepdim=True) * 15 * packed.scales.double().max()
     )
-    error = (c_backend._product(x, packed) - x.double() @ weight.t()).abs()
+    error = (c_backend.product(x, packed) - x.double() @ weight.t()).abs()
     assert float((error / bound).max()) < 8 * torch.finfo(torch.float32).eps
 
 
@@ -106,7 +106,7 @@ def test_tensors_at_any_address(rows):
     odd = PackedWeight(*map(moved, packed))
     assert odd.qweight.data_ptr() % 4 == 2
     x = torch.randn(rows, 128)
-    assert torch.equal(c_backend._product(x, odd), c_backend._product(x, packed))
+    assert torch.equal(c_backend.product(x, odd), c_backend.product(x, packed))
     assert torch.equal(BACKEND.dequantize(odd, torch.float32), BACKEND.dequantize(packed, torch.float32))
 
 
@@ -120,7 +120,7 @@ def test_views_of_larger_tensors_are_read_as_what_they_show():
 def test_many_rows_agree_with_few():
     packed = random_packed(2, 64, 80)
     x = torch.randn(c_backend.FEW_ROWS[torch.float32] + 1, 128)
-    torch.testing.assert_close(BACKEND.linear(x, packed), c_backend._product(x, packed), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(BACKEND.linear(x, packed), c_backend.product(x, packed), rtol=1e-5, atol=1e-4)
 
 
 def test_without_a_product_layout_nothing_is_rearranged():
@@ -262,7 +262,7 @@ def test_there_is_one_pool_of_threads():
     """A second OpenMP runtime would spin beside torch's."""
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
     packed = random_packed(4, 128, 512)
-    c_backend._product(torch.randn(4, 512), packed)
+    c_backend.product(torch.randn(4, 512), packed)
     after = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
     assert loaded == after
     assert sum("libgomp" in path or "libiomp" in path for path in after) <= 1
