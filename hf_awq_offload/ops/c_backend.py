@@ -61,8 +61,8 @@ def product(x: Tensor, packed: PackedWeight) -> Tensor:
     slices = x.float().contiguous()
     if rows > 1:
         slices = slices.view(rows, -1, depth).transpose(0, 1).contiguous()
-    output = torch.empty(rows, width * COLUMNS_PER_WORD)
-    sums = torch.empty(max(rows, 2) * _round_up(width, WORDS_PER_BLOCK) * COLUMNS_PER_WORD)
+    output = slices.new_empty(rows, width * COLUMNS_PER_WORD)
+    sums = slices.new_empty(max(rows, 2) * _round_up(width, WORDS_PER_BLOCK) * COLUMNS_PER_WORD)
     threads = _threads(x.numel() * output.shape[1])
     parts = _round_up(-(-sums.nbytes // CACHE_BYTES), threads)
     part_width = _round_up(-(-width // parts), WORDS_PER_BLOCK)
@@ -89,7 +89,7 @@ def _dequantize(packed: PackedWeight, first: int, last: int, dtype: torch.dtype)
     """Wᵀ[:, first:last], (K, last - first) in `dtype`."""
     made_in = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     weight = CWeight.of(packed)
-    block = torch.empty(weight.in_features, last - first, dtype=made_in)
+    block = packed.scales.new_empty(weight.in_features, last - first, dtype=made_in)
     words = (column // COLUMNS_PER_WORD for column in (first, last))
     _kernels().awq_dequantize(byref(weight), *words, address(block), DTYPES[made_in], _threads(block.numel()))
     return block.to(dtype)

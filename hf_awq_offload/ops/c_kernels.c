@@ -91,6 +91,14 @@ INLINE words words_at(const word *p, int64_t count) {
 /* Nibble i of 8 words, times 16^i, except nibble 7, which would be negative. */
 INLINE floats nibble(words block, int i) { return to_floats(i == 7 ? block >> 28 : block & 15u << 4 * i); }
 
+/* How far ahead of word `i` of a row to fetch, while columns `first` to `last` are read, `depth` rows at a time: four
+   blocks, or, where that is beyond the last, the beginning of the row that is read `depth` rows later. Rows lie so far
+   apart that no CPU guesses what comes next. */
+INLINE int64_t words_ahead(const weight *w, int64_t i, int64_t first, int64_t last, int64_t depth) {
+    int64_t ahead = 4 * BLOCK_WORDS;
+    return i + ahead < last ? ahead : ahead - (last - first) + depth * w->width;
+}
+
 /* -- nibble order ------------------------------------------------------------------------------------------------- */
 
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
@@ -142,14 +150,13 @@ INLINE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 
 /* -- one row ------------------------------------------------------------------------------------------------------ */
 
-/* sums += x codes, for input channels first_k to last_k of one block. The next words of a row are fetched ahead: they
-   lie a whole row apart, which no CPU guesses. */
+/* sums += x codes, for input channels first_k to last_k of one block. `ahead` as of `words_ahead`. */
 INLINE void add_codes(const weight *w, const float *x, int64_t first_k, int64_t last_k, int64_t first, int64_t count,
-                      float *sums) {
+                      int64_t ahead, float *sums) {
     floats sum[8] = {}; /* of these channels alone: short sums are exact to more digits */
     for (int64_t k = first_k; k < last_k; k++) {
         const word *row = w->qweight + k * w->width + first;
-        __builtin_prefetch(row + 4 * BLOCK_WORDS);
+        __builtin_prefetch(row + ahead);
         words block = words_at(row, count);
         floats value = all(x[k]);
         UNROLL for (int i = 0; i < 8; i++) sum[i] += value * nibble(block, i);
@@ -171,8 +178,8 @@ static void one_row(const weight *w, const float *x, float *y, int64_t first, in
             int64_t last_k = least(k + ONE_ROW_DEPTH, end_k), i = first;
             float *block = sums;
             for (; i + BLOCK_WORDS <= last; i += BLOCK_WORDS, block += BLOCK_COLUMNS)
-                add_codes(w, x, k, last_k, i, BLOCK_WORDS, block);
-            if (i < last) add_codes(w, x, k, last_k, i, last - i, block);
+                add_codes(w, x, k, last_k, i, BLOCK_WORDS, words_ahead(w, i, first, last, ONE_ROW_DEPTH), block);
+            if (i < last) add_codes(w, x, k, last_k, i, last - i, BLOCK_WORDS, block);
         }
         double x_sum = 0;
         for (int64_t k = group_k; k < end_k; k++) x_sum += x[k];
@@ -230,12 +237,13 @@ static void multiply_tile(int64_t rows, int64_t depth, const float *x, const flo
 }
 
 /* The weights of `depth` input channels and one block, (depth, 64) in nibble order. */
-INLINE void make_tile(const weight *w, int64_t first_k, int64_t depth, int64_t first, int64_t count, float *tile) {
+INLINE void make_tile(const weight *w, int64_t first_k, int64_t depth, int64_t first, int64_t count, int64_t ahead,
+                      float *tile) {
     floats scale[8], zero[8];
     block_parameters(w, first_k / w->group_size, first, count, scale, zero);
     for (int64_t k = 0; k < depth; k++, tile += BLOCK_COLUMNS) {
         const word *row = w->qweight + (first_k + k) * w->width + first;
-        __builtin_prefetch(row + 4 * BLOCK_WORDS);
+        __builtin_prefetch(row + ahead);
         words block = words_at(row, count);
         UNROLL for (int i = 0; i < 8; i++) *(floats *)(tile + LANES * i) = nibble(block, i) * scale[i] - zero[i];
     }
@@ -251,9 +259,9 @@ static void several_rows(const weight *w, const float *x, int64_t rows, int64_t 
     for (int64_t k = 0; k < w->in_features; k += depth)
         for (int64_t i = first; i < last; i += BLOCK_WORDS) {
             if (last - i >= BLOCK_WORDS) /* with a constant, the compiler leaves the other case out */
-                make_tile(w, k, depth, i, BLOCK_WORDS, tile);
+                make_tile(w, k, depth, i, BLOCK_WORDS, words_ahead(w, i, first, last, depth), tile);
             else
-                make_tile(w, k, depth, i, last - i, tile);
+                make_tile(w, k, depth, i, last - i, BLOCK_WORDS, tile);
             multiply_tile(rows, depth, x + k * rows, tile, scratch + (i - first) * 8, stride);
         }
     for (int64_t m = 0; m < rows; m++)

@@ -23,7 +23,10 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 
+from ..logs import get_logger
 from ..packing import PackedWeight
+
+logger = get_logger(__name__)
 
 SOURCE = "c_kernels.c"
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -62,6 +65,7 @@ def library() -> ctypes.CDLL | str:
     try:
         return load()
     except KernelsUnavailable as error:
+        logger.warning(f"There are no C kernels for quantized linears on the CPU, others are slower: {error}.")
         return str(error)
 
 

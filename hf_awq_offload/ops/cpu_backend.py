@@ -60,7 +60,7 @@ class CpuBackend(NativeBackend):
     def pack(self, packed: PackedWeight) -> NativeWeight:
         qweight, qzeros, scales = packed
         in_features, out_features = qweight.shape[0], scales.shape[1]
-        words = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
+        words = qweight.new_empty(out_features, in_features // 2, dtype=torch.uint8)
         codes = codes_of_words(qweight)
         for first in range(0, out_features, PACK_COLUMNS):
             last = min(first + PACK_COLUMNS, out_features)

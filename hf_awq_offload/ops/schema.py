@@ -95,7 +95,25 @@ def linear(x: Tensor, packed: PackedWeight, backend: str = "auto") -> Tensor:
         ConfigError: `backend`, or the one that the environment asks for, can't serve this case.
         ValueError: the tensors' shapes or dtypes contradict each other.
     """
+    if is_unobserved(x):
+        return _linear(x, *packed, backend)
     return _ops.linear(x, *packed, backend)
+
+
+def is_unobserved(x: Tensor) -> bool:
+    """Whether it is the same to call an op's kernel: no gradient, compiler, tracer, mode or subclass has to see the op.
+
+    The way through the dispatcher and back to Python takes as long as a product of 2048 × 2048 with one row.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch.jit.is_tracing()
+    )
 
 
 def linear_native(x: Tensor, native: NativeWeight, qzeros: Tensor, scales: Tensor, backend: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import subprocess
 import sys
@@ -208,6 +209,18 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(cache, monkeypatch
     with pytest.raises(c_library.KernelsUnavailable, match=reason):
         c_library.load()
     assert not list(cache.iterdir())
+
+
+def test_that_there_are_none_is_said_once(cache, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "")
+    fresh = functools.cache(c_library.library.__wrapped__)
+    monkeypatch.setattr(c_backend, "library", fresh)
+    dispatch._choose.cache_clear()
+    for _ in range(2):
+        assert random_awq_linear(64, 128)(torch.randn(1, 64)).shape == (1, 128)
+    dispatch._choose.cache_clear()
+    (record,) = caplog.records
+    assert "others are slower: no C compiler found" in record.getMessage()
 
 
 def test_asking_for_it_in_vain_says_why(monkeypatch):

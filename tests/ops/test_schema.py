@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
 from backends import needs_triton
 from models import random_awq_linear
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_awq_offload import ops
 from hf_awq_offload.ops import cpu_backend
@@ -75,6 +81,48 @@ def test_an_input_of_another_width_is_refused():
     linear = random_awq_linear(64, 32)
     with pytest.raises(ValueError, match=r"expected floating point \(…, 64\)"):
         linear(torch.randn(2, 32))
+
+
+class Seen(TorchDispatchMode):
+    """Keeps the names of the ops that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_ops_sees_the_op():
+    linear, x = random_awq_linear(64, 128), torch.randn(2, 64)
+    expected = linear(x)
+    with torch.no_grad(), Seen() as seen:
+        actual = linear(x)
+    assert torch.equal(actual, expected)
+    assert seen.names == ["hf_awq_offload::linear"]
+
+    graph = make_fx(linear)(x)
+    assert torch.ops.hf_awq_offload.linear.default in {node.target for node in graph.graph.nodes}
+    assert torch.equal(graph(2 * x), linear(2 * x))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, but people trace
+        traced = torch.jit.trace(linear, x, check_trace=False)
+    assert torch.equal(traced(2 * x), linear(2 * x))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert linear(mode.from_tensor(x)).shape == (2, 128)
+    torch.testing.assert_close(torch.vmap(linear)(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "c", "cpu"])
+def test_the_default_device_is_of_no_matter(backend):
+    linear, x = random_awq_linear(64, 128), torch.randn(2, 64)
+    linear.backend = backend
+    expected = copy.deepcopy(linear)(x)
+    with torch.device("meta"):
+        assert torch.equal(linear(x), expected)
+        assert linear.weight.device.type == "cpu"
 
 
 @pytest.mark.parametrize("out_features", [24, 128], ids=["torch", "native"])
