@@ -24,6 +24,7 @@ from torch import nn
 from ..errors import ModelStructureError
 from ..experts import UnfusedExperts, conversions_without_merging
 from ..logs import get_logger
+from ..memory import release_freed
 from ..quantized_linear import QuantizedLinear
 
 logger = get_logger(__name__)
@@ -69,7 +70,9 @@ def _dispatching(dispatch_awq: Callable) -> Callable:
             return dispatch_awq(target, adapter_name, *args, **kwargs)
         if target.is_offloaded:
             raise ModelStructureError(OFFLOADED.format(name=kwargs.get("target_name") or "A linear"))
-        return layer_class(target, adapter_name, *args, **kwargs)
+        layer = layer_class(target, adapter_name, *args, **kwargs)
+        release_freed()  # the layer has read the weight, and its adapter may lie in the gap that this has left
+        return layer
 
     return dispatch
 
