@@ -8,8 +8,6 @@ disk first and then loads, trains a few steps of `--tokens` tokens, and reports
     held    weights + adapters + gradients + optimizer, by their tensors' sizes
     peak    of the resident set (on a GPU: of its allocations) in the second step, less what there was before loading
 
-In the first step quantized linears are packed into the layout that the CPU's kernel reads.
-
 The base of the table's ratios is LoRA on bf16.
 """
 
