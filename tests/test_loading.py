@@ -328,14 +328,15 @@ class TestInMemory:
 
 def test_the_recipe_chooses_the_backend():
     model = load(CHECKPOINTS / "autoawq-gemm").dequantize()
-    quantize_model(model, AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest", backend="torch"))
+    quantize_model(model, AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest", backend="cpu"))
     logits(model)
     linear = model.get_submodule(Q_PROJ)
-    assert (linear.backend, linear.native_words) == ("torch", None)
+    assert linear.backend == "cpu"
+    assert linear.native_words is not None  # of all backends for a CPU it alone has its own layout
 
 
 def test_a_backend_that_there_is_not():
-    with pytest.raises(ConfigError, match="backend is 'marlin'; pass one of 'auto', 'torch', 'cpu'"):
+    with pytest.raises(ConfigError, match="backend is 'marlin'; pass one of 'auto', 'torch', 'c', 'cpu'"):
         AwqOffloadConfig(backend="marlin")
 
 
