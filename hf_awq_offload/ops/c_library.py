@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -101,8 +102,8 @@ def built(folder: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # others may be compiling, too: the last one wins
             (Path(scratch) / SOURCE).write_bytes(source)
             # Linked without -fopenmp, which would bring an OpenMP runtime of its own.
-            _run([compiler, *FLAGS, "-c", SOURCE, "-o", "kernels.o"], scratch)
-            _run([compiler, "-shared", "kernels.o", "-o", "kernels.so"], scratch)
+            _run([*compiler, *FLAGS, "-c", SOURCE, "-o", "kernels.o"], scratch)
+            _run([*compiler, "-shared", "kernels.o", "-o", "kernels.so"], scratch)
             linked = Path(scratch) / "kernels.so"
             content = linked.read_bytes()
             linked.write_bytes(content + hashlib.sha256(content).digest())
@@ -124,13 +125,15 @@ def is_whole(path: Path) -> bool:
     return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
-def find_compiler() -> str:
-    """Path of the compiler: the environment variable CC, or the first of COMPILERS in the path."""
-    names = (os.environ["CC"],) if os.environ.get("CC") else COMPILERS
+def find_compiler() -> list[str]:
+    """The compiler's command: the environment variable CC, or the first of COMPILERS in the path."""
+    own = os.environ.get("CC", "").strip()
+    names = (own,) if own else COMPILERS
     for name in names:
-        path = shutil.which(name)
+        command = shlex.split(name)  # CC may be "ccache gcc"
+        path = shutil.which(command[0])
         if path is not None:
-            return path
+            return [path, *command[1:]]
     raise KernelsUnavailable(f"no C compiler found ({' or '.join(names)}); install gcc, or set CC")
 
 
@@ -157,7 +160,8 @@ def _run(command: list[str], folder: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise KernelsUnavailable(f"{command[0]} was still running after {error.timeout:.0f} seconds") from error
     if result.returncode:
-        first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip())
+        status = f"exit status {result.returncode}"
+        first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip() or status)
         raise KernelsUnavailable(f"{command[0]} fails: {first}")
 
 

@@ -138,7 +138,7 @@ def test_without_a_product_layout_nothing_is_rearranged():
 def compile_for(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     source = Path(c_library.__file__).parent / c_library.SOURCE
     own = [flag for flag in c_library.FLAGS if not flag.startswith("-march")]
-    command = [c_library.find_compiler(), *own, "-Wall", "-Wextra", "-Werror", *flags, "-c", source, "-o", "kernels.o"]
+    command = [*c_library.find_compiler(), *own, "-Wall", "-Wextra", "-Werror", *flags, "-c", source, "-o", "kernels.o"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
@@ -154,7 +154,7 @@ def test_it_compiles_without_warnings_for_other_cpus(cpu, tmp_path):
 def test_vectors_of_another_width_give_the_same(flags, tmp_path, monkeypatch):
     """The code for AVX-512 multiplies 16 numbers at a time; compiled for less, it takes two instructions for it."""
     assert compile_for(tmp_path, *flags, "-Wno-psabi").returncode == 0
-    subprocess.run([c_library.find_compiler(), "-shared", "kernels.o", "-o", "other.so"], cwd=tmp_path, check=True)
+    subprocess.run([*c_library.find_compiler(), "-shared", "kernels.o", "-o", "other.so"], cwd=tmp_path, check=True)
     other = c_library._open(tmp_path / "other.so")
     monkeypatch.setattr(c_backend, "library", lambda: other)
     for rows in (1, 2, 6, 7, 13):
@@ -183,6 +183,11 @@ def test_compiled_once_then_no_compiler_is_needed(cache, monkeypatch):
     assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [modified]
 
 
+def test_the_compiler_may_have_arguments(cache, monkeypatch):
+    monkeypatch.setenv("CC", "env LC_ALL=C gcc")
+    assert isinstance(c_library.load(), ctypes.CDLL)
+
+
 def test_another_cpu_has_another_library(cache, monkeypatch):
     c_library.load()
     monkeypatch.setattr(c_library, "cpu", lambda: "another")
@@ -199,7 +204,11 @@ def test_no_compiler_is_a_reason(cache, monkeypatch):
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [("exit 1", "fails"), ("echo 'x.c:1: error: no vectors' >&2; exit 1", "no vectors"), ("true", "can't be loaded")],
+    [
+        ("exit 3", "fails: exit status 3"),
+        ("echo 'x.c:1: error: no vectors' >&2; exit 1", "no vectors"),
+        ("true", "can't be loaded"),
+    ],
 )
 def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(cache, monkeypatch, tmp_path, compiler, reason):
     path = tmp_path / "compiler"
