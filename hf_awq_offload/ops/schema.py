@@ -38,6 +38,8 @@ for _schema in (
 def _linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, backend: str) -> Tensor:
     check_packed(qweight, qzeros, scales)
     check_input(x, qweight.shape[0])
+    if x.device != qweight.device:  # kernels follow addresses
+        raise ValueError(f"The input is on {x.device}, the weight on {qweight.device}; expected one device.")
     chosen = choose(backend, Case.of(x, scales))
     if not isinstance(chosen, WordsBackend):  # its own layout has not been made, as under torch.compile
         chosen = backend_named("torch")

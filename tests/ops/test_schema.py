@@ -83,6 +83,13 @@ def test_an_input_of_another_width_is_refused():
         linear(torch.randn(2, 32))
 
 
+@pytest.mark.parametrize("backend", ["torch", "c", "cpu"])
+def test_an_input_on_another_device_is_refused(backend):
+    packed = random_awq_linear(64, 128).to("meta").packed
+    with pytest.raises(ValueError, match="The input is on cpu, the weight on meta"):
+        ops.linear(torch.randn(2, 64), packed, backend)
+
+
 class Seen(TorchDispatchMode):
     """Keeps the names of the ops that run inside."""
 
