@@ -50,7 +50,10 @@ class CBackend(WordsBackend):
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
         packed = _readable(packed)
-        return _dequantize(packed, 0, packed.scales.shape[1], dtype).t()
+        in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
+        transposed = packed.scales.new_empty(in_features, out_features, dtype=_made_in(dtype))
+        _dequantize(packed, 0, out_features, transposed)
+        return transposed.to(dtype).t()
 
 
 def product(x: Tensor, packed: PackedWeight) -> Tensor:
@@ -78,21 +81,38 @@ def product_in_blocks(x: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Te
 
 
 def _blocks(packed: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """(first, last, Wᵀ[:, first:last]) for all columns; the last is (K, last - first) in `dtype`."""
-    out_features = packed.scales.shape[1]
+    """(first, last, Wᵀ[:, first:last]) for all columns; the last is (K, last - first) in `dtype` and is reused.
+
+    Memory that is new for each block would cost more than dequantizing: the system hands it out page by page.
+    """
+    in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
+    size = in_features * min(BLOCK_COLUMNS, out_features)
+    buffer = packed.scales.new_empty(size, dtype=_made_in(dtype))
+    rounded = buffer if buffer.dtype == dtype else buffer.new_empty(size, dtype=dtype)
     for first in range(0, out_features, BLOCK_COLUMNS):
         last = min(first + BLOCK_COLUMNS, out_features)
-        yield first, last, _dequantize(packed, first, last, dtype)
+        block, result = (memory[: in_features * (last - first)].view(in_features, -1) for memory in (buffer, rounded))
+        _dequantize(packed, first, last, block)
+        if rounded is not buffer:
+            result.copy_(block)
+        yield first, last, result
 
 
-def _dequantize(packed: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    """Wᵀ[:, first:last], (K, last - first) in `dtype`."""
-    made_in = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+def _dequantize(
+    packed: PackedWeight,
+    first: int,
+    last: int,
+    block: Tensor,  # (K, last - first) in fp32 or bf16
+) -> None:
+    """Writes Wᵀ[:, first:last] to `block`."""
     weight = CWeight.of(packed)
-    block = packed.scales.new_empty(weight.in_features, last - first, dtype=made_in)
     words = (column // COLUMNS_PER_WORD for column in (first, last))
-    _kernels().awq_dequantize(byref(weight), *words, address(block), DTYPES[made_in], _threads(block.numel()))
-    return block.to(dtype)
+    _kernels().awq_dequantize(byref(weight), *words, address(block), DTYPES[block.dtype], _threads(block.numel()))
+
+
+def _made_in(dtype: torch.dtype) -> torch.dtype:
+    """What the kernel dequantizes to, on the way to `dtype`."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _kernels() -> CDLL:
