@@ -94,7 +94,7 @@ class QuantizedLinear(nn.Linear):
 
     @abstractmethod
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight, (out, in) in `dtype`; (q - z) · Δ is computed in fp32 and rounded once."""
+        """The weight, contiguous (out, in) in `dtype`; (q - z) · Δ is computed in fp32 and rounded once."""
 
     @abstractmethod
     def product(
@@ -135,7 +135,7 @@ class QuantizedLinear(nn.Linear):
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary linear with the same weight and bias in `dtype`, on the same device; it can be trained."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
-        dense.weight = nn.Parameter(self.dequantized(dtype).contiguous())
+        dense.weight = nn.Parameter(self.dequantized(dtype))
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().to(dtype))
         return dense.train(self.training)

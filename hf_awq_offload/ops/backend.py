@@ -67,7 +67,7 @@ class WordsBackend(Backend):
         packed: PackedWeight,
         dtype: torch.dtype,
     ) -> Tensor:
-        """The weight, (N, K) in `dtype`, a view of contiguous (K, N); exact up to that rounding."""
+        """The weight, contiguous (N, K) in `dtype`; exact up to that rounding."""
         return dequantize_words(packed, dtype)
 
 
@@ -105,6 +105,6 @@ class NativeBackend(Backend):
         in_features: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """The weight, (N, K) in `dtype`; exact up to that rounding."""
+        """The weight, contiguous (N, K) in `dtype`; exact up to that rounding."""
         qweight = self.unpack(words, in_features, scales.shape[1])
         return dequantize_words(PackedWeight(qweight, qzeros, scales), dtype)

@@ -1,7 +1,7 @@
-"""Dequantization in blocks of output columns, and the matrix product that goes with it. Plain torch, any device.
+"""Dequantization in blocks of output channels, and the matrix product that goes with it. Plain torch, any device.
 
-A block of W ᵀ, (K, columns), is made in a buffer that the next block uses again: it stays in the cache, and no
-full-precision weight is ever held. AWQ puts columns 2i and 2i + 1 of eight into bits 4i and 16 + 4i of a word:
+A block is made in a buffer that the next block uses again: it stays in the cache, and no full-precision weight is ever
+held. AWQ puts output channels 2i and 2i + 1 of eight, columns of Wᵀ, into bits 4i and 16 + 4i of a word:
 
     (word >> 4i) & 0x000F000F, read as two int16  ->  columns 2i, 2i + 1
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..packing import BITS, COLUMNS_PER_WORD, PackedWeight, unpack_columns
 
-BLOCK_COLUMNS = 512
+BLOCK_CHANNELS = 512
 """Of 256, 512 and 1024 the fastest on the CPU of docs/kernels.md, with 4096 input channels."""
 
 PAIR_MASK = 0x000F000F
@@ -48,26 +48,26 @@ def blocks(
     scales: Tensor,  # (n, N)
     in_features: int,
     dtype: torch.dtype,
-) -> Iterator[tuple[int, int, Tensor]]:
-    """(first, last, Wᵀ[:, first:last]) for all columns; the last is (K, last - first) in `dtype` and is reused.
+) -> Iterator[tuple[slice, Tensor]]:
+    """(channels, W[channels]) for all output channels; W[channels] is (channels, K) in `dtype`, and is reused.
 
     (q - z) · Δ is computed in fp32 (fp64 for fp64) and rounded to `dtype` once.
     """
     n, out_features = scales.shape
     working = torch.promote_types(dtype, torch.float32)
     zeros = unpack_columns(qzeros)
-    size = in_features * min(BLOCK_COLUMNS, out_features)
+    size = in_features * min(BLOCK_CHANNELS, out_features)
     buffer = torch.empty(size, dtype=working, device=scales.device)
     rounded = buffer if working == dtype else torch.empty(size, dtype=dtype, device=scales.device)
-    for first in range(0, out_features, BLOCK_COLUMNS):
-        last = min(first + BLOCK_COLUMNS, out_features)
+    for first in range(0, out_features, BLOCK_CHANNELS):
+        last = min(first + BLOCK_CHANNELS, out_features)
         block = buffer[: in_features * (last - first)].view(n, -1, last - first)
         block.copy_(codes(first, last).view(block.shape))
         block.sub_(zeros[:, None, first:last].to(working)).mul_(scales[:, None, first:last].to(working))
         result = rounded[: block.numel()].view(in_features, last - first)
         if rounded is not buffer:
             result.copy_(block.view(result.shape))
-        yield first, last, result
+        yield slice(first, last), result.t()
 
 
 def dequantize_words(
@@ -87,11 +87,11 @@ def dequantize_codes(
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight, (N, K) in `dtype`, a view of contiguous (K, N)."""
-    weight = torch.empty(in_features, scales.shape[1], dtype=dtype, device=scales.device)
-    for first, last, block in blocks(codes, qzeros, scales, in_features, dtype):
-        weight[:, first:last] = block
-    return weight.t()
+    """The weight, (N, K) in `dtype`."""
+    weight = torch.empty(scales.shape[1], in_features, dtype=dtype, device=scales.device)
+    for channels, block in blocks(codes, qzeros, scales, in_features, dtype):
+        weight[channels] = block
+    return weight
 
 
 def linear_codes(
@@ -107,15 +107,15 @@ def linear_codes(
 
 def multiply_blocks(
     x: Tensor,  # (M, K)
-    weight_blocks: Iterable[tuple[int, int, Tensor]],  # (first, last, Wᵀ[:, first:last] in `dtype`)
+    weight_blocks: Iterable[tuple[slice, Tensor]],  # (channels, W[channels] in `dtype`)
     out_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """x Wᵀ, multiplied in `dtype`, (M, N) in x's dtype."""
     wide = x.to(dtype)
     output = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
-    for first, last, block in weight_blocks:
-        output[:, first:last] = wide @ block
+    for channels, block in weight_blocks:
+        output[:, channels] = wide @ block.t()
     return output
 
 

@@ -1,7 +1,7 @@
 """Kernels in C, compiled once by the system's compiler: a fused product for few rows, fast dequantization for many.
 
 They read the AWQ words as they are stored, so that no other layout is ever made, and compute in fp32 whatever the
-input's dtype. See c_kernels.c and c_library.py.
+input's dtype. See c_kernels/ and c_library.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..packing import COLUMNS_PER_WORD, PackedWeight
 from .backend import Case, WordsBackend
-from .blocks import BLOCK_COLUMNS, matmul_dtype, multiply_blocks
+from .blocks import BLOCK_CHANNELS, matmul_dtype, multiply_blocks
 from .c_library import DTYPES, CWeight, address, library
 
 FEW_ROWS = {torch.float32: 256, torch.bfloat16: 32, torch.float16: 32}
 """Most rows for which the fused product beats a product with dequantized blocks, by the dtype of the latter. Measured
 for fp32 (docs/kernels.md); the others concern CPUs with instructions for them, where it is an estimate."""
 MOST_DEPTH = 32
-"""Most input channels multiplied at a time, as in c_kernels.c."""
+"""Most input channels multiplied at a time, as in c_kernels/product.c."""
 WORDS_PER_BLOCK = 8
 CACHE_BYTES = 128 * 2**10
 """Sums that one part of a product may hold: of 32 to 256 KiB none is faster on the CPU of docs/kernels.md."""
@@ -51,9 +51,9 @@ class CBackend(WordsBackend):
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
         packed = _readable(packed)
         in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
-        transposed = packed.scales.new_empty(in_features, out_features, dtype=_made_in(dtype))
-        _dequantize(packed, 0, out_features, transposed)
-        return transposed.to(dtype).t()
+        weight = packed.scales.new_empty(out_features, in_features, dtype=dtype)
+        _dequantize(packed, slice(0, out_features), weight)
+        return weight
 
 
 def product(x: Tensor, packed: PackedWeight) -> Tensor:
@@ -80,39 +80,29 @@ def product_in_blocks(x: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Te
     return multiply_blocks(x, _blocks(packed, dtype), packed.scales.shape[1], dtype)
 
 
-def _blocks(packed: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """(first, last, Wᵀ[:, first:last]) for all columns; the last is (K, last - first) in `dtype` and is reused.
+def _blocks(packed: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(channels, W[channels]) for all output channels; W[channels] is (channels, K) in `dtype`, and is reused.
 
     Memory that is new for each block would cost more than dequantizing: the system hands it out page by page.
     """
     in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
-    size = in_features * min(BLOCK_COLUMNS, out_features)
-    buffer = packed.scales.new_empty(size, dtype=_made_in(dtype))
-    rounded = buffer if buffer.dtype == dtype else buffer.new_empty(size, dtype=dtype)
-    for first in range(0, out_features, BLOCK_COLUMNS):
-        last = min(first + BLOCK_COLUMNS, out_features)
-        block, result = (memory[: in_features * (last - first)].view(in_features, -1) for memory in (buffer, rounded))
-        _dequantize(packed, first, last, block)
-        if rounded is not buffer:
-            result.copy_(block)
-        yield first, last, result
+    buffer = packed.scales.new_empty(min(BLOCK_CHANNELS, out_features), in_features, dtype=dtype)
+    for first in range(0, out_features, BLOCK_CHANNELS):
+        channels = slice(first, min(first + BLOCK_CHANNELS, out_features))
+        block = buffer[: channels.stop - first]
+        _dequantize(packed, channels, block)
+        yield channels, block
 
 
 def _dequantize(
     packed: PackedWeight,
-    first: int,
-    last: int,
-    block: Tensor,  # (K, last - first) in fp32 or bf16
+    channels: slice,
+    block: Tensor,  # contiguous (channels, K) in one of DTYPES
 ) -> None:
-    """Writes Wᵀ[:, first:last] to `block`."""
+    """Writes W[channels] to `block`."""
     weight = CWeight.of(packed)
-    words = (column // COLUMNS_PER_WORD for column in (first, last))
+    words = (channel // COLUMNS_PER_WORD for channel in (channels.start, channels.stop))
     _kernels().awq_dequantize(byref(weight), *words, address(block), DTYPES[block.dtype], _threads(block.numel()))
-
-
-def _made_in(dtype: torch.dtype) -> torch.dtype:
-    """What the kernel dequantizes to, on the way to `dtype`."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _kernels() -> CDLL:

@@ -1,4 +1,4 @@
-"""Compiles c_kernels.c with the system's GCC, once per machine, and loads it.
+"""Compiles c_kernels/ with the system's GCC, once per machine, and loads it.
 
 The library goes to `$HF_HOME/hf_awq_offload`, under a name that depends on the source, the flags and the CPU, since a
 home may be shared by machines. It takes under a second. It contains no OpenMP runtime: its calls bind to the one that
@@ -29,7 +29,8 @@ from ..packing import PackedWeight
 
 logger = get_logger(__name__)
 
-SOURCE = "c_kernels.c"
+FOLDER = "c_kernels"
+SOURCES = ("words.h", "product.c", "dequantize.c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 COMPILERS = ("gcc", "cc")
 COMPILE_TIMEOUT_SECONDS = 120
@@ -42,7 +43,7 @@ class KernelsUnavailable(Exception):
 
 
 class CWeight(ctypes.Structure):
-    """`weight` of c_kernels.c. It holds addresses: the tensors must outlive it, and be contiguous."""
+    """`weight` of c_kernels/words.h. It holds addresses: the tensors must outlive it, and be contiguous."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("qweight", "qzeros", "scales")),
@@ -93,17 +94,17 @@ def built(folder: Path) -> Path:
         KernelsUnavailable: there is no compiler, or it fails.
         OSError: the folder can't be written, or others can change what is in it.
     """
-    source = resources.files(__package__).joinpath(SOURCE).read_bytes()
-    key = hashlib.sha256(b"\0".join([source, " ".join(FLAGS).encode(), cpu().encode()])).hexdigest()[:16]
+    texts = {name: (resources.files(__package__) / FOLDER / name).read_bytes() for name in SOURCES}
+    key = hashlib.sha256(b"\0".join([*texts.values(), " ".join(FLAGS).encode(), cpu().encode()])).hexdigest()[:16]
     path = folder / f"kernels-{key}.so"
     if not is_whole(path):
         compiler = find_compiler()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # others may be compiling, too: the last one wins
-            (Path(scratch) / SOURCE).write_bytes(source)
-            # Linked without -fopenmp, which would bring an OpenMP runtime of its own.
-            _run([*compiler, *FLAGS, "-c", SOURCE, "-o", "kernels.o"], scratch)
-            _run([*compiler, "-shared", "kernels.o", "-o", "kernels.so"], scratch)
+            for name, text in texts.items():
+                (Path(scratch) / name).write_bytes(text)
+            for command in commands(compiler):
+                _run(command, scratch)
             linked = Path(scratch) / "kernels.so"
             content = linked.read_bytes()
             linked.write_bytes(content + hashlib.sha256(content).digest())
@@ -113,6 +114,16 @@ def built(folder: Path) -> Path:
         if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise PermissionError(f"{path} can be changed by other users")
     return path
+
+
+def commands(compiler: list[str]) -> list[list[str]]:
+    """What makes kernels.so of SOURCES in the working folder."""
+    units = [Path(name).stem for name in SOURCES if name.endswith(".c")]
+    return [
+        [*compiler, *FLAGS, "-c", *(f"{unit}.c" for unit in units)],
+        # Without -fopenmp, which would bring an OpenMP runtime of its own.
+        [*compiler, "-shared", *(f"{unit}.o" for unit in units), "-o", "kernels.so"],
+    ]
 
 
 def is_whole(path: Path) -> bool:

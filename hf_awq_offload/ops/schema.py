@@ -220,12 +220,12 @@ def _(x, words, parameters, qzeros, scales, backend):
 
 @torch.library.register_fake(f"{NAMESPACE}::dequantize", lib=_library)
 def _(qweight, qzeros, scales, dtype, backend):
-    return scales.new_empty(qweight.shape[0], scales.shape[1], dtype=dtype).t()
+    return scales.new_empty(scales.shape[1], qweight.shape[0], dtype=dtype)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::dequantize_native", lib=_library)
 def _(words, qzeros, scales, in_features, dtype, backend):
-    return scales.new_empty(in_features, scales.shape[1], dtype=dtype).t()
+    return scales.new_empty(scales.shape[1], in_features, dtype=dtype)
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------

@@ -44,25 +44,28 @@ class TritonBackend(WordsBackend):
     def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:
         packed = PackedWeight(*(tensor.contiguous() for tensor in packed))
         if x.shape[0] >= MANY_ROWS:
-            return x @ dequantize(packed, x.dtype)
+            return x @ _dequantize(packed, x.dtype).t()
         return _fused(x, packed)
+
+    def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+        return _dequantize(PackedWeight(*(tensor.contiguous() for tensor in packed)), dtype)
 
 
 BACKEND = TritonBackend()
 
 
-def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Wᵀ, (K, N) in `dtype`."""
+def _dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """W, (N, K) in `dtype`."""
     from .triton_kernels import dequantize_kernel, triton
 
     in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
     group_size = in_features // packed.scales.shape[0]
-    weight = torch.empty(in_features, out_features, dtype=dtype, device=packed.qweight.device)
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=packed.qweight.device)
     block_k = block_k_for(group_size)
     grid = (in_features // block_k, triton.cdiv(out_features, BLOCK_N))
     with _on_device(weight):
         dequantize_kernel[grid](
-            *packed, weight, out_features, K_GROUP=group_size, BLOCK_K=block_k, BLOCK_N=BLOCK_N
+            *packed, weight, in_features, out_features, K_GROUP=group_size, BLOCK_K=block_k, BLOCK_N=BLOCK_N
         )  # fmt: skip
     return weight
 

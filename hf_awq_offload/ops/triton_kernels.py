@@ -36,16 +36,16 @@ def _tile_of_weights(
 
 @triton.jit
 def dequantize_kernel(
-    qweight, qzeros, scales, weight, N, K_GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+    qweight, qzeros, scales, weight, K, N, K_GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """weight (K, N): one tile per program."""
+    """weight (N, K): one tile per program."""
     first_k = tl.program_id(0) * BLOCK_K
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     words = tl.program_id(1) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
     tile = _tile_of_weights(qweight, qzeros, scales, first_k, columns, words, N, K_GROUP, BLOCK_K, BLOCK_N)
     rows = first_k + tl.arange(0, BLOCK_K)
-    target = weight + rows[:, None].to(tl.int64) * N + columns[None, :]
-    tl.store(target, tile.to(weight.dtype.element_ty), mask=columns[None, :] < N)
+    target = weight + columns[:, None].to(tl.int64) * K + rows[None, :]
+    tl.store(target, tl.trans(tile).to(weight.dtype.element_ty), mask=columns[:, None] < N)
 
 
 @triton.jit

@@ -73,17 +73,19 @@ def test_scales_of_every_dtype_that_checkpoints_have(scale_dtype, rows):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
-@pytest.mark.parametrize(("groups", "group_size", "width"), [(3, 32, 5), (1, 160, 16), (2, 96, 70)])
+@pytest.mark.parametrize(
+    ("groups", "group_size", "width"), [(3, 32, 5), (1, 160, 16), (2, 96, 70), (2, 20, 3), (5, 1, 2), (1, 300, 17)]
+)
 def test_dequantized_to_the_bit_as_by_plain_torch(groups, group_size, width, scale_dtype, dtype):
     packed = random_packed(groups, group_size, width, scale_dtype)
     weight = BACKEND.dequantize(packed, dtype)
     expected = blocks.dequantize_words(packed, dtype)
     assert weight.dtype == dtype
-    assert weight.stride() == expected.stride()
+    assert weight.is_contiguous()
     assert torch.equal(weight, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_scales_that_are_no_ordinary_numbers(dtype):
     bits = torch.tensor(
         [0x0001, 0x03FF, 0x0400, 0x7BFF, 0x7C00, 0x7E00, 0x7FFF, 0x8000, 0x8001, 0xFC00], dtype=torch.int32
@@ -92,6 +94,15 @@ def test_scales_that_are_no_ordinary_numbers(dtype):
     packed = random_packed(1, 32, 10)._replace(scales=scales)
     expected = blocks.dequantize_words(packed, dtype)
     torch.testing.assert_close(BACKEND.dequantize(packed, dtype), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_values_are_rounded_to_nearest_at_every_size(dtype):
+    """From what rounds to 0 over numbers with fewer digits to infinity, halfway between two numbers included."""
+    exponents = torch.arange(-40, 24).repeat_interleave(16)
+    digits = 1 + torch.arange(16).repeat(64) / 2**11
+    packed = random_packed(1, 64, 128, torch.float32)._replace(scales=torch.ldexp(digits, exponents)[None])
+    assert torch.equal(BACKEND.dequantize(packed, dtype), blocks.dequantize_words(packed, dtype))
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -136,9 +147,11 @@ def test_without_a_product_layout_nothing_is_rearranged():
 
 
 def compile_for(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    source = Path(c_library.__file__).parent / c_library.SOURCE
+    """Objects in `folder`."""
+    sources = [Path(c_library.__file__).parent / c_library.FOLDER / name for name in c_library.SOURCES]
     own = [flag for flag in c_library.FLAGS if not flag.startswith("-march")]
-    command = [*c_library.find_compiler(), *own, "-Wall", "-Wextra", "-Werror", *flags, "-c", source, "-o", "kernels.o"]
+    command = [*c_library.find_compiler(), *own, "-Wall", "-Wextra", "-Werror", *flags, "-c"]
+    command += [source for source in sources if source.suffix == ".c"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
@@ -154,13 +167,15 @@ def test_it_compiles_without_warnings_for_other_cpus(cpu, tmp_path):
 def test_vectors_of_another_width_give_the_same(flags, tmp_path, monkeypatch):
     """The code for AVX-512 multiplies 16 numbers at a time; compiled for less, it takes two instructions for it."""
     assert compile_for(tmp_path, *flags, "-Wno-psabi").returncode == 0
-    subprocess.run([*c_library.find_compiler(), "-shared", "kernels.o", "-o", "other.so"], cwd=tmp_path, check=True)
+    command = [*c_library.find_compiler(), "-shared", *tmp_path.glob("*.o"), "-o", "other.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
     other = c_library._open(tmp_path / "other.so")
     monkeypatch.setattr(c_backend, "library", lambda: other)
     for rows in (1, 2, 6, 7, 13):
         assert_product_is_right(random_packed(3, 32, 21), rows)
     packed = random_packed(2, 64, 30)
-    assert torch.equal(BACKEND.dequantize(packed, torch.float32), blocks.dequantize_words(packed, torch.float32))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert torch.equal(BACKEND.dequantize(packed, dtype), blocks.dequantize_words(packed, dtype))
 
 
 # -- the library -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from backends import needs_triton
+from backends import DEVICE, HAS_GPU, needs_triton
 from models import random_awq_linear
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_awq_offload import ops
 from hf_awq_offload.ops import cpu_backend
+from hf_awq_offload.packing import PackedWeight
 
 _ops = torch.ops.hf_awq_offload
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -45,10 +46,22 @@ def test_linear_native(dtype, rows):
 def test_dequantize(dtype):
     packed = random_awq_linear(64, 128).packed
     native = cpu_backend.BACKEND.pack(packed)
-    opcheck(_ops.dequantize, (*packed, dtype, "auto"))
     opcheck(_ops.dequantize_native, (native.words, packed.qzeros, packed.scales, 64, dtype, "cpu"))
     weight = ops.dequantize(packed, dtype)
     assert torch.equal(weight, ops.dequantize_native(native.words, packed.qzeros, packed.scales, 64, dtype, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["c", "cpu", pytest.param("triton", marks=needs_triton)])
+def test_every_backend_dequantizes_to_the_same_bits(backend, dtype):
+    packed = PackedWeight(*(tensor.to(DEVICE[backend]) for tensor in random_awq_linear(64, 128).packed))
+    opcheck(_ops.dequantize, (*packed, dtype, backend))
+    weight, expected = ops.dequantize(packed, dtype, backend), ops.dequantize(packed, dtype, "torch")
+    interpreted = backend == "triton" and not HAS_GPU
+    if interpreted and dtype == torch.bfloat16:  # the interpreter cuts digits off instead of rounding
+        torch.testing.assert_close(weight, expected, rtol=torch.finfo(dtype).eps, atol=0)
+    else:
+        assert torch.equal(weight, expected)
 
 
 BAD_SIZES = {

@@ -1,33 +1,15 @@
-/* Products with a weight in the AWQ GEMM layout, and its dequantization, on a CPU. Compiled by c_library.py.
+/* Products with a weight in the AWQ GEMM layout, on a CPU. Compiled by c_library.py.
 
-   The words are read as they are stored: word (k, i) holds the codes of input channel k and output channels 8i to
-   8i + 7, channel c in nibble {0, 4, 1, 5, 2, 6, 3, 7}[c]. Everything is computed in fp32. GCC's vector extension stands
-   in for intrinsics, so that one text serves AVX2, AVX-512 and NEON.
-
-   Products work on blocks of 8 words, 64 output channels, in "nibble order": vector i holds nibble i of the 8 words,
+   They work on blocks of 8 words, 64 output channels, in "nibble order": vector i holds nibble i of the 8 words,
 
        (words & 0xF << 4i), as float  =  16^i · codes
 
    without a shift; 16^-i goes into the scales. Vector i, lane j is output channel 8j + channel of nibble i, so that a
-   transposed 8 × 8 matrix gives the natural order, once for each product.
+   transposed 8 × 8 matrix gives the natural order, once for each product. */
 
-   Shapes: M = rows of x, K = input channels, N = 8W = output channels, g = group size. Sizes are checked by callers. */
+#include "words.h"
 
-#include <stdint.h>
-#include <string.h>
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
-
-enum { LANES = 8, BLOCK_WORDS = 8, BLOCK_COLUMNS = 64, MOST_DEPTH = 32, ONE_ROW_DEPTH = 16, ROWS_AT_ONCE = 6 };
-enum { FP16, BF16, FP32 };
-
-/* Vectors at any address: tensors in a mapped file need not even be aligned to their elements. */
-#define VECTOR(type, lanes) __attribute__((vector_size(sizeof(type) * (lanes)), aligned(1)))
-typedef uint16_t halves VECTOR(uint16_t, LANES);
-typedef uint32_t words VECTOR(uint32_t, LANES);
-typedef int32_t integers VECTOR(int32_t, LANES);
-typedef float floats VECTOR(float, LANES);
+enum { BLOCK_WORDS = 8, BLOCK_COLUMNS = 64, MOST_DEPTH = 32, ONE_ROW_DEPTH = 16, ROWS_AT_ONCE = 6 };
 
 #ifndef WIDE_LANES
 #ifdef __AVX512F__
@@ -38,47 +20,9 @@ typedef float floats VECTOR(float, LANES);
 #endif
 typedef float wide_floats VECTOR(float, WIDE_LANES); /* as wide as the CPU multiplies */
 
-typedef uint32_t word __attribute__((aligned(1)));
-
-typedef struct {
-    const word *qweight; /* (K, W) */
-    const word *qzeros;  /* (K / g, W) */
-    const char *scales;  /* (K / g, 8W) */
-    int64_t in_features, width, group_size; /* K, W, g */
-    int64_t scale_dtype;
-} weight;
-
-/* -- reading words and scales ------------------------------------------------------------------------------------- */
-
-/* `value` in all lanes: value - 0 is a mere broadcast; value + 0 is an addition, because of -0. */
-INLINE floats all(float value) { return value - (floats){}; }
-
 INLINE wide_floats all_wide(float value) { return value - (wide_floats){}; }
 
-INLINE floats to_floats(words codes) { return __builtin_convertvector((integers)codes, floats); }
-
-/* Bits where `condition` holds (a comparison's result), else 0. */
-INLINE words where(integers condition, uint32_t bits) { return (words)condition & bits; }
-
-INLINE floats floats_of_fp16(words bits) {
-    floats magnitude = (floats)((bits & 0x7fff) << 13) * 0x1p112f; /* right for subnormal numbers, too */
-    words infinite = where((bits & 0x7c00) == 0x7c00, 0x7f800000);
-    return (floats)((words)magnitude | infinite | (bits & 0x8000) << 16);
-}
-
-/* Scales of 8 consecutive output channels from `column`. */
-INLINE floats scales_at(const weight *w, int64_t group, int64_t column) {
-    int64_t i = group * w->width * 8 + column;
-    if (w->scale_dtype == FP32) return *(const floats *)(w->scales + 4 * i);
-    words bits = __builtin_convertvector(*(const halves *)(w->scales + 2 * i), words);
-    return w->scale_dtype == BF16 ? (floats)(bits << 16) : floats_of_fp16(bits);
-}
-
-/* The codes of one word in the order of its output channels. */
-INLINE floats codes_of_word(word bits) {
-    const words shifts = {0, 16, 4, 20, 8, 24, 12, 28};
-    return to_floats((((words){} + bits) >> shifts) & 15);
-}
+INLINE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 /* `count` words; the rest of 8 are 0. */
 INLINE words words_at(const word *p, int64_t count) {
@@ -120,8 +64,6 @@ INLINE void transpose(floats rows[8]) {
         EXCHANGE(i, i + 4, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15))
 }
 
-INLINE int nibble_of_column(int column) { return column / 2 + column % 2 * 4; }
-
 /* (q - z) · Δ = q_i · scale[i] - zero[i] in nibble order, q_i as `nibble` reads it, for one group of one block. */
 INLINE void block_parameters(const weight *w, int64_t group, int64_t first, int64_t count, floats scale[8],
                              floats zero[8]) {
@@ -143,10 +85,6 @@ INLINE void store_block(const float *block, int64_t count, float *y) {
     transpose(rows);
     for (int j = 0; j < count; j++) *(floats *)(y + 8 * j) = rows[j];
 }
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-INLINE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 /* -- one row ------------------------------------------------------------------------------------------------------ */
 
@@ -287,44 +225,5 @@ void awq_product(const weight *w, const float *x, int64_t rows, int64_t depth, f
             one_row(w, x, y, first, last, own);
         else
             several_rows(w, x, rows, depth, y, first, last, own);
-    }
-}
-
-INLINE halves bf16_of_floats(floats value) {
-    words bits = (words)value, odd = bits >> 16 & 1;
-    words rounded = (bits + 0x7fff + odd) >> 16; /* to nearest, ties to even */
-    words not_a_number = where(value != value, 0xffff);
-    return __builtin_convertvector((rounded & ~not_a_number) | (not_a_number & 0x7fc0), halves);
-}
-
-enum { STRIP_WORDS = 16, STRIP_ROWS = 128 };
-
-/* Wᵀ[:, 8 first : 8 last], (K, 8 (last - first)) in fp32 or bf16: (q - z) · Δ in fp32, rounded once. */
-void awq_dequantize(const weight *w, int64_t first, int64_t last, char *out, int64_t dtype, int64_t threads) {
-    int64_t size = dtype == FP32 ? 4 : 2, stride = (last - first) * 8 * size;
-    int64_t strips = (last - first + STRIP_WORDS - 1) / STRIP_WORDS;
-    int64_t slices = (w->in_features + STRIP_ROWS - 1) / STRIP_ROWS;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t task = 0; task < strips * slices; task++) {
-        int64_t slice = task / strips, from = first + task % strips * STRIP_WORDS;
-        int64_t count = least(STRIP_WORDS, last - from);
-        int64_t first_k = slice * STRIP_ROWS, last_k = least(first_k + STRIP_ROWS, w->in_features);
-        floats scale[STRIP_WORDS], zero[STRIP_WORDS];
-        for (int64_t k = first_k; k < last_k; k++) {
-            if (k == first_k || k % w->group_size == 0)
-                for (int64_t j = 0; j < count; j++) {
-                    scale[j] = scales_at(w, k / w->group_size, 8 * (from + j));
-                    zero[j] = codes_of_word(w->qzeros[k / w->group_size * w->width + from + j]);
-                }
-            const word *row = w->qweight + k * w->width + from;
-            char *to = out + k * stride + (from - first) * 8 * size;
-            for (int64_t j = 0; j < count; j++, to += 8 * size) {
-                floats value = (codes_of_word(row[j]) - zero[j]) * scale[j];
-                if (dtype == FP32)
-                    *(floats *)to = value;
-                else
-                    *(halves *)to = bf16_of_floats(value);
-            }
-        }
     }
 }
