@@ -71,7 +71,9 @@ class TestProduct:
 @BITS
 def test_the_gradient_is_right_by_finite_differences(bits):
     linear = random_linear(bits, dtype=torch.float64)
-    assert torch.autograd.gradcheck(linear, random_input(3, 96, dtype=torch.float64).requires_grad_())
+    x = random_input(3, 96, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(linear, x)
+    assert torch.autograd.gradgradcheck(linear, x)
 
 
 @BITS
@@ -89,6 +91,10 @@ def test_the_ops_keep_the_rules_of_custom_ops(bits, zero_point):
     packed, scale, zeros, _ = linear.packed
     x = random_input(3, 96).requires_grad_()
     torch.library.opcheck(torch.ops.hf_awq_offload.linear_pack_quantized, (x, packed, scale, zeros, bits))
+    gradient = random_input(3, linear.out_features).requires_grad_()
+    torch.library.opcheck(
+        torch.ops.hf_awq_offload.linear_back_pack_quantized, (gradient, packed, scale, zeros, 96, bits)
+    )
     torch.library.opcheck(
         torch.ops.hf_awq_offload.dequantize_pack_quantized, (packed, scale, zeros, 96, bits, torch.float32)
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..packing import PackedWeight
-from .blocks import dequantize_words
+from .blocks import Blocks, blocks_of_words, joined
 
 
 class Case(NamedTuple):
@@ -62,13 +62,22 @@ class WordsBackend(Backend):
     ) -> Tensor:
         """x Wᵀ, (M, N) in x's dtype."""
 
+    def blocks(
+        self,
+        packed: PackedWeight,
+        dtype: torch.dtype,
+    ) -> Blocks:
+        """The weight in `dtype`, block by block; exact up to that rounding."""
+        return blocks_of_words(packed, dtype)
+
     def dequantize(
         self,
         packed: PackedWeight,
         dtype: torch.dtype,
     ) -> Tensor:
         """The weight, contiguous (N, K) in `dtype`; exact up to that rounding."""
-        return dequantize_words(packed, dtype)
+        in_features, scales = packed.qweight.shape[0], packed.scales
+        return joined(self.blocks(packed, dtype), scales, scales.shape[1], in_features, dtype)
 
 
 class NativeBackend(Backend):
@@ -97,14 +106,19 @@ class NativeBackend(Backend):
     ) -> Tensor:
         """x Wᵀ, (M, N) in x's dtype."""
 
-    def dequantize(
+    def blocks(
         self,
         words: Tensor,
         qzeros: Tensor,  # (n, N / 8) int32
         scales: Tensor,  # (n, N)
         in_features: int,
         dtype: torch.dtype,
-    ) -> Tensor:
-        """The weight, contiguous (N, K) in `dtype`; exact up to that rounding."""
+    ) -> Blocks:
+        """The weight in `dtype`, block by block; exact up to that rounding."""
         qweight = self.unpack(words, in_features, scales.shape[1])
-        return dequantize_words(PackedWeight(qweight, qzeros, scales), dtype)
+        return blocks_of_words(PackedWeight(qweight, qzeros, scales), dtype)
+
+    def dequantize(self, words: Tensor, qzeros: Tensor, scales: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        """The weight, contiguous (N, K) in `dtype`; exact up to that rounding."""
+        weight_blocks = self.blocks(words, qzeros, scales, in_features, dtype)
+        return joined(weight_blocks, scales, scales.shape[1], in_features, dtype)

@@ -1,4 +1,4 @@
-"""Dequantization in blocks of output channels, and the matrix product that goes with it. Plain torch, any device.
+"""Dequantization in blocks of output channels, and the matrix products that go with it. Plain torch, any device.
 
 A block is made in a buffer that the next block uses again: it stays in the cache, and no full-precision weight is ever
 held. AWQ puts output channels 2i and 2i + 1 of eight, columns of Wᵀ, into bits 4i and 16 + 4i of a word:
@@ -10,7 +10,7 @@ so four shifts of whole words give eight columns in their order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -25,6 +25,9 @@ PAIR_MASK = 0x000F000F
 
 Codes = Callable[[int, int], Tensor]
 """(first, last) -> the integers of output columns first … last - 1, (K, last - first) in any dtype."""
+
+Blocks = Iterable[tuple[slice, Tensor]]
+"""(channels, W[channels]) for all output channels; W[channels] is (channels, K), in memory that the next one reuses."""
 
 
 def codes_of_words(
@@ -48,11 +51,8 @@ def blocks(
     scales: Tensor,  # (n, N)
     in_features: int,
     dtype: torch.dtype,
-) -> Iterator[tuple[slice, Tensor]]:
-    """(channels, W[channels]) for all output channels; W[channels] is (channels, K) in `dtype`, and is reused.
-
-    (q - z) · Δ is computed in fp32 (fp64 for fp64) and rounded to `dtype` once.
-    """
+) -> Blocks:
+    """W in `dtype`: (q - z) · Δ is computed in fp32 (fp64 for fp64) and rounded once."""
     n, out_features = scales.shape
     working = torch.promote_types(dtype, torch.float32)
     zeros = unpack_columns(qzeros)
@@ -70,53 +70,52 @@ def blocks(
         yield slice(first, last), result.t()
 
 
-def dequantize_words(
-    packed: PackedWeight,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weight, (N, K) in `dtype`."""
-    return dequantize_codes(
-        codes_of_words(packed.qweight), packed.qzeros, packed.scales, packed.qweight.shape[0], dtype
-    )
+def blocks_of_words(packed: PackedWeight, dtype: torch.dtype) -> Blocks:
+    """As `blocks`, from AWQ words."""
+    codes = codes_of_words(packed.qweight)
+    return blocks(codes, packed.qzeros, packed.scales, packed.qweight.shape[0], dtype)
 
 
-def dequantize_codes(
-    codes: Codes,
-    qzeros: Tensor,  # (n, N / 8) int32
-    scales: Tensor,  # (n, N)
+def joined(
+    weight_blocks: Blocks,
+    like: Tensor,
+    out_features: int,
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight, (N, K) in `dtype`."""
-    weight = torch.empty(scales.shape[1], in_features, dtype=dtype, device=scales.device)
-    for channels, block in blocks(codes, qzeros, scales, in_features, dtype):
+    """The whole weight, contiguous (N, K) in `dtype`, on the device of `like`."""
+    weight = like.new_empty(out_features, in_features, dtype=dtype)
+    for channels, block in weight_blocks:
         weight[channels] = block
     return weight
 
 
-def linear_codes(
-    x: Tensor,  # (M, K)
-    codes: Codes,
-    qzeros: Tensor,  # (n, N / 8) int32
-    scales: Tensor,  # (n, N)
-) -> Tensor:
-    """x Wᵀ block by block, (M, N) in x's dtype."""
-    dtype = matmul_dtype(x.device.type, x.dtype)
-    return multiply_blocks(x, blocks(codes, qzeros, scales, x.shape[1], dtype), scales.shape[1], dtype)
-
-
 def multiply_blocks(
     x: Tensor,  # (M, K)
-    weight_blocks: Iterable[tuple[slice, Tensor]],  # (channels, W[channels] in `dtype`)
+    weight_blocks: Blocks,  # in `dtype`
     out_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """x Wᵀ, multiplied in `dtype`, (M, N) in x's dtype."""
     wide = x.to(dtype)
-    output = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    output = x.new_empty(x.shape[0], out_features)
     for channels, block in weight_blocks:
         output[:, channels] = wide @ block.t()
     return output
+
+
+def multiply_blocks_back(
+    gradient: Tensor,  # (M, N), of x Wᵀ
+    weight_blocks: Blocks,  # in `dtype`
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient of x, `gradient` W: multiplied in `dtype`, summed over blocks in fp32; (M, K) in its own dtype."""
+    wide = gradient.to(dtype)
+    total = gradient.new_zeros(gradient.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32))
+    for channels, block in weight_blocks:
+        total += wide[:, channels] @ block
+    return total.to(gradient.dtype)
 
 
 @cache

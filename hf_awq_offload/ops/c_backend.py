@@ -6,7 +6,6 @@ input's dtype. See c_kernels/ and c_library.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from ctypes import CDLL, byref
 from math import gcd
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..packing import COLUMNS_PER_WORD, PackedWeight
 from .backend import Case, WordsBackend
-from .blocks import BLOCK_CHANNELS, matmul_dtype, multiply_blocks
+from .blocks import BLOCK_CHANNELS, Blocks, matmul_dtype, multiply_blocks
 from .c_library import DTYPES, CWeight, address, library
 
 FEW_ROWS = {torch.float32: 256, torch.bfloat16: 32, torch.float16: 32}
@@ -47,6 +46,9 @@ class CBackend(WordsBackend):
         packed = _readable(packed)
         dtype = matmul_dtype("cpu", x.dtype)
         return product(x, packed) if x.shape[0] <= FEW_ROWS[dtype] else product_in_blocks(x, packed, dtype)
+
+    def blocks(self, packed: PackedWeight, dtype: torch.dtype) -> Blocks:
+        return _blocks(_readable(packed), dtype)
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
         packed = _readable(packed)
@@ -80,8 +82,8 @@ def product_in_blocks(x: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Te
     return multiply_blocks(x, _blocks(packed, dtype), packed.scales.shape[1], dtype)
 
 
-def _blocks(packed: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(channels, W[channels]) for all output channels; W[channels] is (channels, K) in `dtype`, and is reused.
+def _blocks(packed: PackedWeight, dtype: torch.dtype) -> Blocks:
+    """W in `dtype`.
 
     Memory that is new for each block would cost more than dequantizing: the system hands it out page by page.
     """

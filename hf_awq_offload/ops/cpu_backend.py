@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..packing import PackedWeight, pack_columns, unpack_columns
 from .backend import Case, NativeBackend, NativeWeight
-from .blocks import Codes, codes_of_words, dequantize_codes, linear_codes
+from .blocks import Blocks, Codes, blocks, codes_of_words, matmul_dtype, multiply_blocks
 
 KERNEL_GROUP_SIZES = (256, 128, 64, 32)
 FEW_ROWS = 48
@@ -89,15 +89,17 @@ class CpuBackend(NativeBackend):
                 f"{scales.shape[1]} channels."
             )
         if x.shape[0] > FEW_ROWS:
-            return linear_codes(x, codes_of_native(native.words, x.shape[1]), qzeros, scales)
+            dtype = matmul_dtype("cpu", x.dtype)
+            weight_blocks = self.blocks(native.words, qzeros, scales, x.shape[1], dtype)
+            return multiply_blocks(x, weight_blocks, scales.shape[1], dtype)
         group_size = x.shape[1] // native.parameters.shape[0]
         output = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.to(torch.bfloat16).contiguous(), native.words, group_size, native.parameters
         )
         return output.to(x.dtype)
 
-    def dequantize(self, words: Tensor, qzeros: Tensor, scales: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-        return dequantize_codes(codes_of_native(words, in_features), qzeros, scales, in_features, dtype)
+    def blocks(self, words: Tensor, qzeros: Tensor, scales: Tensor, in_features: int, dtype: torch.dtype) -> Blocks:
+        return blocks(codes_of_native(words, in_features), qzeros, scales, in_features, dtype)
 
 
 BACKEND = CpuBackend()

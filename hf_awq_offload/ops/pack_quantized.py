@@ -1,7 +1,8 @@
 """Products with a weight in the pack-quantized layout, as custom ops. Plain torch, any device.
 
-    linear_pack_quantized(x, packed, scale, zero_point, bits)                      x (…, K) -> (…, N)
-    dequantize_pack_quantized(packed, scale, zero_point, in_features, bits, dtype) (N, K)
+    linear_pack_quantized(x, packed, scale, zero_point, bits)                             x Wᵀ: (…, K) -> (…, N)
+    linear_back_pack_quantized(gradient, packed, scale, zero_point, in_features, bits)    gradient W: (…, N) -> (…, K)
+    dequantize_pack_quantized(packed, scale, zero_point, in_features, bits, dtype)        W: (N, K)
 
 A block of rows of W is dequantized and multiplied at a time, so that no full-precision weight is held. The gradient
 flows to x alone; the backward pass dequantizes again and keeps nothing but the packed tensors.
@@ -9,13 +10,11 @@ flows to x alone; the backward pass dequantizes again and keeps nothing but the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ..pack_quantized import PackQuantizedWeight, dequantize_rows, unpack_zeros, words_for
-from .blocks import matmul_dtype
+from .blocks import Blocks, joined, matmul_dtype, multiply_blocks, multiply_blocks_back
 from .schema import NAMESPACE, check_input, without_autocast
 
 BLOCK_ROWS = 512
@@ -24,6 +23,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _PACKED = "Tensor packed, Tensor scale, Tensor? zero_point"
 for _schema in (
     f"linear_pack_quantized(Tensor x, {_PACKED}, int bits) -> Tensor",
+    f"linear_back_pack_quantized(Tensor gradient, {_PACKED}, int in_features, int bits) -> Tensor",
     f"dequantize_pack_quantized({_PACKED}, int in_features, int bits, ScalarType dtype) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -57,30 +57,37 @@ def dequantize(
 def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     in_features = x.shape[-1]
     _check(packed, scale, zero_point, in_features, bits)
-    check_input(x, in_features)
+    check_input(x, in_features, packed.device)
     dtype = matmul_dtype(x.device.type, x.dtype)
-    rows = x.reshape(-1, in_features).to(dtype)
-    output = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
+    weight_blocks = _blocks(packed, scale, zero_point, in_features, bits, dtype)
     with without_autocast(x.device.type):
-        for span, block in _blocks(packed, scale, zero_point, in_features, bits, dtype):
-            output[:, span] = rows @ block.t()
+        output = multiply_blocks(x.reshape(-1, in_features), weight_blocks, packed.shape[0], dtype)
     return output.view(*x.shape[:-1], packed.shape[0])
+
+
+def _linear_back(
+    gradient: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, bits: int
+) -> Tensor:
+    _check(packed, scale, zero_point, in_features, bits)
+    check_input(gradient, packed.shape[0], packed.device)
+    dtype = matmul_dtype(gradient.device.type, gradient.dtype)
+    weight_blocks = _blocks(packed, scale, zero_point, in_features, bits, dtype)
+    with without_autocast(gradient.device.type):
+        output = multiply_blocks_back(gradient.reshape(-1, packed.shape[0]), weight_blocks, in_features, dtype)
+    return output.view(*gradient.shape[:-1], in_features)
 
 
 def _dequantize(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, bits: int, dtype: torch.dtype
 ) -> Tensor:
     _check(packed, scale, zero_point, in_features, bits)
-    weight = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
-    for span, block in _blocks(packed, scale, zero_point, in_features, bits, dtype):
-        weight[span] = block
-    return weight
+    weight_blocks = _blocks(packed, scale, zero_point, in_features, bits, dtype)
+    return joined(weight_blocks, packed, packed.shape[0], in_features, dtype)
 
 
 def _blocks(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, bits: int, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, W[rows]) for all rows."""
+) -> Blocks:
     zeros = unpack_zeros(zero_point, packed.shape[0], bits)
     for first in range(0, packed.shape[0], BLOCK_ROWS):
         span = slice(first, min(first + BLOCK_ROWS, packed.shape[0]))
@@ -108,8 +115,8 @@ def _check(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features
         raise ValueError(f"scale is {tuple(scale.shape)}; expected groups that divide {in_features} input channels.")
 
 
-for _name, _kernel in (("linear_pack_quantized", _linear), ("dequantize_pack_quantized", _dequantize)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+for _name, _kernel in (("linear", _linear), ("linear_back", _linear_back), ("dequantize", _dequantize)):
+    _library.impl(f"{_name}_pack_quantized", _kernel, "CompositeExplicitAutograd")
 
 _ops = torch.ops.hf_awq_offload
 
@@ -118,6 +125,11 @@ _ops = torch.ops.hf_awq_offload
 def _(x, packed, scale, zero_point, bits):
     _check(packed, scale, zero_point, x.shape[-1], bits)
     return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_back_pack_quantized", lib=_library)
+def _(gradient, packed, scale, zero_point, in_features, bits):
+    return gradient.new_empty(*gradient.shape[:-1], in_features)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::dequantize_pack_quantized", lib=_library)
@@ -132,11 +144,24 @@ def _keep_packed(ctx, inputs, output) -> None:
 
 
 def _linear_backward(ctx, grad_output: Tensor):
-    packed, scale, zero_point = ctx.saved_tensors
-    weight = _ops.dequantize_pack_quantized(packed, scale, zero_point, ctx.in_features, ctx.bits, grad_output.dtype)
-    return grad_output @ weight, None, None, None, None
+    gradient = _ops.linear_back_pack_quantized(grad_output, *ctx.saved_tensors, ctx.in_features, ctx.bits)
+    return gradient, None, None, None, None
+
+
+def _keep_packed_back(ctx, inputs, output) -> None:
+    _, packed, scale, zero_point, _, bits = inputs
+    ctx.save_for_backward(packed, scale, zero_point)
+    ctx.bits = bits
+
+
+def _linear_back_backward(ctx, grad_output: Tensor):
+    """What is linear in x is linear in the gradient: its own gradient is the product again."""
+    return _ops.linear_pack_quantized(grad_output, *ctx.saved_tensors, ctx.bits), None, None, None, None, None
 
 
 torch.library.register_autograd(
     f"{NAMESPACE}::linear_pack_quantized", _linear_backward, setup_context=_keep_packed, lib=_library
+)
+torch.library.register_autograd(
+    f"{NAMESPACE}::linear_back_pack_quantized", _linear_back_backward, setup_context=_keep_packed_back, lib=_library
 )

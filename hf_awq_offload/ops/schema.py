@@ -1,12 +1,15 @@
 """The custom ops: what the compiler, autograd and the dispatcher know of a product with a packed weight.
 
-    linear(x, qweight, qzeros, scales, backend)                         x (…, K) -> (…, N)
-    linear_native(x, words, parameters, qzeros, scales, backend)        the same, from a backend's own layout
-    dequantize(qweight, qzeros, scales, dtype, backend)                 (N, K)
+    linear(x, qweight, qzeros, scales, backend)                         x Wᵀ: (…, K) -> (…, N)
+    linear_back(gradient, qweight, qzeros, scales, backend)             the gradient of x, gradient W: (…, N) -> (…, K)
+    dequantize(qweight, qzeros, scales, dtype, backend)                 W: (N, K)
+
+    linear_native(x, words, parameters, qzeros, scales, backend)        the same from a backend's own layout
+    linear_back_native(gradient, words, qzeros, scales, in_features, backend)
     dequantize_native(words, qzeros, scales, in_features, dtype, backend)
 
-The gradient flows to x alone; the backward pass dequantizes again and keeps nothing but the packed tensors. Sizes are
-checked before a kernel sees a pointer: AWQ tensors come from files.
+The gradient flows to x alone; the backward pass dequantizes again, block by block, and keeps nothing but the packed
+tensors. Sizes are checked before a kernel sees a pointer: AWQ tensors come from files.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from ..packing import COLUMNS_PER_WORD, PackedWeight
 from .backend import Case, NativeBackend, NativeWeight, WordsBackend
+from .blocks import Blocks, matmul_dtype, multiply_blocks_back
 from .dispatch import backend_named, choose, dequantizer
 
 NAMESPACE = "hf_awq_offload"
@@ -27,7 +31,10 @@ _PACKED = "Tensor qweight, Tensor qzeros, Tensor scales"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 for _schema in (
     f"linear(Tensor x, {_PACKED}, str backend) -> Tensor",
+    f"linear_back(Tensor gradient, {_PACKED}, str backend) -> Tensor",
     "linear_native(Tensor x, Tensor words, Tensor parameters, Tensor qzeros, Tensor scales, str backend) -> Tensor",
+    "linear_back_native(Tensor gradient, Tensor words, Tensor qzeros, Tensor scales, int in_features, str backend) "
+    "-> Tensor",
     f"dequantize({_PACKED}, ScalarType dtype, str backend) -> Tensor",
     "dequantize_native(Tensor words, Tensor qzeros, Tensor scales, int in_features, ScalarType dtype, str backend) "
     "-> Tensor",
@@ -37,9 +44,7 @@ for _schema in (
 
 def _linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, backend: str) -> Tensor:
     check_packed(qweight, qzeros, scales)
-    check_input(x, qweight.shape[0])
-    if x.device != qweight.device:  # kernels follow addresses
-        raise ValueError(f"The input is on {x.device}, the weight on {qweight.device}; expected one device.")
+    check_input(x, qweight.shape[0], qweight.device)
     chosen = choose(backend, Case.of(x, scales))
     if not isinstance(chosen, WordsBackend):  # its own layout has not been made, as under torch.compile
         chosen = backend_named("torch")
@@ -50,6 +55,15 @@ def _linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, backend:
     with without_autocast(x.device.type):
         output = chosen.linear(rows, PackedWeight(qweight, qzeros, scales))
     return _unflatten(output, x)
+
+
+def _linear_back(gradient: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, backend: str) -> Tensor:
+    check_packed(qweight, qzeros, scales)
+    check_input(gradient, scales.shape[1], qweight.device)
+    dtype = matmul_dtype(gradient.device.type, gradient.dtype)
+    packed = PackedWeight(qweight, qzeros, scales)
+    weight_blocks = _dequantizer(packed, dtype, backend).blocks(packed, dtype)
+    return _times_blocks(gradient, weight_blocks, qweight.shape[0], dtype)
 
 
 def _linear_native(
@@ -65,11 +79,20 @@ def _linear_native(
     return _unflatten(output, x)
 
 
+def _linear_back_native(
+    gradient: Tensor, words: Tensor, qzeros: Tensor, scales: Tensor, in_features: int, backend: str
+) -> Tensor:
+    check_groups(in_features, qzeros, scales)
+    check_input(gradient, scales.shape[1], scales.device)
+    dtype = matmul_dtype(gradient.device.type, gradient.dtype)
+    weight_blocks = native_backend(backend).blocks(words, qzeros, scales, in_features, dtype)
+    return _times_blocks(gradient, weight_blocks, in_features, dtype)
+
+
 def _dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     check_packed(qweight, qzeros, scales)
-    in_features, (n, out_features) = qweight.shape[0], scales.shape
-    case = Case(scales.device.type, dtype, in_features, out_features, in_features // n)
-    return dequantizer(backend, case).dequantize(PackedWeight(qweight, qzeros, scales), dtype)
+    packed = PackedWeight(qweight, qzeros, scales)
+    return _dequantizer(packed, dtype, backend).dequantize(packed, dtype)
 
 
 def _dequantize_native(
@@ -81,7 +104,9 @@ def _dequantize_native(
 
 for _name, _kernel in (
     ("linear", _linear),
+    ("linear_back", _linear_back),
     ("linear_native", _linear_native),
+    ("linear_back_native", _linear_back_native),
     ("dequantize", _dequantize),
     ("dequantize_native", _dequantize_native),
 ):
@@ -181,10 +206,12 @@ def check_groups(in_features: int, qzeros: Tensor, scales: Tensor) -> None:
         )
 
 
-def check_input(x: Tensor, in_features: int) -> None:
-    """ValueError unless x is (…, in) in floating point."""
-    if not x.is_floating_point() or not x.ndim or x.shape[-1] != in_features:
-        raise ValueError(f"The input is {_describe(x)}; expected floating point (…, {in_features}).")
+def check_input(x: Tensor, features: int, device: torch.device) -> None:
+    """ValueError unless x is (…, features) in floating point, on the weight's device: kernels follow addresses."""
+    if not x.is_floating_point() or not x.ndim or x.shape[-1] != features:
+        raise ValueError(f"The input is {_describe(x)}; expected floating point (…, {features}).")
+    if x.device != device:
+        raise ValueError(f"The input is on {x.device}, the weight on {device}; expected one device.")
 
 
 def _describe(tensor: Tensor) -> str:
@@ -203,19 +230,40 @@ def _output_like(x: Tensor, scales: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 
+def _dequantizer(packed: PackedWeight, dtype: torch.dtype, backend: str) -> WordsBackend:
+    (in_features, _), (n, out_features) = packed.qweight.shape, packed.scales.shape
+    return dequantizer(backend, Case(packed.scales.device.type, dtype, in_features, out_features, in_features // n))
+
+
+def _times_blocks(gradient: Tensor, weight_blocks: Blocks, in_features: int, dtype: torch.dtype) -> Tensor:
+    with without_autocast(gradient.device.type):
+        rows = multiply_blocks_back(gradient.reshape(-1, gradient.shape[-1]), weight_blocks, in_features, dtype)
+    return _unflatten(rows, gradient)
+
+
 # -- what the compiler sees ------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake(f"{NAMESPACE}::linear", lib=_library)
 def _(x, qweight, qzeros, scales, backend):
     check_packed(qweight, qzeros, scales)
-    check_input(x, qweight.shape[0])
+    check_input(x, qweight.shape[0], qweight.device)
     return _output_like(x, scales)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_back", lib=_library)
+def _(gradient, qweight, qzeros, scales, backend):
+    return gradient.new_empty(*gradient.shape[:-1], qweight.shape[0])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::linear_native", lib=_library)
 def _(x, words, parameters, qzeros, scales, backend):
     return _output_like(x, scales)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_back_native", lib=_library)
+def _(gradient, words, qzeros, scales, in_features, backend):
+    return gradient.new_empty(*gradient.shape[:-1], in_features)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::dequantize", lib=_library)
@@ -237,8 +285,12 @@ def _keep_packed(ctx, inputs, output) -> None:
 
 
 def _linear_backward(ctx, grad_output: Tensor):
-    weight = _ops.dequantize(*ctx.saved_tensors, grad_output.dtype, ctx.backend)
-    return grad_output @ weight, None, None, None, None
+    return _ops.linear_back(grad_output, *ctx.saved_tensors, ctx.backend), None, None, None, None
+
+
+def _linear_back_backward(ctx, grad_output: Tensor):
+    """What is linear in x is linear in its gradient, too: the gradient of that is the product again."""
+    return _ops.linear(grad_output, *ctx.saved_tensors, ctx.backend), None, None, None, None
 
 
 def _keep_native(ctx, inputs, output) -> None:
@@ -248,11 +300,25 @@ def _keep_native(ctx, inputs, output) -> None:
 
 
 def _linear_native_backward(ctx, grad_output: Tensor):
+    gradient = _ops.linear_back_native(grad_output, *ctx.saved_tensors, ctx.in_features, ctx.backend)
+    return gradient, None, None, None, None, None
+
+
+def _keep_native_back(ctx, inputs, output) -> None:
+    _, words, qzeros, scales, in_features, backend = inputs
+    ctx.save_for_backward(words, qzeros, scales)
+    ctx.in_features, ctx.backend = in_features, backend
+
+
+def _linear_back_native_backward(ctx, grad_output: Tensor):
     weight = _ops.dequantize_native(*ctx.saved_tensors, ctx.in_features, grad_output.dtype, ctx.backend)
-    return grad_output @ weight, None, None, None, None, None
+    return grad_output @ weight.t(), None, None, None, None, None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::linear", _linear_backward, setup_context=_keep_packed, lib=_library)
-torch.library.register_autograd(
-    f"{NAMESPACE}::linear_native", _linear_native_backward, setup_context=_keep_native, lib=_library
-)
+for _name, _backward, _keep in (
+    ("linear", _linear_backward, _keep_packed),
+    ("linear_back", _linear_back_backward, _keep_packed),
+    ("linear_native", _linear_native_backward, _keep_native),
+    ("linear_back_native", _linear_back_native_backward, _keep_native_back),
+):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_keep, lib=_library)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..packing import PackedWeight
 from .backend import Case, WordsBackend
-from .blocks import codes_of_words, linear_codes
+from .blocks import matmul_dtype, multiply_blocks
 
 
 class TorchBackend(WordsBackend):
@@ -18,7 +18,8 @@ class TorchBackend(WordsBackend):
         return None
 
     def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:
-        return linear_codes(x, codes_of_words(packed.qweight), packed.qzeros, packed.scales)
+        dtype = matmul_dtype(x.device.type, x.dtype)
+        return multiply_blocks(x, self.blocks(packed, dtype), packed.scales.shape[1], dtype)
 
 
 BACKEND = TorchBackend()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..packing import PackedWeight
 from .backend import Case, WordsBackend
+from .blocks import Blocks
 
 MANY_ROWS = 256
 """From here on, dequantizing once and a dense product: then the product, not reading the weight, takes the time."""
@@ -46,6 +47,9 @@ class TritonBackend(WordsBackend):
         if x.shape[0] >= MANY_ROWS:
             return x @ _dequantize(packed, x.dtype).t()
         return _fused(x, packed)
+
+    def blocks(self, packed: PackedWeight, dtype: torch.dtype) -> Blocks:
+        return [(slice(0, packed.scales.shape[1]), self.dequantize(packed, dtype))]
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
         return _dequantize(PackedWeight(*(tensor.contiguous() for tensor in packed)), dtype)

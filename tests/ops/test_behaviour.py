@@ -41,12 +41,17 @@ def make_input(linear: AwqLinear, *shape: int, dtype: torch.dtype) -> Tensor:
     return x.to(linear.scales.device, dtype)
 
 
-def reference(linear: AwqLinear, x: Tensor) -> Tensor:
-    """In fp64, on x's device."""
+def reference_weight(linear: AwqLinear) -> Tensor:
+    """In fp64, on the linear's device."""
     packed = copy.deepcopy(linear).packed
     weight = torch.from_numpy(dequantize_linear(*(tensor.detach().cpu().numpy() for tensor in packed)))
-    output = x.detach().double().cpu() @ weight.double().t()
-    return (output if linear.bias is None else output + linear.bias.double().cpu()).to(x.device)
+    return weight.double().to(linear.scales.device)
+
+
+def reference(linear: AwqLinear, x: Tensor) -> Tensor:
+    """In fp64."""
+    output = x.detach().double() @ reference_weight(linear).t()
+    return output if linear.bias is None else output + linear.bias.double()
 
 
 def assert_close(actual: Tensor, expected: Tensor, linear: AwqLinear, dtype: torch.dtype) -> None:
@@ -127,17 +132,28 @@ def test_inputs_that_are_not_contiguous(backend, view):
 
 
 @BACKENDS
-@pytest.mark.parametrize("rows", [3, MANY_ROWS])
-def test_the_gradient_is_that_of_the_dequantized_weight(backend, rows):
-    linear = make(backend, torch.bfloat16, bias=True)
-    x = make_input(linear, rows, 256, dtype=torch.bfloat16).requires_grad_()
+@DTYPES
+@pytest.mark.parametrize("shape", [(3,), (MANY_ROWS,), (2, 3), (0,), ()], ids=str)
+def test_the_gradient_is_that_of_the_dequantized_weight(backend, dtype, shape):
+    linear = make(backend, dtype, out_features=520, bias=True)
+    x = make_input(linear, *shape, 256, dtype=dtype).requires_grad_()
     output = linear(x)
     upstream = torch.randn_like(output)
     output.backward(upstream)
-    expected = upstream @ linear.weight.to(torch.bfloat16)
-    assert x.grad is not None
-    torch.testing.assert_close(x.grad, expected, rtol=2e-2, atol=2e-2)
+    assert_close(x.grad, upstream.double() @ reference_weight(linear), linear, dtype)
     assert all(parameter.grad is None for parameter in linear.parameters())
+
+
+@BACKENDS
+def test_the_gradient_of_the_gradient_is_the_product(backend):
+    """What a penalty on the gradient's norm asks for."""
+    linear = make(backend, torch.float32)
+    x = make_input(linear, 3, 256, dtype=torch.float32).requires_grad_()
+    upstream = torch.randn(3, 128, device=x.device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(linear(x), x, upstream, create_graph=True)
+    direction = torch.randn_like(gradient)
+    (second,) = torch.autograd.grad(gradient, upstream, direction)
+    assert_close(second, reference(linear, direction), linear, torch.float32)
 
 
 @BACKENDS

@@ -17,13 +17,13 @@ from models import random_awq_linear
 from torch import Tensor
 
 from hf_awq_offload import ConfigError, ops
-from hf_awq_offload.ops import blocks, c_backend, c_library, dispatch
+from hf_awq_offload.ops import c_backend, c_library, dispatch, torch_backend
 from hf_awq_offload.packing import PackedWeight
 
 KERNELS = c_library.library()
 pytestmark = pytest.mark.skipif(isinstance(KERNELS, str), reason=str(KERNELS))
 
-BACKEND = c_backend.BACKEND
+BACKEND, TORCH = c_backend.BACKEND, torch_backend.BACKEND
 SCALE_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
@@ -40,7 +40,7 @@ def random_packed(groups: int, group_size: int, width: int, scale_dtype=torch.fl
 def assert_product_is_right(packed: PackedWeight, rows: int) -> None:
     """Within what rounding sums in fp32 costs, of the product in fp64 with the weight that plain torch dequantizes."""
     x = torch.randn(rows, packed.qweight.shape[0], generator=torch.Generator().manual_seed(1))
-    weight = blocks.dequantize_words(packed, torch.float64)
+    weight = TORCH.dequantize(packed, torch.float64)
     bound = (
         x.double().abs() @ weight.abs().t() + x.double().abs().sum(1, keepdim=True) * 15 * packed.scales.double().max()
     )
@@ -79,7 +79,7 @@ def test_scales_of_every_dtype_that_checkpoints_have(scale_dtype, rows):
 def test_dequantized_to_the_bit_as_by_plain_torch(groups, group_size, width, scale_dtype, dtype):
     packed = random_packed(groups, group_size, width, scale_dtype)
     weight = BACKEND.dequantize(packed, dtype)
-    expected = blocks.dequantize_words(packed, dtype)
+    expected = TORCH.dequantize(packed, dtype)
     assert weight.dtype == dtype
     assert weight.is_contiguous()
     assert torch.equal(weight, expected)
@@ -92,7 +92,7 @@ def test_scales_that_are_no_ordinary_numbers(dtype):
     )
     scales = bits.to(torch.int16).view(torch.float16).repeat(8).view(1, 80)
     packed = random_packed(1, 32, 10)._replace(scales=scales)
-    expected = blocks.dequantize_words(packed, dtype)
+    expected = TORCH.dequantize(packed, dtype)
     torch.testing.assert_close(BACKEND.dequantize(packed, dtype), expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -102,7 +102,7 @@ def test_values_are_rounded_to_nearest_at_every_size(dtype):
     exponents = torch.arange(-40, 24).repeat_interleave(16)
     digits = 1 + torch.arange(16).repeat(64) / 2**11
     packed = random_packed(1, 64, 128, torch.float32)._replace(scales=torch.ldexp(digits, exponents)[None])
-    assert torch.equal(BACKEND.dequantize(packed, dtype), blocks.dequantize_words(packed, dtype))
+    assert torch.equal(BACKEND.dequantize(packed, dtype), TORCH.dequantize(packed, dtype))
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -175,7 +175,7 @@ def test_vectors_of_another_width_give_the_same(flags, tmp_path, monkeypatch):
         assert_product_is_right(random_packed(3, 32, 21), rows)
     packed = random_packed(2, 64, 30)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert torch.equal(BACKEND.dequantize(packed, dtype), blocks.dequantize_words(packed, dtype))
+        assert torch.equal(BACKEND.dequantize(packed, dtype), TORCH.dequantize(packed, dtype))
 
 
 # -- the library -----------------------------------------------------------------------------------------------------

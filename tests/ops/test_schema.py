@@ -33,6 +33,25 @@ def test_linear(dtype, shape, backend):
 
 
 @DTYPES
+@pytest.mark.parametrize("shape", [(3, 32), (2, 3, 32), (32,), (0, 32)], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "c", pytest.param("triton", marks=needs_triton)])
+def test_linear_back(dtype, shape, backend):
+    packed = random_awq_linear(64, 32, dtype=dtype).packed
+    gradient = torch.randn(shape).to(dtype)
+    opcheck(_ops.linear_back, (gradient, *packed, backend))
+    opcheck(_ops.linear_back, (gradient.requires_grad_(), *packed, backend))
+
+
+@DTYPES
+def test_linear_back_native(dtype):
+    packed = random_awq_linear(64, 128, dtype=dtype).packed
+    words = cpu_backend.BACKEND.pack(packed).words
+    gradient = torch.randn(3, 128).to(dtype)
+    opcheck(_ops.linear_back_native, (gradient, words, packed.qzeros, packed.scales, 64, "cpu"))
+    opcheck(_ops.linear_back_native, (gradient.requires_grad_(), words, packed.qzeros, packed.scales, 64, "cpu"))
+
+
+@DTYPES
 @pytest.mark.parametrize("rows", [3, 100])
 def test_linear_native(dtype, rows):
     packed = random_awq_linear(64, 128, dtype=dtype).packed
