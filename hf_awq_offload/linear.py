@@ -104,22 +104,26 @@ class AwqLinear(QuantizedLinear):
         return ops.dequantize_native(words, self.qzeros, self.scales, self.in_features, dtype, name)
 
     def product(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self._settle_layout(input)
+        backend = None if torch.compiler.is_compiling() else self._backend_for(input)
+        if backend is not None:
+            self._settle_layout(backend)
         held: dict[str, Any] = self._parameters  # attributes of a module are slower to read
         words, parameters, source = held["native_words"], held["native_parameters"], self._native_source
         if words is None or parameters is None or source is None:
-            return ops.linear(input, self.packed, self.backend)
+            return ops.linear(input, self.packed, self.backend, backend)
         return ops.linear_native(input, ops.NativeWeight(words, parameters), held["qzeros"], held["scales"], source[0])
 
     # -- the layout in memory --------------------------------------------------------------------------------------
 
-    def _settle_layout(self, input: Tensor) -> None:
-        """Bring the weight into the layout that the backend for `input` reads."""
+    def _backend_for(self, input: Tensor) -> ops.Backend | None:
+        """What will compute the product; None where it will fail, and say why."""
         scales: Tensor = self._parameters["scales"]  # type: ignore[assignment]
         if scales.is_meta or input.shape[-1:] != (self.in_features,):
-            return
-        backend = ops.choose(self.backend, ops.Case.of(input, scales))
+            return None
+        return ops.choose(self.backend, ops.Case.of(input, scales))
+
+    def _settle_layout(self, backend: ops.Backend) -> None:
+        """Bring the weight into the layout that `backend` reads."""
         wanted = backend.name if isinstance(backend, ops.NativeBackend) else None
         if wanted is None or self.is_offloaded:
             # For a single input that the backend refuses (fp64, say) the words are brought back, too.
@@ -135,8 +139,8 @@ class AwqLinear(QuantizedLinear):
                 return
             packed = PackedWeight(qweight, self.qzeros, self.scales)
             ops.check_packed(*packed)
-            with ops.without_autocast(input.device.type):
-                native = backend.pack(packed)  # type: ignore[attr-defined]
+            with ops.without_autocast(qweight.device.type):
+                native = ops.native_backend(wanted).pack(packed)
             self.native_words, self.native_parameters = frozen(native.words), frozen(native.parameters)
             self._native_source = source
             del self._parameters["qweight"]

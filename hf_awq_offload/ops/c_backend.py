@@ -6,8 +6,7 @@ input's dtype. See c_kernels/ and c_library.py.
 
 from __future__ import annotations
 
-from ctypes import CDLL, byref
-from math import gcd
+from ctypes import CDLL
 
 import torch
 from torch import Tensor
@@ -15,14 +14,13 @@ from torch import Tensor
 from ..packing import COLUMNS_PER_WORD, PackedWeight
 from .backend import Case, WordsBackend
 from .blocks import BLOCK_CHANNELS, Blocks, matmul_dtype, multiply_blocks
-from .c_library import DTYPES, CWeight, address, library
+from .c_library import DTYPES, library, weight_arguments
 
 FEW_ROWS = {torch.float32: 256, torch.bfloat16: 32, torch.float16: 32}
 """Most rows for which the fused product beats a product with dequantized blocks, by the dtype of the latter. Measured
 for fp32 (docs/kernels.md); the others concern CPUs with instructions for them, where it is an estimate."""
-MOST_DEPTH = 32
-"""Most input channels multiplied at a time, as in c_kernels/product.c."""
-WORDS_PER_BLOCK = 8
+CHANNELS_PER_BLOCK = 64
+"""Output channels that the fused product computes together."""
 CACHE_BYTES = 128 * 2**10
 """Sums that one part of a product may hold: of 32 to 256 KiB none is faster on the CPU of docs/kernels.md."""
 PRODUCTS_PER_THREAD = 2**18
@@ -58,23 +56,22 @@ class CBackend(WordsBackend):
         return weight
 
 
-def product(x: Tensor, packed: PackedWeight) -> Tensor:
+def product(
+    x: Tensor,  # (M, K) in one of DTYPES
+    packed: PackedWeight,
+) -> Tensor:
     """x Wᵀ by the fused kernel, in fp32, rounded to x's dtype once."""
-    weight = CWeight.of(packed)
-    rows, width = x.shape[0], weight.width
-    depth = gcd(MOST_DEPTH, weight.group_size)
-    slices = x.float().contiguous()
-    if rows > 1:
-        slices = slices.view(rows, -1, depth).transpose(0, 1).contiguous()
-    output = slices.new_empty(rows, width * COLUMNS_PER_WORD)
-    sums = slices.new_empty(max(rows, 2) * _round_up(width, WORDS_PER_BLOCK) * COLUMNS_PER_WORD)
-    threads = _threads(x.numel() * output.shape[1])
-    parts = _round_up(-(-sums.nbytes // CACHE_BYTES), threads)
-    part_width = _round_up(-(-width // parts), WORDS_PER_BLOCK)
+    x = x.contiguous()
+    (rows, in_features), (_, out_features) = x.shape, packed.scales.shape
+    output = x.new_empty(rows, out_features)
+    sums = max(rows, 2) * _round_up(out_features, CHANNELS_PER_BLOCK)
+    scratch = x.new_empty(rows * in_features + sums, dtype=torch.float32)
+    threads = _threads(rows * in_features * out_features)
     _kernels().awq_product(
-        byref(weight), address(slices), rows, depth, address(output), address(sums), part_width, threads
-    )
-    return output.to(x.dtype)
+        *weight_arguments(packed), x.data_ptr(), rows, DTYPES[x.dtype], output.data_ptr(), scratch.data_ptr(),
+        CACHE_BYTES, threads,
+    )  # fmt: skip
+    return output
 
 
 def product_in_blocks(x: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -102,9 +99,10 @@ def _dequantize(
     block: Tensor,  # contiguous (channels, K) in one of DTYPES
 ) -> None:
     """Writes W[channels] to `block`."""
-    weight = CWeight.of(packed)
     words = (channel // COLUMNS_PER_WORD for channel in (channels.start, channels.stop))
-    _kernels().awq_dequantize(byref(weight), *words, address(block), DTYPES[block.dtype], _threads(block.numel()))
+    _kernels().awq_dequantize(
+        *weight_arguments(packed), *words, block.data_ptr(), DTYPES[block.dtype], _threads(block.numel())
+    )
 
 
 def _kernels() -> CDLL:

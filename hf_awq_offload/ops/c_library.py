@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HOME
-from torch import Tensor
 
 from ..logs import get_logger
 from ..packing import PackedWeight
@@ -42,21 +41,13 @@ class KernelsUnavailable(Exception):
     """Why there are no compiled kernels here; `library` hands it on as text."""
 
 
-class CWeight(ctypes.Structure):
-    """`weight` of c_kernels/words.h. It holds addresses: the tensors must outlive it, and be contiguous."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qweight", "qzeros", "scales")),
-        *((name, ctypes.c_int64) for name in ("in_features", "width", "group_size", "scale_dtype")),
-    )
-
-    @classmethod
-    def of(cls, packed: PackedWeight) -> CWeight:
-        """The weight of contiguous tensors that `schema.check_packed` has passed."""
-        in_features, width = packed.qweight.shape
-        group_size = in_features // packed.scales.shape[0]
-        addresses = (tensor.data_ptr() for tensor in packed)
-        return cls(*addresses, in_features, width, group_size, DTYPES[packed.scales.dtype])
+def weight_arguments(packed: PackedWeight) -> tuple[int, ...]:
+    """A kernel's first arguments, for contiguous tensors that `schema.check_packed` has passed. They hold addresses."""
+    qweight, qzeros, scales = packed
+    in_features, width = qweight.shape
+    group_size = in_features // scales.shape[0]
+    addresses = qweight.data_ptr(), qzeros.data_ptr(), scales.data_ptr()
+    return *addresses, DTYPES[scales.dtype], in_features, width, group_size
 
 
 @cache
@@ -158,11 +149,6 @@ def cpu() -> str:
     return " ".join([platform.system(), platform.machine(), platform.processor(), features])
 
 
-def address(tensor: Tensor) -> ctypes.c_void_p:
-    """Where a contiguous tensor's elements are."""
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
 def _run(command: list[str], folder: str) -> None:
     try:
         result = subprocess.run(
@@ -178,8 +164,9 @@ def _run(command: list[str], folder: str) -> None:
 
 def _open(path: Path) -> ctypes.CDLL:
     kernels = ctypes.CDLL(str(path))
-    pointer, integer, weight = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(CWeight)
-    kernels.awq_product.argtypes = (weight, pointer, integer, integer, pointer, pointer, integer, integer)
-    kernels.awq_dequantize.argtypes = (weight, integer, integer, pointer, integer, integer)
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    weight = (pointer, pointer, pointer, integer, integer, integer, integer)
+    kernels.awq_product.argtypes = (*weight, pointer, integer, integer, pointer, pointer, integer, integer)
+    kernels.awq_dequantize.argtypes = (*weight, integer, integer, pointer, integer, integer)
     kernels.awq_product.restype = kernels.awq_dequantize.restype = None
     return kernels

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..packing import COLUMNS_PER_WORD, PackedWeight
-from .backend import Case, NativeBackend, NativeWeight, WordsBackend
+from .backend import Backend, Case, NativeBackend, NativeWeight, WordsBackend
 from .blocks import Blocks, matmul_dtype, multiply_blocks_back
 from .dispatch import backend_named, choose, dequantizer
 
@@ -42,10 +42,12 @@ for _schema in (
     _library.define(_schema, tags=_TAGS)
 
 
-def _linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, backend: str) -> Tensor:
+def _linear(
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, backend: str, chosen: Backend | None = None
+) -> Tensor:
     check_packed(qweight, qzeros, scales)
     check_input(x, qweight.shape[0], qweight.device)
-    chosen = choose(backend, Case.of(x, scales))
+    chosen = chosen or choose(backend, Case.of(x, scales))
     if not isinstance(chosen, WordsBackend):  # its own layout has not been made, as under torch.compile
         chosen = backend_named("torch")
     assert isinstance(chosen, WordsBackend)
@@ -115,15 +117,20 @@ for _name, _kernel in (
 _ops = torch.ops.hf_awq_offload
 
 
-def linear(x: Tensor, packed: PackedWeight, backend: str = "auto") -> Tensor:
-    """x Wᵀ: (…, K) -> (…, N) in x's dtype, differentiable in x.
+def linear(
+    x: Tensor,  # (…, K)
+    packed: PackedWeight,
+    backend: str = "auto",
+    chosen: Backend | None = None,  # what `choose` says, where the caller has asked
+) -> Tensor:
+    """x Wᵀ: (…, N) in x's dtype, differentiable in x.
 
     Raises:
         ConfigError: `backend`, or the one that the environment asks for, can't serve this case.
         ValueError: the tensors' shapes or dtypes contradict each other.
     """
     if is_unobserved(x):
-        return _linear(x, *packed, backend)
+        return _linear(x, *packed, backend, chosen)
     return _ops.linear(x, *packed, backend)
 
 
@@ -222,8 +229,8 @@ def _unflatten(
     output: Tensor,  # (M, N)
     x: Tensor,  # (…, K)
 ) -> Tensor:
-    """(…, N), not a view for autograd: callers may add to it in place."""
-    return output if x.ndim == 2 else torch.ops.aten._unsafe_view.default(output, [*x.shape[:-1], output.shape[1]])
+    """(…, N), reshaped in place: autograd must not take it for a view, callers may add to it."""
+    return output if x.ndim == 2 else output.resize_(*x.shape[:-1], output.shape[1])
 
 
 def _output_like(x: Tensor, scales: Tensor) -> Tensor:

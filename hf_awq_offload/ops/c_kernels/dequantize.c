@@ -26,22 +26,6 @@ INLINE floats codes_of_word(word bits) {
     return to_floats((((words){} + bits) >> shifts) & 15);
 }
 
-INLINE halves bf16_of_floats(floats value) {
-    words bits = (words)value, odd = bits >> 16 & 1;
-    words rounded = (bits + 0x7fff + odd) >> 16; /* to nearest, ties to even */
-    words not_a_number = where(value != value, 0xffff);
-    return __builtin_convertvector((rounded & ~not_a_number) | (not_a_number & 0x7fc0), halves);
-}
-
-INLINE halves fp16_of_floats(floats value) {
-    words bits = (words)value & 0x7fffffff, odd = bits >> 13 & 1;
-    words normal = (bits + 0xfff - (112 << 23) + odd) >> 13;
-    words subnormal = (words)((floats)bits + 0.5f) - 0x3f000000; /* units of 2^-24 are the last bit of 0.5 */
-    words is_subnormal = where((integers)bits < 0x38800000, ~0u), is_infinite = where((integers)bits > 0x477fffff, ~0u);
-    words rounded = (subnormal & is_subnormal) | (normal & ~is_subnormal & ~is_infinite) | (is_infinite & 0x7c00);
-    return __builtin_convertvector(rounded | where(value != value, 0x7e00) | ((words)value >> 16 & 0x8000), halves);
-}
-
 /* Transposes 16 × 16 bytes: interleaving the upper with the lower half of the rows, four times. */
 INLINE void transpose_bytes(bytes rows[16]) {
     UNROLL for (int round = 0; round < 4; round++) {
@@ -113,25 +97,28 @@ INLINE void dequantize_run(const uint8_t *pairs, int shift, int64_t depth, float
 }
 
 /* W[8 first : 8 last], (8 (last - first), K) in any of the dtypes: (q - z) · Δ in fp32, rounded once. */
-void awq_dequantize(const weight *w, int64_t first, int64_t last, char *out, int64_t dtype, int64_t threads) {
+void awq_dequantize(const word *qweight, const word *qzeros, const char *scales, int64_t scale_dtype,
+                    int64_t in_features, int64_t width, int64_t group_size, int64_t first, int64_t last, char *out,
+                    int64_t dtype, int64_t threads) {
+    weight w = {qweight, qzeros, scales, scale_dtype, in_features, width, group_size};
     int64_t size = dtype == FP32 ? 4 : 2, strips = (last - first + STRIP_WORDS - 1) / STRIP_WORDS;
-    int64_t runs_of_group = (w->group_size + STRIP_DEPTH - 1) / STRIP_DEPTH;
-    int64_t runs = w->in_features / w->group_size * runs_of_group;
+    int64_t runs_of_group = (group_size + STRIP_DEPTH - 1) / STRIP_DEPTH;
+    int64_t runs = in_features / group_size * runs_of_group;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < strips * runs; task++) {
         int64_t group = task % runs / runs_of_group, offset = task % runs_of_group * STRIP_DEPTH;
-        int64_t first_k = group * w->group_size + offset, depth = least(STRIP_DEPTH, w->group_size - offset);
+        int64_t first_k = group * group_size + offset, depth = least(STRIP_DEPTH, group_size - offset);
         int64_t from = first + task / runs * STRIP_WORDS, count = least(STRIP_WORDS, last - from);
         int64_t whole = depth / 16 * 16;
         uint8_t pairs[4 * STRIP_WORDS][STRIP_DEPTH] __attribute__((aligned(64)));
-        read_pairs(w, first_k, depth, from, count, pairs);
+        read_pairs(&w, first_k, depth, from, count, pairs);
         for (int64_t j = 0; j < count; j++) {
-            floats scale = scales_at(w, group, 8 * (from + j));
-            floats zero = codes_of_word(w->qzeros[group * w->width + from + j]);
+            floats scale = scales_at(&w, group, 8 * (from + j));
+            floats zero = codes_of_word(qzeros[group * width + from + j]);
             for (int c = 0; c < 8; c++) {
                 int nibble = nibble_of_column(c), shift = nibble % 2 * 4;
                 const uint8_t *run = pairs[4 * j + nibble / 2];
-                char *to = out + ((8 * (from - first + j) + c) * w->in_features + first_k) * size;
+                char *to = out + ((8 * (from - first + j) + c) * in_features + first_k) * size;
                 dequantize_run(run, shift, whole, zero[c], scale[c], dtype, to);
                 if (whole < depth) {
                     char rest[16 * sizeof(float)];

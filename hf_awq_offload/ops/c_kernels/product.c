@@ -78,12 +78,12 @@ INLINE void block_parameters(const weight *w, int64_t group, int64_t first, int6
     }
 }
 
-/* Writes one row of a block, in nibble order, to `count` times 8 output channels. */
-INLINE void store_block(const float *block, int64_t count, float *y) {
+/* Writes one row of a block, in nibble order, to `count` times 8 output channels of y, from channel `column` on. */
+INLINE void store_block(const float *block, int64_t count, char *y, int64_t column, int64_t dtype) {
     floats rows[8];
     UNROLL for (int c = 0; c < 8; c++) rows[c] = *(const floats *)(block + LANES * nibble_of_column(c));
     transpose(rows);
-    for (int j = 0; j < count; j++) *(floats *)(y + 8 * j) = rows[j];
+    for (int j = 0; j < count; j++) store_floats(rows[j], y, column + 8 * j, dtype);
 }
 
 /* -- one row ------------------------------------------------------------------------------------------------------ */
@@ -105,7 +105,8 @@ INLINE void add_codes(const weight *w, const float *x, int64_t first_k, int64_t 
 /* y[8 first : 8 last] for M = 1. `scratch`: twice as many floats, in whole blocks.
 
    Sums of x codes are kept for a group; then y += Δ (sums - z Σ x). */
-static void one_row(const weight *w, const float *x, float *y, int64_t first, int64_t last, float *scratch) {
+static void one_row(const weight *w, const float *x, char *y, int64_t dtype, int64_t first, int64_t last,
+                    float *scratch) {
     int64_t size = round_up(last - first, BLOCK_WORDS) * 8;
     float *sums = scratch, *total = scratch + size;
     memset(total, 0, size * sizeof(float));
@@ -131,7 +132,7 @@ static void one_row(const weight *w, const float *x, float *y, int64_t first, in
         }
     }
     for (int64_t i = first; i < last; i += BLOCK_WORDS)
-        store_block(total + (i - first) * 8, least(last - i, BLOCK_WORDS), y + 8 * i);
+        store_block(total + (i - first) * 8, least(last - i, BLOCK_WORDS), y, 8 * i, dtype);
 }
 
 /* -- several rows ------------------------------------------------------------------------------------------------- */
@@ -187,10 +188,10 @@ INLINE void make_tile(const weight *w, int64_t first_k, int64_t depth, int64_t f
     }
 }
 
-/* y[:, 8 first : 8 last] for M = `rows`. x: (K / depth, M, depth). `scratch`: as many floats as it computes, in whole
+/* y[:, 8 first : 8 last] for M = `rows`. x: (K / depth, M, depth), depth dividing g. `scratch`: as many floats as it computes, in whole
    blocks. */
-static void several_rows(const weight *w, const float *x, int64_t rows, int64_t depth, float *y, int64_t first,
-                         int64_t last, float *scratch) {
+static void several_rows(const weight *w, const float *x, int64_t rows, int64_t depth, char *y, int64_t dtype,
+                         int64_t first, int64_t last, float *scratch) {
     int64_t stride = round_up(last - first, BLOCK_WORDS) * 8;
     float tile[MOST_DEPTH * BLOCK_COLUMNS] __attribute__((aligned(64)));
     memset(scratch, 0, rows * stride * sizeof(float));
@@ -204,26 +205,55 @@ static void several_rows(const weight *w, const float *x, int64_t rows, int64_t 
         }
     for (int64_t m = 0; m < rows; m++)
         for (int64_t i = first; i < last; i += BLOCK_WORDS)
-            store_block(scratch + m * stride + (i - first) * 8, least(last - i, BLOCK_WORDS),
-                        y + (m * w->width + i) * 8);
+            store_block(scratch + m * stride + (i - first) * 8, least(last - i, BLOCK_WORDS), y,
+                        (m * w->width + i) * 8, dtype);
 }
 
 /* -- what is called ----------------------------------------------------------------------------------------------- */
 
-/* y (M, N) = x Wᵀ, all in fp32.
+/* slice (M, depth) = x[:, first_k : first_k + depth] in fp32. */
+static void read_slice(const char *x, int64_t rows, int64_t in_features, int64_t dtype, int64_t first_k, int64_t depth,
+                       float *slice) {
+    for (int64_t m = 0; m < rows; m++, slice += depth) {
+        int64_t at = m * in_features + first_k, k = 0;
+        for (; k + LANES <= depth; k += LANES) *(floats *)(slice + k) = floats_at(x, at + k, dtype);
+        if (k < depth) { /* depth is 1, 2 or 4 */
+            char rest[LANES * sizeof(float)] = {};
+            int64_t size = dtype == FP32 ? 4 : 2;
+            memcpy(rest, x + at * size, depth * size);
+            floats value = floats_at(rest, 0, dtype);
+            memcpy(slice, &value, depth * sizeof(float));
+        }
+    }
+}
 
-   x: (K / depth, M, depth), depth ≤ 32 dividing g. Each thread, or each part that fits into the cache, computes
-   `part_width` words of every row; a multiple of 8. scratch: max(M, 2) · round_up(W, 8) · 8 floats. */
-void awq_product(const weight *w, const float *x, int64_t rows, int64_t depth, float *y, float *scratch,
-                 int64_t part_width, int64_t threads) {
-    int64_t parts = (w->width + part_width - 1) / part_width, copies = rows > 2 ? rows : 2;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t part = 0; part < parts; part++) {
-        int64_t first = part * part_width, last = least(first + part_width, w->width);
-        float *own = scratch + first * 8 * copies;
-        if (rows == 1)
-            one_row(w, x, y, first, last, own);
-        else
-            several_rows(w, x, rows, depth, y, first, last, own);
+/* y (M, N) = x Wᵀ, x (M, K) and y of `dtype`; summed in fp32, rounded once.
+
+   Each thread, or each part whose sums fit into `cache_bytes`, computes some columns of words.
+   scratch: M K + max(M, 2) · round_up(W, 8) · 8 floats, for x in slices and for the sums. */
+void awq_product(const word *qweight, const word *qzeros, const char *scales, int64_t scale_dtype, int64_t in_features,
+                 int64_t width, int64_t group_size, const char *x, int64_t rows, int64_t dtype, char *y, float *scratch,
+                 int64_t cache_bytes, int64_t threads) {
+    weight w = {qweight, qzeros, scales, scale_dtype, in_features, width, group_size};
+    int64_t depth = MOST_DEPTH, copies = rows > 2 ? rows : 2;
+    while (group_size % depth) depth /= 2;
+    float *slices = scratch, *sums = scratch + rows * in_features;
+    int64_t parts = round_up(copies * width * 8 * sizeof(float) / cache_bytes + 1, threads);
+    int64_t part_width = round_up((width + parts - 1) / parts, BLOCK_WORDS);
+    parts = (width + part_width - 1) / part_width;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < in_features; k += depth)
+            read_slice(x, rows, in_features, dtype, k, depth, slices + k * rows);
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < parts; part++) {
+            int64_t first = part * part_width, last = least(first + part_width, width);
+            float *own = sums + first * 8 * copies;
+            if (rows == 1)
+                one_row(&w, slices, y, dtype, first, last, own);
+            else
+                several_rows(&w, slices, rows, depth, y, dtype, first, last, own);
+        }
     }
 }

@@ -32,8 +32,8 @@ typedef struct {
     const word *qweight; /* (K, W) */
     const word *qzeros;  /* (K / g, W) */
     const char *scales;  /* (K / g, 8W) */
-    int64_t in_features, width, group_size; /* K, W, g */
     int64_t scale_dtype;
+    int64_t in_features, width, group_size; /* K, W, g */
 } weight;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -54,10 +54,38 @@ INLINE floats floats_of_fp16(words bits) {
     return (floats)((words)magnitude | infinite | (bits & 0x8000) << 16);
 }
 
+INLINE halves bf16_of_floats(floats value) {
+    words bits = (words)value, odd = bits >> 16 & 1;
+    words rounded = (bits + 0x7fff + odd) >> 16; /* to nearest, ties to even */
+    words not_a_number = where(value != value, 0xffff);
+    return __builtin_convertvector((rounded & ~not_a_number) | (not_a_number & 0x7fc0), halves);
+}
+
+INLINE halves fp16_of_floats(floats value) {
+    words bits = (words)value & 0x7fffffff, odd = bits >> 13 & 1;
+    words normal = (bits + 0xfff - (112 << 23) + odd) >> 13;
+    words subnormal = (words)((floats)bits + 0.5f) - 0x3f000000; /* units of 2^-24 are the last bit of 0.5 */
+    words is_subnormal = where((integers)bits < 0x38800000, ~0u), is_infinite = where((integers)bits > 0x477fffff, ~0u);
+    words rounded = (subnormal & is_subnormal) | (normal & ~is_subnormal & ~is_infinite) | (is_infinite & 0x7c00);
+    return __builtin_convertvector(rounded | where(value != value, 0x7e00) | ((words)value >> 16 & 0x8000), halves);
+}
+
+/* 8 numbers of any of the dtypes, from number `i` on. */
+INLINE floats floats_at(const char *p, int64_t i, int64_t dtype) {
+    if (dtype == FP32) return *(const floats *)(p + 4 * i);
+    words bits = __builtin_convertvector(*(const halves *)(p + 2 * i), words);
+    return dtype == BF16 ? (floats)(bits << 16) : floats_of_fp16(bits);
+}
+
+/* The same the other way, rounded to nearest. */
+INLINE void store_floats(floats value, char *p, int64_t i, int64_t dtype) {
+    if (dtype == FP32)
+        *(floats *)(p + 4 * i) = value;
+    else
+        *(halves *)(p + 2 * i) = dtype == BF16 ? bf16_of_floats(value) : fp16_of_floats(value);
+}
+
 /* Scales of 8 consecutive output channels from `column`. */
 INLINE floats scales_at(const weight *w, int64_t group, int64_t column) {
-    int64_t i = group * w->width * 8 + column;
-    if (w->scale_dtype == FP32) return *(const floats *)(w->scales + 4 * i);
-    words bits = __builtin_convertvector(*(const halves *)(w->scales + 2 * i), words);
-    return w->scale_dtype == BF16 ? (floats)(bits << 16) : floats_of_fp16(bits);
+    return floats_at(w->scales, group * w->width * 8 + column, w->scale_dtype);
 }
