@@ -7,7 +7,8 @@ Times are medians of runs that alternate between the contestants, so that a busy
 first table divides the time of dense `F.linear` in bf16 (fp32, fp16) by that of the quantized linear with an input of
 the same dtype: above 1 the quantized one is faster. Weights are random; speed does not depend on them. With --cpu-time
 (for one thread) it is processor time that is compared, which a machine shared with others leaves alone. --crossover
-compares the two ways of the C backend, a fused product and one with dequantized blocks, and torch's int4 kernel.
+compares the two ways of the C backend, a fused product and one with dequantized blocks, and torch's int4 kernel; then
+dequantizing alone, with the C kernel and with plain torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import copy
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from transformers.utils import logging
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig, quantize_model
 from hf_awq_offload.grid import Grid
-from hf_awq_offload.ops import c_backend
+from hf_awq_offload.ops import c_backend, torch_backend
 from hf_awq_offload.packing import PackedWeight
 
 logging.disable_progress_bar()
@@ -86,6 +88,13 @@ def crossover(options: argparse.Namespace) -> None:
             lambda x=x: nn.functional.linear(x, weight),
         ]
         print(f"{rows:6}" + "".join(f"{ms:8.1f}" for ms in medians_ms(ways, options)), flush=True)
+    print(f"\ndequantizing in blocks, ms\n{'':6}{'c':>8}{'torch':>8}")
+    for name, dtype in DTYPES.items():
+        ways = [
+            lambda backend=backend, dtype=dtype: deque(backend.blocks(packed, dtype), maxlen=0)
+            for backend in (c_backend.BACKEND, torch_backend.BACKEND)
+        ]
+        print(f"{name:6}" + "".join(f"{ms:8.1f}" for ms in medians_ms(ways, options)), flush=True)
 
 
 def compare(linear: AwqLinear, rows: int, dtype: torch.dtype, options: argparse.Namespace) -> str:
