@@ -114,7 +114,10 @@ def multiply_blocks_back(
     wide = gradient.to(dtype)
     total = gradient.new_zeros(gradient.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32))
     for channels, block in weight_blocks:
-        total += wide[:, channels] @ block
+        if dtype == total.dtype:
+            total.addmm_(wide[:, channels], block)
+        else:
+            total += wide[:, channels] @ block
     return total.to(gradient.dtype)
 
 

@@ -25,6 +25,12 @@ CACHE_BYTES = 128 * 2**10
 """Sums that one part of a product may hold: of 32 to 256 KiB none is faster on the CPU of docs/kernels.md."""
 PRODUCTS_PER_THREAD = 2**18
 """Multiplications below which another thread costs more than it saves."""
+WEIGHTS_PER_THREAD = 2**16
+"""Weights, to be dequantized, below which it does; each takes as long as about four multiplications."""
+THREADS_PER_BLOCK = 4
+"""Threads that a block of BLOCK_CHANNELS keeps busy; more of them get larger blocks. An estimate: two were measured."""
+MOST_CHANNELS = 4096
+"""Output channels of the largest block."""
 
 
 class CBackend(WordsBackend):
@@ -66,7 +72,7 @@ def product(
     output = x.new_empty(rows, out_features)
     sums = max(rows, 2) * _round_up(out_features, CHANNELS_PER_BLOCK)
     scratch = x.new_empty(rows * in_features + sums, dtype=torch.float32)
-    threads = _threads(rows * in_features * out_features)
+    threads = _threads(rows * in_features * out_features, PRODUCTS_PER_THREAD)
     _kernels().awq_product(
         *weight_arguments(packed), x.data_ptr(), rows, DTYPES[x.dtype], output.data_ptr(), scratch.data_ptr(),
         CACHE_BYTES, threads,
@@ -85,9 +91,10 @@ def _blocks(packed: PackedWeight, dtype: torch.dtype) -> Blocks:
     Memory that is new for each block would cost more than dequantizing: the system hands it out page by page.
     """
     in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
-    buffer = packed.scales.new_empty(min(BLOCK_CHANNELS, out_features), in_features, dtype=dtype)
-    for first in range(0, out_features, BLOCK_CHANNELS):
-        channels = slice(first, min(first + BLOCK_CHANNELS, out_features))
+    size = min(BLOCK_CHANNELS * max(1, torch.get_num_threads() // THREADS_PER_BLOCK), MOST_CHANNELS, out_features)
+    buffer = packed.scales.new_empty(size, in_features, dtype=dtype)
+    for first in range(0, out_features, size):
+        channels = slice(first, min(first + size, out_features))
         block = buffer[: channels.stop - first]
         _dequantize(packed, channels, block)
         yield channels, block
@@ -100,9 +107,10 @@ def _dequantize(
 ) -> None:
     """Writes W[channels] to `block`."""
     words = (channel // COLUMNS_PER_WORD for channel in (channels.start, channels.stop))
+    threads = _threads(block.numel(), WEIGHTS_PER_THREAD)
     _kernels().awq_dequantize(
-        *weight_arguments(packed), *words, block.data_ptr(), DTYPES[block.dtype], _threads(block.numel())
-    )
+        *weight_arguments(packed), *words, block.data_ptr(), DTYPES[block.dtype], threads
+    )  # fmt: skip
 
 
 def _kernels() -> CDLL:
@@ -117,8 +125,8 @@ def _readable(packed: PackedWeight) -> PackedWeight:
     return PackedWeight(qweight, qzeros, scales if scales.dtype in DTYPES else scales.float())
 
 
-def _threads(products: int) -> int:
-    return min(torch.get_num_threads(), 1 + products // PRODUCTS_PER_THREAD)
+def _threads(work: int, work_per_thread: int) -> int:
+    return min(torch.get_num_threads(), 1 + work // work_per_thread)
 
 
 def _round_up(value: int, step: int) -> int:

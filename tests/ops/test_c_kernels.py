@@ -60,7 +60,7 @@ def assert_product_is_right(packed: PackedWeight, rows: int) -> None:
 def test_products_of_every_shape_however_they_are_divided(groups, group_size, width, rows, threads, cache_bytes):
     packed = random_packed(groups, group_size, width)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(c_backend, "_threads", lambda products: threads)
+        patch.setattr(c_backend, "_threads", lambda work, work_per_thread: threads)
         patch.setattr(c_backend, "CACHE_BYTES", cache_bytes)
         assert_product_is_right(packed, rows)
 
@@ -129,7 +129,10 @@ def test_views_of_larger_tensors_are_read_as_what_they_show():
     torch.testing.assert_close(BACKEND.linear(x, part), BACKEND.linear(x, whole)[:, 16:64])
 
 
-def test_many_rows_agree_with_few():
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_many_rows_agree_with_few(threads, monkeypatch):
+    """More threads get larger blocks."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     packed = random_packed(2, 64, 80)
     x = torch.randn(c_backend.FEW_ROWS[torch.float32] + 1, 128)
     torch.testing.assert_close(BACKEND.linear(x, packed), c_backend.product(x, packed), rtol=1e-5, atol=1e-4)
