@@ -39,5 +39,6 @@ if __name__ == "__main__":
     resident = result["baseline"] + result["above"]
     print(
         f"checkpoint {size / MIB:.0f} MiB, limit on address space {options.limit_mib} MiB: quantized to "
-        f"{written / MIB:.0f} MiB in {result['seconds']:.0f} s, resident at most {resident / MIB:.0f} MiB"
+        f"{written / MIB:.0f} MiB in {result['seconds']:.0f} s, resident at most {resident / MIB:.0f} MiB, "
+        f"of which the interpreter and its modules have {result['baseline'] / MIB:.0f}"
     )
