@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_awq_offload import PackedLinear
 from hf_awq_offload.grid import Grid, group_parameters, group_range, quantize
 from hf_awq_offload.linears import is_linear
-from hf_awq_offload.ops import pack_quantized as ops
+from hf_awq_offload.ops.blocks import BLOCK_CHANNELS
 
 BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 ZERO_POINT = pytest.mark.parametrize("zero_point", [True, False], ids=["asymmetric", "symmetric"])
@@ -79,7 +79,7 @@ def test_the_gradient_is_right_by_finite_differences(bits):
 @BITS
 @ZERO_POINT
 def test_more_rows_than_a_block(bits, zero_point):
-    linear = random_linear(bits, zero_point, out_features=2 * ops.BLOCK_ROWS + 5, in_features=32)
+    linear = random_linear(bits, zero_point, out_features=2 * BLOCK_CHANNELS + 5, in_features=32)
     x = random_input(4, 32)
     torch.testing.assert_close(linear(x), dense_twin(linear, torch.float32)(x))
 

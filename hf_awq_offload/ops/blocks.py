@@ -29,6 +29,9 @@ Codes = Callable[[int, int], Tensor]
 Blocks = Iterable[tuple[slice, Tensor]]
 """(channels, W[channels]) for all output channels; W[channels] is (channels, K), in memory that the next one reuses."""
 
+BlocksIn = Callable[[torch.dtype], Blocks]
+"""The weight in a dtype."""
+
 
 def codes_of_words(
     qweight: Tensor,  # (K, N / 8) int32
@@ -92,28 +95,28 @@ def joined(
 
 def multiply_blocks(
     x: Tensor,  # (M, K)
-    weight_blocks: Blocks,  # in `dtype`
+    weight: BlocksIn,
     out_features: int,
-    dtype: torch.dtype,
 ) -> Tensor:
-    """x Wᵀ, multiplied in `dtype`, (M, N) in x's dtype."""
+    """x Wᵀ, multiplied in `matmul_dtype`, (M, N) in x's dtype."""
+    dtype = matmul_dtype(x.device.type, x.dtype)
     wide = x.to(dtype)
     output = x.new_empty(x.shape[0], out_features)
-    for channels, block in weight_blocks:
+    for channels, block in weight(dtype):
         output[:, channels] = wide @ block.t()
     return output
 
 
 def multiply_blocks_back(
     gradient: Tensor,  # (M, N), of x Wᵀ
-    weight_blocks: Blocks,  # in `dtype`
+    weight: BlocksIn,
     in_features: int,
-    dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient of x, `gradient` W: multiplied in `dtype`, summed over blocks in fp32; (M, K) in its own dtype."""
+    """The gradient of x, `gradient` W: multiplied in `matmul_dtype`, blocks summed in fp32; (M, K) in its own dtype."""
+    dtype = matmul_dtype(gradient.device.type, gradient.dtype)
     wide = gradient.to(dtype)
     total = gradient.new_zeros(gradient.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32))
-    for channels, block in weight_blocks:
+    for channels, block in weight(dtype):
         if dtype == total.dtype:
             total.addmm_(wide[:, channels], block)
         else:

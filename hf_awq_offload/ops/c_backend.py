@@ -7,6 +7,7 @@ input's dtype. See c_kernels/ and c_library.py.
 from __future__ import annotations
 
 from ctypes import CDLL
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ FEW_ROWS = {torch.float32: 256, torch.bfloat16: 32, torch.float16: 32}
 """Most rows for which the fused product beats a product with dequantized blocks, by the dtype of the latter. Measured
 for fp32 (docs/kernels.md); the others concern CPUs with instructions for them, where it is an estimate."""
 CHANNELS_PER_BLOCK = 64
-"""Output channels that the fused product computes together."""
+"""Output channels that the fused product computes together, BLOCK_COLUMNS of c_kernels/product.c."""
 CACHE_BYTES = 128 * 2**10
 """Sums that one part of a product may hold: of 32 to 256 KiB none is faster on the CPU of docs/kernels.md."""
 PRODUCTS_PER_THREAD = 2**18
@@ -49,7 +50,7 @@ class CBackend(WordsBackend):
     def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:
         packed = _readable(packed)
         dtype = matmul_dtype("cpu", x.dtype)
-        return product(x, packed) if x.shape[0] <= FEW_ROWS[dtype] else product_in_blocks(x, packed, dtype)
+        return product(x, packed) if x.shape[0] <= FEW_ROWS[dtype] else product_in_blocks(x, packed)
 
     def blocks(self, packed: PackedWeight, dtype: torch.dtype) -> Blocks:
         return _blocks(_readable(packed), dtype)
@@ -80,9 +81,9 @@ def product(
     return output
 
 
-def product_in_blocks(x: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """x Wᵀ multiplied in `dtype`, with blocks of output channels that are dequantized before."""
-    return multiply_blocks(x, _blocks(packed, dtype), packed.scales.shape[1], dtype)
+def product_in_blocks(x: Tensor, packed: PackedWeight) -> Tensor:
+    """x Wᵀ with blocks of output channels that are dequantized before."""
+    return multiply_blocks(x, partial(_blocks, packed), packed.scales.shape[1])
 
 
 def _blocks(packed: PackedWeight, dtype: torch.dtype) -> Blocks:

@@ -13,7 +13,7 @@ product with the identity (about 8 s for 4096² at the op's rate with AVX2).
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..packing import PackedWeight, pack_columns, unpack_columns
 from .backend import Case, NativeBackend, NativeWeight
-from .blocks import Blocks, Codes, blocks, codes_of_words, matmul_dtype, multiply_blocks
+from .blocks import Blocks, Codes, blocks, codes_of_words, multiply_blocks
 
 KERNEL_GROUP_SIZES = (256, 128, 64, 32)
 FEW_ROWS = 48
@@ -89,9 +89,8 @@ class CpuBackend(NativeBackend):
                 f"{scales.shape[1]} channels."
             )
         if x.shape[0] > FEW_ROWS:
-            dtype = matmul_dtype("cpu", x.dtype)
-            weight_blocks = self.blocks(native.words, qzeros, scales, x.shape[1], dtype)
-            return multiply_blocks(x, weight_blocks, scales.shape[1], dtype)
+            weight = partial(self.blocks, native.words, qzeros, scales, x.shape[1])
+            return multiply_blocks(x, weight, scales.shape[1])
         group_size = x.shape[1] // native.parameters.shape[0]
         output = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.to(torch.bfloat16).contiguous(), native.words, group_size, native.parameters

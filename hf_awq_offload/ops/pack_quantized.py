@@ -10,14 +10,14 @@ flows to x alone; the backward pass dequantizes again and keeps nothing but the 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..pack_quantized import PackQuantizedWeight, dequantize_rows, unpack_zeros, words_for
-from .blocks import Blocks, joined, matmul_dtype, multiply_blocks, multiply_blocks_back
-from .schema import NAMESPACE, check_input, without_autocast
-
-BLOCK_ROWS = 512
+from .blocks import BLOCK_CHANNELS, Blocks, joined, multiply_blocks
+from .schema import NAMESPACE, check_input, times_blocks, without_autocast
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _PACKED = "Tensor packed, Tensor scale, Tensor? zero_point"
@@ -58,10 +58,9 @@ def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None,
     in_features = x.shape[-1]
     _check(packed, scale, zero_point, in_features, bits)
     check_input(x, in_features, packed.device)
-    dtype = matmul_dtype(x.device.type, x.dtype)
-    weight_blocks = _blocks(packed, scale, zero_point, in_features, bits, dtype)
+    weight = partial(_blocks, packed, scale, zero_point, in_features, bits)
     with without_autocast(x.device.type):
-        output = multiply_blocks(x.reshape(-1, in_features), weight_blocks, packed.shape[0], dtype)
+        output = multiply_blocks(x.reshape(-1, in_features), weight, packed.shape[0])
     return output.view(*x.shape[:-1], packed.shape[0])
 
 
@@ -70,11 +69,7 @@ def _linear_back(
 ) -> Tensor:
     _check(packed, scale, zero_point, in_features, bits)
     check_input(gradient, packed.shape[0], packed.device)
-    dtype = matmul_dtype(gradient.device.type, gradient.dtype)
-    weight_blocks = _blocks(packed, scale, zero_point, in_features, bits, dtype)
-    with without_autocast(gradient.device.type):
-        output = multiply_blocks_back(gradient.reshape(-1, packed.shape[0]), weight_blocks, in_features, dtype)
-    return output.view(*gradient.shape[:-1], in_features)
+    return times_blocks(gradient, partial(_blocks, packed, scale, zero_point, in_features, bits), in_features)
 
 
 def _dequantize(
@@ -89,8 +84,8 @@ def _blocks(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, bits: int, dtype: torch.dtype
 ) -> Blocks:
     zeros = unpack_zeros(zero_point, packed.shape[0], bits)
-    for first in range(0, packed.shape[0], BLOCK_ROWS):
-        span = slice(first, min(first + BLOCK_ROWS, packed.shape[0]))
+    for first in range(0, packed.shape[0], BLOCK_CHANNELS):
+        span = slice(first, min(first + BLOCK_CHANNELS, packed.shape[0]))
         own_zeros = None if zeros is None else zeros[span]
         yield span, dequantize_rows(packed[span], scale[span], own_zeros, in_features, bits, dtype)
 

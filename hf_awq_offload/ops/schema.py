@@ -15,13 +15,14 @@ tensors. Sizes are checked before a kernel sees a pointer: AWQ tensors come from
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..packing import COLUMNS_PER_WORD, PackedWeight
 from .backend import Backend, Case, NativeBackend, NativeWeight, WordsBackend
-from .blocks import Blocks, matmul_dtype, multiply_blocks_back
+from .blocks import BlocksIn, multiply_blocks_back
 from .dispatch import backend_named, choose, dequantizer
 
 NAMESPACE = "hf_awq_offload"
@@ -62,10 +63,10 @@ def _linear(
 def _linear_back(gradient: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, backend: str) -> Tensor:
     check_packed(qweight, qzeros, scales)
     check_input(gradient, scales.shape[1], qweight.device)
-    dtype = matmul_dtype(gradient.device.type, gradient.dtype)
     packed = PackedWeight(qweight, qzeros, scales)
-    weight_blocks = _dequantizer(packed, dtype, backend).blocks(packed, dtype)
-    return _times_blocks(gradient, weight_blocks, qweight.shape[0], dtype)
+    return times_blocks(
+        gradient, lambda dtype: _dequantizer(packed, dtype, backend).blocks(packed, dtype), qweight.shape[0]
+    )
 
 
 def _linear_native(
@@ -86,9 +87,8 @@ def _linear_back_native(
 ) -> Tensor:
     check_groups(in_features, qzeros, scales)
     check_input(gradient, scales.shape[1], scales.device)
-    dtype = matmul_dtype(gradient.device.type, gradient.dtype)
-    weight_blocks = native_backend(backend).blocks(words, qzeros, scales, in_features, dtype)
-    return _times_blocks(gradient, weight_blocks, in_features, dtype)
+    weight = partial(native_backend(backend).blocks, words, qzeros, scales, in_features)
+    return times_blocks(gradient, weight, in_features)
 
 
 def _dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
@@ -242,9 +242,14 @@ def _dequantizer(packed: PackedWeight, dtype: torch.dtype, backend: str) -> Word
     return dequantizer(backend, Case(packed.scales.device.type, dtype, in_features, out_features, in_features // n))
 
 
-def _times_blocks(gradient: Tensor, weight_blocks: Blocks, in_features: int, dtype: torch.dtype) -> Tensor:
+def times_blocks(
+    gradient: Tensor,  # (…, N)
+    weight: BlocksIn,
+    in_features: int,
+) -> Tensor:
+    """`gradient` W, (…, K) in its dtype."""
     with without_autocast(gradient.device.type):
-        rows = multiply_blocks_back(gradient.reshape(-1, gradient.shape[-1]), weight_blocks, in_features, dtype)
+        rows = multiply_blocks_back(gradient.reshape(-1, gradient.shape[-1]), weight, in_features)
     return _unflatten(rows, gradient)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ..packing import PackedWeight
 from .backend import Case, WordsBackend
-from .blocks import matmul_dtype, multiply_blocks
+from .blocks import multiply_blocks
 
 
 class TorchBackend(WordsBackend):
@@ -18,8 +20,7 @@ class TorchBackend(WordsBackend):
         return None
 
     def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:
-        dtype = matmul_dtype(x.device.type, x.dtype)
-        return multiply_blocks(x, self.blocks(packed, dtype), packed.scales.shape[1], dtype)
+        return multiply_blocks(x, partial(self.blocks, packed), packed.scales.shape[1])
 
 
 BACKEND = TorchBackend()

@@ -43,35 +43,34 @@ class TritonBackend(WordsBackend):
         return None
 
     def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:
-        packed = PackedWeight(*(tensor.contiguous() for tensor in packed))
         if x.shape[0] >= MANY_ROWS:
-            return x @ _dequantize(packed, x.dtype).t()
-        return _fused(x, packed)
+            return x @ self.dequantize(packed, x.dtype).t()
+        return _fused(x, _contiguous(packed))
 
     def blocks(self, packed: PackedWeight, dtype: torch.dtype) -> Blocks:
         return [(slice(0, packed.scales.shape[1]), self.dequantize(packed, dtype))]
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-        return _dequantize(PackedWeight(*(tensor.contiguous() for tensor in packed)), dtype)
+        from .triton_kernels import dequantize_kernel, triton
+
+        in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
+        group_size = in_features // packed.scales.shape[0]
+        weight = torch.empty(out_features, in_features, dtype=dtype, device=packed.qweight.device)
+        block_k = block_k_for(group_size)
+        grid = (in_features // block_k, triton.cdiv(out_features, BLOCK_N))
+        with _on_device(weight):
+            dequantize_kernel[grid](
+                *_contiguous(packed), weight, in_features, out_features,
+                K_GROUP=group_size, BLOCK_K=block_k, BLOCK_N=BLOCK_N,
+            )  # fmt: skip
+        return weight
 
 
 BACKEND = TritonBackend()
 
 
-def _dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """W, (N, K) in `dtype`."""
-    from .triton_kernels import dequantize_kernel, triton
-
-    in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
-    group_size = in_features // packed.scales.shape[0]
-    weight = torch.empty(out_features, in_features, dtype=dtype, device=packed.qweight.device)
-    block_k = block_k_for(group_size)
-    grid = (in_features // block_k, triton.cdiv(out_features, BLOCK_N))
-    with _on_device(weight):
-        dequantize_kernel[grid](
-            *packed, weight, in_features, out_features, K_GROUP=group_size, BLOCK_K=block_k, BLOCK_N=BLOCK_N
-        )  # fmt: skip
-    return weight
+def _contiguous(packed: PackedWeight) -> PackedWeight:
+    return PackedWeight(*(tensor.contiguous() for tensor in packed))
 
 
 def _fused(

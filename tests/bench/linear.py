@@ -83,7 +83,7 @@ def crossover(options: argparse.Namespace) -> None:
         x = torch.randn(rows, 4096)
         ways = [
             lambda x=x: c_backend.product(x, packed),
-            lambda x=x: c_backend.product_in_blocks(x, packed, torch.float32),
+            lambda x=x: c_backend.product_in_blocks(x, packed),
             lambda x=x: int4(x),
             lambda x=x: nn.functional.linear(x, weight),
         ]

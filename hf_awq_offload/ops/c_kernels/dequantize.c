@@ -15,9 +15,9 @@
     SHUFFLE_BYTES(a, b, first, first + 16, first + 1, first + 17, first + 2, first + 18, first + 3, first + 19,       \
                   first + 4, first + 20, first + 5, first + 21, first + 6, first + 22, first + 7, first + 23)
 
-enum { STRIP_WORDS = 16, STRIP_DEPTH = 128, CODES = 16 };
+enum { STRIP_WORDS = 16, STRIP_DEPTH = 128, BYTES = 16 };
 
-typedef uint8_t bytes VECTOR(uint8_t, 16);
+typedef uint8_t bytes VECTOR(uint8_t, BYTES);
 typedef uint8_t half_bytes VECTOR(uint8_t, LANES);
 
 /* The codes of one word in the order of its output channels. */
@@ -41,18 +41,18 @@ INLINE void transpose_bytes(bytes rows[16]) {
 /* pairs[4j + b][k] = byte b of word first + j in row first_k + k: the codes of two output channels. */
 static void read_pairs(const weight *w, int64_t first_k, int64_t depth, int64_t first, int64_t count,
                        uint8_t pairs[][STRIP_DEPTH]) {
-    for (int64_t k = 0; k < depth; k += 16)
+    for (int64_t k = 0; k < depth; k += BYTES)
         for (int64_t j = 0; j < count; j += 4) {
             const word *corner = w->qweight + (first_k + k) * w->width + first + j;
             bytes rows[16];
-            if (depth - k >= 16 && count - j >= 4) {
+            if (depth - k >= BYTES && count - j >= 4) {
                 UNROLL for (int i = 0; i < 16; i++) {
-                    __builtin_prefetch(corner + (i + 16) * w->width);
+                    __builtin_prefetch(corner + (i + BYTES) * w->width);
                     rows[i] = *(const bytes *)(corner + i * w->width);
                 }
             } else {
                 memset(rows, 0, sizeof(rows));
-                for (int64_t i = 0; i < least(depth - k, 16); i++)
+                for (int64_t i = 0; i < least(depth - k, BYTES); i++)
                     memcpy(&rows[i], corner + i * w->width, least(count - j, 4) * sizeof(word));
             }
             transpose_bytes(rows);
@@ -64,7 +64,7 @@ static void read_pairs(const weight *w, int64_t first_k, int64_t depth, int64_t 
 INLINE void halves_of_codes(const uint8_t *pairs, int shift, int64_t depth, halves lower, halves upper, char *out) {
     bytes first = SHUFFLE_BYTES((bytes)lower, (bytes)upper, EACH_OF_8(0, 2), EACH_OF_8(16, 2));
     bytes second = SHUFFLE_BYTES((bytes)lower, (bytes)upper, EACH_OF_8(1, 2), EACH_OF_8(17, 2));
-    for (int64_t k = 0; k < depth; k += CODES) {
+    for (int64_t k = 0; k < depth; k += BYTES) {
         bytes codes = (bytes)(*(const halves *)(pairs + k) >> shift); /* a shuffle reads the lowest 4 bits of each */
         bytes a = __builtin_shuffle(first, codes), b = __builtin_shuffle(second, codes);
         *(bytes *)(out + 2 * k) = INTERLEAVED(a, b, 0);
@@ -81,7 +81,7 @@ INLINE void floats_of_codes(const uint8_t *pairs, int shift, int64_t depth, floa
     }
 }
 
-/* One output channel for `depth` input channels of one group; a multiple of 16. */
+/* One output channel for `depth` input channels of one group; a multiple of BYTES. */
 INLINE void dequantize_run(const uint8_t *pairs, int shift, int64_t depth, float zero, float scale, int64_t dtype,
                            char *out) {
     if (dtype == FP32) {
@@ -109,7 +109,7 @@ void awq_dequantize(const word *qweight, const word *qzeros, const char *scales,
         int64_t group = task % runs / runs_of_group, offset = task % runs_of_group * STRIP_DEPTH;
         int64_t first_k = group * group_size + offset, depth = least(STRIP_DEPTH, group_size - offset);
         int64_t from = first + task / runs * STRIP_WORDS, count = least(STRIP_WORDS, last - from);
-        int64_t whole = depth / 16 * 16;
+        int64_t whole = depth / BYTES * BYTES;
         uint8_t pairs[4 * STRIP_WORDS][STRIP_DEPTH] __attribute__((aligned(64)));
         read_pairs(&w, first_k, depth, from, count, pairs);
         for (int64_t j = 0; j < count; j++) {
@@ -121,8 +121,8 @@ void awq_dequantize(const word *qweight, const word *qzeros, const char *scales,
                 char *to = out + ((8 * (from - first + j) + c) * in_features + first_k) * size;
                 dequantize_run(run, shift, whole, zero[c], scale[c], dtype, to);
                 if (whole < depth) {
-                    char rest[16 * sizeof(float)];
-                    dequantize_run(run + whole, shift, 16, zero[c], scale[c], dtype, rest);
+                    char rest[BYTES * sizeof(float)];
+                    dequantize_run(run + whole, shift, BYTES, zero[c], scale[c], dtype, rest);
                     memcpy(to + whole * size, rest, (depth - whole) * size);
                 }
             }
