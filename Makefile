@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 .PHONY: demo test lint docs package clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m hf_awq_offload.demo
+	$(BIN)/python -m hf_awq_offload demo
 
 # One thread to a process: OpenMP threads of several processes on few cores wait for each other at full load.
 test: $(INSTALLED)

@@ -1,13 +1,13 @@
 """AWQ as a quantizer of Hugging Face transformers: makes AWQ checkpoints, and loads them.
 
 Importing the package registers it; `from_pretrained(..., quantization_config=AwqOffloadConfig(...))` then works.
-Neither torch nor transformers is imported before a name is used (deferred.py).
+Neither torch nor transformers is imported before a name is used (integrations/stand_ins.py).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .deferred import register_when_needed
+from .integrations.stand_ins import register_when_needed
 
 if TYPE_CHECKING:
     from .config import AwqOffloadConfig
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
         StorageError,
     )
     from .in_memory import quantize_model
-    from .linear import AwqLinear
-    from .packed_linear import PackedLinear
+    from .integrations.quantizer import AwqOffloadQuantizer
+    from .integrations.registration import use_for_awq, use_for_compressed_tensors
+    from .nn.awq_linear import AwqLinear
+    from .nn.packed_linear import PackedLinear
     from .planning import Plan, plan
-    from .quantizer import AwqOffloadQuantizer
-    from .registration import use_for_awq, use_for_compressed_tensors
     from .streamed import quantize
 
 __all__ = [
@@ -55,16 +55,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "AwqLinear": "linear",
+    "AwqLinear": "nn.awq_linear",
     "AwqOffloadConfig": "config",
-    "AwqOffloadQuantizer": "quantizer",
-    "PackedLinear": "packed_linear",
+    "AwqOffloadQuantizer": "integrations.quantizer",
+    "PackedLinear": "nn.packed_linear",
     "Plan": "planning",
     "plan": "planning",
     "quantize": "streamed",
     "quantize_model": "in_memory",
-    "use_for_awq": "registration",
-    "use_for_compressed_tensors": "registration",
+    "use_for_awq": "integrations.registration",
+    "use_for_compressed_tensors": "integrations.registration",
 }
 """Name -> module; errors are in `errors`."""
 
@@ -74,7 +74,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOME.get(name, "errors")
     if home != "errors":
-        import_module(".registration", __name__).register()
+        import_module(".integrations.registration", __name__).register()
     value = globals()[name] = getattr(import_module(f".{home}", __name__), name)
     return value
 

@@ -1,6 +1,6 @@
 """What to do: the recipe. It holds data sets and devices and never leaves the machine.
 
-What a checkpoint's config.json says is kept apart from it on purpose, in checkpoint_config.py.
+What a checkpoint's config.json says is kept apart from it on purpose, in formats/awq_config.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import ConfigError
-from .grid import SCALE_DTYPE, Grid, resolve_group_size
+from .formats.grid import SCALE_DTYPE, Grid, resolve_group_size
+from .formats.grid_choice import GridChoice, check_choice, checked_overrides, choice_for, choices
 from .ops import BACKENDS
-from .overrides import GridChoice, check_choice, checked_overrides, choice_for, choices
 
 QUANT_METHOD = "awq_offload"
 """The name under which the recipe is registered with transformers."""

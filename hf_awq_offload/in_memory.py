@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .config import AwqOffloadConfig
-from .dispatching import dispatch
 from .errors import ConfigError, ModelStructureError
-from .layer_quantization import Undo
-from .quantizer import AwqOffloadQuantizer
+from .integrations.dispatching import dispatch
+from .integrations.quantizer import AwqOffloadQuantizer
+from .pipeline.layer_quantization import Undo
 
 
 def quantize_model(

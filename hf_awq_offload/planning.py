@@ -21,18 +21,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .budget import PROCESS_BYTES, LayerSizes, budget_of, hidden_bytes, parameter_bytes
+from .calibration.dataset import CalibrationSet, micro_batches
 from .config import AwqOffloadConfig
-from .data import CalibrationSet, micro_batches
 from .errors import ConfigError, MemoryLimitError
-from .experts import is_fused_experts
-from .layers import candidate_layers
-from .memory import MemoryMeter, accelerator_bytes
-from .offloading import execution_device, free_ram_bytes, load_on_meta, to_checkpoint_names
-from .pipeline import quantize_layers
-from .quantizer import AwqOffloadQuantizer
-from .stored_weights import StoredWeights
-from .streaming import detach_stored_weights
+from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_checkpoint_names
+from .integrations.quantizer import AwqOffloadQuantizer
+from .model.decoder_layers import candidate_layers
+from .model.experts import is_fused_experts
+from .offload.memory import MemoryMeter, accelerator_bytes
+from .offload.stored_weights import StoredWeights
+from .pipeline.budget import PROCESS_BYTES, LayerSizes, budget_of, hidden_bytes, parameter_bytes
+from .pipeline.loop import quantize_layers
+from .pipeline.run_storage import execution_device, free_ram_bytes
 
 PROBE_LAYERS = 2
 """The first is probed for its structure; the second is like all that follow."""

@@ -19,22 +19,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .checkpoint.safetensors import TensorPlace, tensor_places, write_shards
+from .checkpoint.work_folder import move_into_place, refuse_existing, work_folder
 from .config import AwqOffloadConfig
 from .errors import ConfigError, StorageError
-from .hub import complete
-from .journal import Journal
-from .layers import candidate_layers
+from .integrations.hub import complete
+from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_checkpoint_names
+from .integrations.quantizer import AwqOffloadQuantizer
 from .logs import get_logger
-from .offloading import load_on_meta, to_checkpoint_names
+from .model.decoder_layers import candidate_layers
+from .offload.journal import Journal
+from .offload.stored_weights import StoredWeights
+from .pipeline.run_storage import ToCheckpoint
 from .planning import estimate, plan, require_fit, streamed_recipe
-from .progress import announce
-from .quantizer import AwqOffloadQuantizer
 from .report import QuantizationReport
-from .safetensors_files import TensorPlace, tensor_places, write_shards
-from .stored_weights import StoredWeights
-from .streaming import detach_stored_weights
-from .work_folder import move_into_place, refuse_existing, work_folder
-from .workplace import ToCheckpoint
+from .reporting.progress import announce
 
 logger = get_logger(__name__)
 

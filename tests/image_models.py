@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from test_data import make_tokenizer
+from tiny_tokenizer import make_tokenizer
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,

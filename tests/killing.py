@@ -97,7 +97,7 @@ class _Counter:
         self.steps: list[str] = []
 
     def watch(self) -> None:
-        from hf_awq_offload import journal
+        from hf_awq_offload.offload import journal
 
         for owner, names in ((os, STEPS["os"]), (Path, STEPS["Path"]), (journal, STEPS["journal"])):
             for name in names:

@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from hf_awq_offload import AwqOffloadConfig
-from hf_awq_offload.grid import Grid, group_parameters, group_range, quantize
-from hf_awq_offload.linear import AwqLinear
-from hf_awq_offload.packing import pack_weight
+from hf_awq_offload.formats.awq import pack_weight
+from hf_awq_offload.formats.grid import Grid, group_parameters, group_range, quantize
+from hf_awq_offload.nn.awq_linear import AwqLinear
 
 VOCABULARY = 64
 SHAPE = {

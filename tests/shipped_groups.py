@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_awq_offload.grid import Grid
+from hf_awq_offload.calibration.statistics_collector import StatisticsCollector
+from hf_awq_offload.formats.grid import Grid
 from hf_awq_offload.search.scale import ScaleSearch, search_scale
-from hf_awq_offload.statistics import InputStatistics, StatisticsCollector
+from hf_awq_offload.search.statistics import InputStatistics
 
 GROUPS = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],

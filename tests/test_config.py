@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AwqConfig
 
-from hf_awq_offload.checkpoint_config import AwqCheckpointConfig
 from hf_awq_offload.config import AwqOffloadConfig
 from hf_awq_offload.errors import AwqOffloadError, CheckpointError, ConfigError
+from hf_awq_offload.formats.awq_config import AwqCheckpointConfig
 
 NO_INTEGER = [True, 4.0, "4", None, [4], torch.tensor(4)]
 NO_FLAG = [0, 1, None, "true", "False", 1.0, [True]]

@@ -1,53 +1,16 @@
-"""The package's layers: imports go downward only, files stay readable, the public names are as pinned here."""
+"""The rooms of the package: imports go from right to left, files stay readable, the public names are as pinned here."""
 
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+from graphlib import CycleError, TopologicalSorter
 
 import pytest
+from imports import LEVELS, MODULES, imported_modules, package_of, rank_of
 
 import hf_awq_offload
 
-PACKAGE = Path(hf_awq_offload.__file__).parent
 MAX_LINES = 450
-
-LEVELS = {
-    0: [
-        *("errors", "config", "overrides", "checkpoint_config", "packed_checkpoint_config", "patterns", "report"),
-        *("grid", "packing", "pack_quantized", "conversion", "formats", "logs", "ops", "ops.*"),
-    ],
-    1: [
-        *("search", "search.*", "statistics"),
-        *("linear", "quantized_linear", "packed_linear", "linear_classes", "weight_view"),
-        *("checkpoint", "data", "data_*"),
-        *("safetensors_files", "durable", "work_folder", "hidden_states"),
-        *("layers", "linears", "names", "inputs", "skeleton", "halted", "decoder", "feeds"),
-        *("folds", "probing", "rowmaps", "experts", "gathering"),
-    ],
-    2: [
-        "memory",
-        "budget",
-        "offload_folder",
-        "stored_weights",
-        "streaming",
-        "journal",
-        "fingerprint",
-        "layer_quantization",
-        "left_out",
-        "batches",
-        "workplace",
-        *("progress", "reporting", "reporting.*"),
-    ],
-    3: ["pipeline"],
-    4: [
-        *("offloading", "dispatching", "planning", "streamed", "quantizer", "in_memory"),
-        *("loading", "saving", "registration", "deferred"),
-        *("evaluate", "evaluation_text", "demo", "demo.*"),
-        *("quantized_files", "inspection", "checkpoint_conversion", "cli", "cli.*"),
-        *("hub", "model_card", "integrations", "integrations.*", "__init__", "__main__"),
-    ],
-}
 
 PUBLIC_NAMES = [
     "AwqLinear",
@@ -73,99 +36,74 @@ PUBLIC_NAMES = [
 ]
 
 
-def module_name(path: Path) -> str:
-    """As LEVELS has it: search/scale.py is "search.scale", search/__init__.py "search", the package's "__init__"."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-
-
-def level_of(module: str) -> int | None:
-    for level, patterns in LEVELS.items():
-        for pattern in patterns:
-            if module == pattern or (pattern.endswith("*") and module.startswith(pattern[:-1])):
-                return level
-    return None
-
-
-def imported_modules(module: str) -> set[str]:
-    """Modules of the package that `module` imports anywhere in its code, also inside functions."""
-    path = MODULES[module]
-    folder = path.relative_to(PACKAGE).parent.parts  # the package that relative imports start from
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
-            found |= {known(name[1:], []) for name in names if name[0] == PACKAGE.name}
-        elif isinstance(node, ast.ImportFrom):
-            start = (node.module or "").split(".") if node.module else []
-            if node.level:
-                start = [*folder[: len(folder) - node.level + 1], *start]
-            elif start[:1] == [PACKAGE.name]:
-                start = start[1:]
-            else:
-                continue
-            found |= {known(start, [alias.name]) for alias in node.names}
-    return found - {module}
-
-
-def known(start: list[str], name: list[str]) -> str:
-    """The module that "from start import name" reads: start.name if that is one, else start."""
-    longer = ".".join([*start, *name])
-    return longer if longer in MODULES else ".".join(start) or "__init__"
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_is_in_a_package_that_has_a_place(module):
+    listed = [name for level in LEVELS for name in level]
+    assert listed.count(package_of(module)) == 1, f"give {package_of(module)} a place in LEVELS of tests/imports.py"
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_a_level(module):
-    assert level_of(module) is not None, f"{module} has no level yet; place it in LEVELS of {Path(__file__).name}"
+def test_a_package_imports_only_what_is_to_its_left(module):
+    own = package_of(module)
+    others = {name for name in imported_modules(module) if package_of(name) != own}
+    wrong = sorted(name for name in others if rank_of(name) >= rank_of(module))
+    assert not wrong, f"{module} imports {wrong}, which LEVELS of tests/imports.py puts beside it or to its right"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_downward_or_sideways(module):
-    own = level_of(module)
-    assert own is not None
-    upward = {name: level_of(name) for name in imported_modules(module) if (level_of(name) or 0) > own}
-    assert not upward, f"{module} is on level {own} and imports {upward} from above"
-
-
-def test_no_imports_go_in_a_circle():
-    done: set[str] = set()
-
-    def walk(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, "imports in a circle: " + " -> ".join([*path[path.index(module) :], module])
-        if module not in done:
-            for name in sorted(imported_modules(module)):
-                walk(name, (*path, module))
-            done.add(module)
-
-    for module in MODULES:
-        walk(module, ())
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {module: imported_modules(module) for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports in a circle: {' -> '.join(error.args[1])}")
 
 
 def test_this_test_sees_the_imports_that_there_are():
-    assert {"config", "pipeline", "streaming"} <= imported_modules("quantizer")
-    assert {"grid", "statistics"} <= imported_modules("search.scale")
+    assert {"config", "pipeline.loop", "errors"} <= imported_modules("integrations.quantizer")
+    assert {"formats.grid", "search.statistics"} <= imported_modules("search.scale")
     assert "search.loss" in imported_modules("search.clip")
+    assert "integrations.registration" in imported_modules("integrations.stand_ins"), "import_module with a string"
     assert imported_modules("errors") == set()
 
 
-def test_the_searches_see_no_module_no_model_and_no_file():
-    for module in ("search.loss", "search.scale", "search.clip", "search.rounding", "grid", "packing"):
-        names = {
-            node.attr if isinstance(node, ast.Attribute) else node.id
-            for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8")))
-            if isinstance(node, ast.Attribute | ast.Name)
-        }
-        assert names.isdisjoint({"nn", "Module", "open", "Path", "transformers", "accelerate"}), module
+@pytest.mark.parametrize("module", [name for name in MODULES if package_of(name) in ("formats", "search")])
+def test_formats_and_searches_open_no_file(module):
+    names = _names_in(module)
+    assert names.isdisjoint({"open", "Path", "accelerate"})
 
 
-def test_accelerate_offloads_only_in_streaming():
-    allowed = {"streaming", "dispatching", "config"}  # the finished model is dispatched; sizes are written as there
+@pytest.mark.parametrize("module", [name for name in MODULES if package_of(name) == "search"])
+def test_searches_see_no_module_and_no_model(module):
+    assert _names_in(module).isdisjoint({"nn", "Module", "transformers"})
+
+
+def _names_in(module: str) -> set[str]:
+    return {
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute | ast.Name)
+    }
+
+
+ACCELERATE_HOOKS = {"accelerate.hooks", "accelerate.big_modeling", "accelerate"}
+HOOKING = {
+    "offload.onloader": "a decoder layer goes to the device and back",
+    "integrations.dispatching": "the finished model goes where the caller wants it",
+    "integrations.lazy_loading": "hooks that transformers has put on a model are taken off",
+    "in_memory": "hooks of the model that the caller has passed are taken off",
+}
+"""Modules that may put accelerate's hooks on modules or take them off -> what for."""
+
+
+def test_accelerates_hooks_are_set_in_few_places():
+    found = set()
     for module, path in MODULES.items():
-        if module not in allowed:
-            assert "accelerate import" not in path.read_text(encoding="utf-8"), module
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if ACCELERATE_HOOKS & set(names):
+                found.add(module)
+    assert found == HOOKING.keys()
 
 
 def test_no_file_is_a_drawer_of_odds_and_ends():

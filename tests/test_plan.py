@@ -10,18 +10,10 @@ import torch
 from models import save_model, tiny_gpt_oss, tiny_llama, token_batch, token_recipe
 from transformers import PreTrainedModel
 
-from hf_awq_offload import (
-    AwqOffloadConfig,
-    MemoryLimitError,
-    Plan,
-    journal,
-    plan,
-    quantize,
-    stored_weights,
-    streamed,
-)
-from hf_awq_offload.budget import PROCESS_BYTES
-from hf_awq_offload.memory import MemoryMeter, release_freed
+from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, Plan, plan, quantize, streamed
+from hf_awq_offload.offload import journal, stored_weights
+from hf_awq_offload.offload.memory import MemoryMeter, release_freed
+from hf_awq_offload.pipeline.budget import PROCESS_BYTES
 
 CPU = torch.device("cpu")
 

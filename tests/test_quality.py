@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_awq_offload import AwqOffloadConfig
-from hf_awq_offload.data import load_calibration_set
-from hf_awq_offload.quantized_linear import QuantizedLinear
+from hf_awq_offload.calibration.dataset import load_calibration_set
+from hf_awq_offload.nn.quantized_linear import QuantizedLinear
 
 RECIPE = {"bits": 4, "group_size": 128, "n_samples": 48, "max_seq_len": 512, "rounding": "nearest"}
 SEQ_LEN = 512

@@ -34,8 +34,8 @@ from hf_awq_offload import (
     NumericalError,
     quantize_model,
 )
-from hf_awq_offload.demo import SHIPPED_MODEL
-from hf_awq_offload.integrations.trainer import AwqQuantizeCallback, training_rows
+from hf_awq_offload.cli.demo import SHIPPED_MODEL
+from hf_awq_offload.trainer import AwqQuantizeCallback, training_rows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",

@@ -22,8 +22,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_awq_offload import AwqLinear, ConfigError, MemoryLimitError, NumericalError, quantize, streamed, workplace
-from hf_awq_offload.work_folder import work_folder
+from hf_awq_offload import AwqLinear, ConfigError, MemoryLimitError, NumericalError, quantize, streamed
+from hf_awq_offload.checkpoint.work_folder import work_folder
+from hf_awq_offload.pipeline import run_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 
@@ -221,7 +222,7 @@ def test_a_journal_keeps_what_from_pretrained_did(llama, quantized, tmp_path, mo
     def fail(*args, **kwargs):
         raise AssertionError("a layer that is in the journal was quantized again")
 
-    monkeypatch.setattr("hf_awq_offload.pipeline.quantize_with_statistics", fail)
+    monkeypatch.setattr("hf_awq_offload.pipeline.loop.quantize_with_statistics", fail)
     in_memory(llama, tmp_path / "second", offload="disk", checkpoint_dir=tmp_path / "journal")
     assert_same_files(tmp_path / "second", quantized)
     assert_same_files(tmp_path / "first", quantized)
@@ -240,7 +241,7 @@ def test_one_layer_at_a_time_is_in_memory_whatever_the_depth(n_layers, tmp_path,
     source = save_model(model, tmp_path / "source")
     layer_bytes = bytes_in_memory(model.model.layers[0])
     seen = []
-    forward, take_over = LlamaDecoderLayer.forward, workplace.Workplace.take_over
+    forward, take_over = LlamaDecoderLayer.forward, run_storage.Workplace.take_over
 
     def watched_forward(self, *args, **kwargs):
         seen.append(bytes_in_memory(running[0]))
@@ -251,15 +252,15 @@ def test_one_layer_at_a_time_is_in_memory_whatever_the_depth(n_layers, tmp_path,
         take_over(self, *args, **kwargs)
 
     running: list[nn.Module] = []
-    build = workplace.Workplace.__init__
+    build = run_storage.Workplace.__init__
 
     def watched_init(self, onloader, *args, **kwargs):
         running.append(onloader.model)
         build(self, onloader, *args, **kwargs)
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", watched_forward)
-    monkeypatch.setattr(workplace.Workplace, "take_over", watched_take_over)
-    monkeypatch.setattr(workplace.Workplace, "__init__", watched_init)
+    monkeypatch.setattr(run_storage.Workplace, "take_over", watched_take_over)
+    monkeypatch.setattr(run_storage.Workplace, "__init__", watched_init)
     quantize(source, tmp_path / "out", token_recipe())
     embedding_and_norm = bytes_in_memory(model.model.embed_tokens) + bytes_in_memory(model.model.norm)
     assert len(seen) > 4 * n_layers

@@ -20,8 +20,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig, ModelStructureError, quantize_model
-from hf_awq_offload.demo import SHIPPED_MODEL
-from hf_awq_offload.evaluate import evaluate, token_windows
+from hf_awq_offload.cli.demo import SHIPPED_MODEL
+from hf_awq_offload.reporting.evaluation import evaluate, token_windows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",

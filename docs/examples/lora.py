@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_awq_offload import AwqOffloadConfig
-from hf_awq_offload.demo import SHIPPED_MODEL
+from hf_awq_offload.cli.demo import SHIPPED_MODEL
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default=str(SHIPPED_MODEL), help="full precision; by default the small one shipped")

@@ -8,9 +8,9 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_awq_offload import AwqOffloadConfig
-from hf_awq_offload.demo import SHIPPED_MODEL
-from hf_awq_offload.evaluate import evaluate, token_windows
-from hf_awq_offload.hub import record_evaluation
+from hf_awq_offload.cli.demo import SHIPPED_MODEL
+from hf_awq_offload.integrations.hub import record_evaluation
+from hf_awq_offload.reporting.evaluation import evaluate, token_windows
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("repository")

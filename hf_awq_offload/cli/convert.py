@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint_conversion import convert_checkpoint
+from ..checkpoint.conversion import convert_checkpoint
 from .checkpoint_folder import checkpoint_folder
 from .outcome import Outcome
 

@@ -1,17 +1,54 @@
-"""`hf-awq-offload demo`: what `make demo` shows."""
+"""`hf-awq-offload demo`: the main job on the model that ships with the package, as a user would do it.
+
+Quantize (rounding to nearest, then AWQ), save, load again, compare with full precision on held-out text, generate.
+Then decode with a larger model of random weights, before and after: the shipped one is too small for its weights to be
+what takes the time.
+"""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .. import demo
+from ..config import AwqOffloadConfig
+from ..in_memory import quantize_model
+from ..offload.memory import default_execution_device, peak_memory_bytes
+from ..reporting.evaluation import Evaluation, decoding_tokens_per_second, evaluate, token_windows
 from .outcome import Outcome
+
+SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "tiny_llama"
+"""A Llama of 2.9 million parameters, trained on the documentation that comes with CPython."""
+
+PROMPT = "Return a list of"
+EVALUATION_WINDOWS = 48
+WINDOW_TOKENS = 512
+
+SPEED_MODEL: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_attention_heads": 16,
+    "vocab_size": 2048,
+}
+SPEED_LAYERS = 4
+NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    method: str
+    evaluation: Evaluation
+    size_bytes: int
+    seconds: float | None
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -20,5 +57,89 @@ def run(options: argparse.Namespace) -> Outcome:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(options.out) if options.out else Path(scratch) / "tiny-llama-awq"
-        rows = demo.run(out, Path(scratch) / "tiny-llama-rtn", not options.no_speed)
+        rows = show(out, Path(scratch) / "tiny-llama-rtn", not options.no_speed)
     return Outcome({"out": options.out, "rows": [asdict(row) for row in rows]}, text="")
+
+
+def show(awq_folder: Path, nearest_folder: Path, with_speed: bool = True) -> list[Row]:
+    """Print the demo; checkpoints are written to the two folders. Returns the table's rows."""
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED_MODEL)
+    original = load_for_evaluation(SHIPPED_MODEL)
+    token_ids = tokenizer(
+        (SHIPPED_MODEL / "heldout.txt").read_text(encoding="utf-8"), return_tensors="pt", verbose=False
+    ).input_ids[0]
+    windows = token_windows(token_ids, WINDOW_TOKENS, EVALUATION_WINDOWS)
+    print(f"Model: {SHIPPED_MODEL.name}, {original.num_parameters():,} parameters")
+    rows = [Row("full precision", evaluate(original, windows, original), folder_bytes(SHIPPED_MODEL), None)]
+    recipes = {
+        "round to nearest": (AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest"), nearest_folder),
+        "AWQ": (AwqOffloadConfig(), awq_folder),
+    }
+    for method, (recipe, folder) in recipes.items():
+        seconds = quantize_and_save(recipe, folder)
+        reloaded = load_for_evaluation(folder)
+        rows.append(Row(f"{method}, w4 g128", evaluate(reloaded, windows, original), folder_bytes(folder), seconds))
+    print(table(rows))
+    peak_mib = peak_memory_bytes(default_execution_device()) / 2**20
+    print(f"\nHeld-out tokens: {rows[0].evaluation.tokens}. Peak memory of this demo: {peak_mib:.0f} MiB.")
+    print(f"\n{PROMPT!r} goes on, quantized and loaded again from {awq_folder}:\n  {generate(reloaded, tokenizer)}")
+    if with_speed:
+        print(f"\n{speed()}")
+    return rows
+
+
+def speed() -> str:
+    """Decoding speed and size of a Llama of random weights in bf16, before and after quantizing it."""
+    device = default_execution_device()
+    config = LlamaConfig(**SPEED_MODEL, num_hidden_layers=SPEED_LAYERS)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
+    lines = [f"Decoding on {device.type}, a Llama of random weights ({model.num_parameters() / 1e6:.0f} M parameters):"]
+    for name in ("bf16", "w4 g128"):
+        if name != "bf16":
+            quantize_model(model, AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest"))
+        tokens_per_second = decoding_tokens_per_second(model, NEW_TOKENS)
+        lines.append(
+            f"  {name:10}{tokens_per_second:8.1f} tokens/s{model.get_memory_footprint() / 1e6:10.0f} MB in memory"
+        )
+    return "\n".join(lines)
+
+
+def quantize_and_save(recipe: AwqOffloadConfig, folder: Path) -> float:
+    """Quantize the shipped model by `recipe` into `folder`; returns the seconds that from_pretrained took."""
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        SHIPPED_MODEL, dtype="auto", device_map="auto", quantization_config=recipe
+    )
+    seconds = time.perf_counter() - start
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(SHIPPED_MODEL).save_pretrained(folder)
+    return seconds
+
+
+def load_for_evaluation(folder: Path) -> PreTrainedModel:
+    """The checkpoint in `folder`, computing in fp32: differences are then those of the weights alone."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="auto")
+
+
+def generate(model: Any, tokenizer: Any) -> str:
+    """What the model makes of the prompt, greedily, on one line."""
+    inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    return " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of the weights in a checkpoint folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'':24}{'perplexity':>12}{'KL (nats)':>12}{'same top-1':>12}{'size (MB)':>12}{'seconds':>9}"]
+    for row in rows:
+        evaluation = row.evaluation
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        lines.append(
+            f"{row.method:24}{evaluation.perplexity:>12.3f}{evaluation.kl_nats:>12.5f}"
+            f"{evaluation.top1_agreement:>12.1%}{row.size_bytes / 1e6:>12.2f}{seconds:>9}"
+        )
+    return "\n".join(lines)

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from ..evaluate import Evaluation, decoding_tokens_per_second, evaluate, sliding_windows
-from ..evaluation_text import evaluation_tokens
+from ..reporting.evaluation import Evaluation, decoding_tokens_per_second, evaluate, sliding_windows
+from ..reporting.evaluation_text import evaluation_tokens
 from .models import load, load_tokenizer
 from .outcome import CommandError, Outcome, UsageError
 

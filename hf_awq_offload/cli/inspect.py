@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from ..inspection import Inspection, inspect_checkpoint
+from ..checkpoint.inspection import Inspection, inspect_checkpoint
 from .checkpoint_folder import checkpoint_folder
 from .outcome import DAMAGED, OK, Outcome
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..config import AwqOffloadConfig
 from ..errors import ConfigError, JournalError
-from ..journal import committed_layers, discard_if_empty
+from ..offload.journal import committed_layers, discard_if_empty
 from ..planning import Plan, plan
 from ..report import QuantizationReport
 from ..streamed import quantize

@@ -1,1 +1,1 @@
-"""Other libraries' ways into the package, and the package's into theirs: PEFT and transformers' Trainer."""
+"""transformers, PEFT and the Hub: adapters between their interfaces and the pipeline."""

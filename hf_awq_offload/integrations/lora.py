@@ -16,8 +16,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
 from ..logs import get_logger
-from ..quantized_linear import QuantizedLinear
-from ..streaming import move_hook
+from ..nn.quantized_linear import QuantizedLinear
+from ..offload.onloader import move_hook
 
 logger = get_logger(__name__)
 

@@ -22,10 +22,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelStructureError
-from ..experts import UnfusedExperts, conversions_without_merging
 from ..logs import get_logger
-from ..memory import release_freed
-from ..quantized_linear import QuantizedLinear
+from ..model.experts import UnfusedExperts, conversions_without_merging
+from ..nn.quantized_linear import QuantizedLinear
+from ..offload.memory import release_freed
 
 logger = get_logger(__name__)
 

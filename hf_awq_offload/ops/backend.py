@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..packing import PackedWeight
+from ..formats.awq import PackedWeight
 from .blocks import Blocks, blocks_of_words, joined
 
 

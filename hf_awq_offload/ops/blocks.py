@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..packing import BITS, COLUMNS_PER_WORD, PackedWeight, unpack_columns
+from ..formats.awq import BITS, COLUMNS_PER_WORD, PackedWeight, unpack_columns
 
 BLOCK_CHANNELS = 512
 """Of 256, 512 and 1024 the fastest on the CPU of docs/kernels.md, with 4096 input channels."""
@@ -126,7 +126,10 @@ def multiply_blocks_back(
 
 @cache
 def matmul_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """What to multiply in: fp32 for half precision on a CPU that has no instructions for it, else `dtype`."""
+    """The dtype to multiply in: fp32 for half precision on a CPU that has no instructions for it, else `dtype`.
+
+    Without such instructions a CPU multiplies bf16 and fp16 matrices several times slower than fp32 ones (docs/log.md).
+    """
     if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
     mkldnn = torch.ops.mkldnn

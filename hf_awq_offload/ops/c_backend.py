@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..packing import COLUMNS_PER_WORD, PackedWeight
+from ..formats.awq import COLUMNS_PER_WORD, PackedWeight
 from .backend import Case, WordsBackend
 from .blocks import BLOCK_CHANNELS, Blocks, matmul_dtype, multiply_blocks
 from .c_library import DTYPES, library, weight_arguments

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import HF_HOME
 
+from ..formats.awq import PackedWeight
 from ..logs import get_logger
-from ..packing import PackedWeight
 
 logger = get_logger(__name__)
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..packing import PackedWeight, pack_columns, unpack_columns
+from ..formats.awq import PackedWeight, pack_columns, unpack_columns
 from .backend import Case, NativeBackend, NativeWeight
 from .blocks import Blocks, Codes, blocks, codes_of_words, multiply_blocks
 

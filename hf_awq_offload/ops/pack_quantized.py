@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..pack_quantized import PackQuantizedWeight, dequantize_rows, unpack_zeros, words_for
+from ..formats.pack_quantized import PackQuantizedWeight, dequantize_rows, unpack_zeros, words_for
 from .blocks import BLOCK_CHANNELS, Blocks, joined, multiply_blocks
 from .schema import NAMESPACE, check_input, times_blocks, without_autocast
 

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..packing import COLUMNS_PER_WORD, PackedWeight
+from ..formats.awq import COLUMNS_PER_WORD, PackedWeight
 from .backend import Backend, Case, NativeBackend, NativeWeight, WordsBackend
 from .blocks import BlocksIn, multiply_blocks_back
 from .dispatch import backend_named, choose, dequantizer

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packing import PackedWeight, pack_columns, unpack_columns
+from ..formats.awq import PackedWeight, pack_columns, unpack_columns
 from .backend import Case, NativeBackend, NativeWeight
 from .blocks import codes_of_words
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..packing import PackedWeight
+from ..formats.awq import PackedWeight
 from .backend import Case, WordsBackend
 from .blocks import multiply_blocks
 

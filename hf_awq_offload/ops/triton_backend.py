@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..packing import PackedWeight
+from ..formats.awq import PackedWeight
 from .backend import Case, WordsBackend
 from .blocks import Blocks
 

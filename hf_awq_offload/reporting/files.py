@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ..durable import replacing
+from ..checkpoint.durable import replacing
 from ..errors import ConfigError, StorageError
 from ..logs import get_logger
 from ..report import QuantizationReport

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..grid import Grid, GroupRange, group_range, quantize_dequantize
+from ..formats.grid import Grid, GroupRange, group_range, quantize_dequantize
 from .loss import row_chunks
 
 STEPS = 10

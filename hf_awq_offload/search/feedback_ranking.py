@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..grid import GroupParameters, group_parameters, group_range
+from ..formats.grid import GroupParameters, group_parameters, group_range
 from .loss import ACCELERATOR_ELEMENTS, RowSample
 from .rounding import feedback_order, round_with_feedback
 

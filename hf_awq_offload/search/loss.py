@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..grid import Grid
+from ..formats.grid import Grid
 
 CACHED_ELEMENTS = 2**19
 """Weights worked on at a time on a CPU: temporaries of 2 MiB stay in its cache (3.4 times faster, docs/log.md)."""

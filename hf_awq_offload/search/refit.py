@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..grid import Grid, GroupParameters, stored_scale
+from ..formats.grid import Grid, GroupParameters, stored_scale
 from .loss import row_chunks
 
 MOST_SYSTEM_ELEMENTS = 2**24

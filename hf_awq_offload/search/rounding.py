@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
-from ..grid import Grid, GroupParameters, GroupRange, dequantize, group_parameters, group_range, quantize
+from ..formats.grid import Grid, GroupParameters, GroupRange, dequantize, group_parameters, group_range, quantize
 from .loss import row_chunks, row_mse
 from .refit import refitted
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..grid import Grid, quantize_dequantize
-from ..statistics import InputStatistics
+from ..formats.grid import Grid, quantize_dequantize
 from .feedback_ranking import feedback_losses
 from .loss import RowSample, row_chunks, row_mse
+from .statistics import InputStatistics
 
 SMALLEST_SCALE = 1e-4
 SAMPLE_ROWS = 256

@@ -21,9 +21,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from hf_awq_offload.experts import is_fused_experts, original_projections, unfused
-from hf_awq_offload.layers import candidate_layers
-from hf_awq_offload.linears import linears_in
+from hf_awq_offload.model.decoder_layers import candidate_layers
+from hf_awq_offload.model.experts import is_fused_experts, original_projections, unfused
+from hf_awq_offload.model.linears import linears_in
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")

@@ -15,7 +15,8 @@ from shrink import text_ids
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_awq_offload import AwqLinear, AwqOffloadConfig, layer_quantization
+from hf_awq_offload import AwqLinear, AwqOffloadConfig
+from hf_awq_offload.pipeline import layer_quantization
 
 GROUP_SIZE = 32
 SAME_WEIGHTS_TOLERANCE = 1e-5

@@ -16,7 +16,7 @@ from shrink import LARGEST_TEXT_ID, text_ids
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_awq_offload.inputs import forward_arguments
+from hf_awq_offload.calibration.forward_pass import forward_arguments
 
 MOST_IMAGE_TOKENS = 600
 TEXT_TOKENS = 12

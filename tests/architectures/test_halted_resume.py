@@ -11,7 +11,10 @@ import torch
 from killing import Run, commit_and_end, digests, run_to_the_end, steps_of
 from shrink import text_ids, tiny_causal_lm
 
-from hf_awq_offload import AwqOffloadConfig, feeds, journal, pipeline, quantize
+from hf_awq_offload import AwqOffloadConfig, quantize
+from hf_awq_offload.calibration import layer_inputs
+from hf_awq_offload.offload import journal
+from hf_awq_offload.pipeline import loop
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -42,14 +45,14 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(source, tmp_path_factory) -> dict[str, str]:
     built = []
-    build = feeds.HaltedFeed.__init__
+    build = layer_inputs.HaltedFeed.__init__
 
     def watched(self, *args, **kwargs):
         built.append(self)
         build(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(feeds.HaltedFeed, "__init__", watched)
+        patched.setattr(layer_inputs.HaltedFeed, "__init__", watched)
         target = tmp_path_factory.mktemp("undisturbed") / "out"
         quantize(source, target, AwqOffloadConfig(**RECIPE))
     assert len(built) == 1
@@ -73,13 +76,13 @@ def stopped_run(source: Path, folder: Path, monkeypatch, commits: int) -> None:
 
 def layers_quantized(monkeypatch) -> list[str]:
     names = []
-    original = pipeline.quantize_with_statistics
+    original = loop.quantize_with_statistics
 
     def watched(context, *args, **kwargs):
         names.append(int(context.name.rpartition(".")[2]))
         return original(context, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "quantize_with_statistics", watched)
+    monkeypatch.setattr(loop, "quantize_with_statistics", watched)
     return names
 
 

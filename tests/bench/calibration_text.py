@@ -11,7 +11,7 @@ import torch
 from shipped import builtin_sequences, heldout_windows, load_model, quantized
 
 from hf_awq_offload import AwqOffloadConfig
-from hf_awq_offload.evaluate import evaluate
+from hf_awq_offload.reporting.evaluation import evaluate
 
 
 def main() -> None:

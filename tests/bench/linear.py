@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig, quantize_model
-from hf_awq_offload.grid import Grid
+from hf_awq_offload.formats.awq import PackedWeight
+from hf_awq_offload.formats.grid import Grid
 from hf_awq_offload.ops import c_backend, torch_backend
-from hf_awq_offload.packing import PackedWeight
 
 logging.disable_progress_bar()
 

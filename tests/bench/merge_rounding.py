@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig, quantize_model
-from hf_awq_offload.demo import SHIPPED_MODEL
-from hf_awq_offload.evaluate import evaluate, token_windows
-from hf_awq_offload.grid import GroupParameters, dequantize, group_parameters, group_range, quantize
-from hf_awq_offload.packing import unpack_columns
+from hf_awq_offload.cli.demo import SHIPPED_MODEL
+from hf_awq_offload.formats.awq import unpack_columns
+from hf_awq_offload.formats.grid import GroupParameters, dequantize, group_parameters, group_range, quantize
+from hf_awq_offload.reporting.evaluation import evaluate, token_windows
 
 TOKENS = 128
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_awq_offload import AwqOffloadConfig
-from hf_awq_offload.evaluate import evaluate
-from hf_awq_offload.grid import Grid, quantize_dequantize
+from hf_awq_offload.formats.grid import Grid, quantize_dequantize
+from hf_awq_offload.reporting.evaluation import evaluate
 
 GROUP_SIZE = 128
 BITS = (2, 3, 4, 8)

@@ -8,7 +8,8 @@ from unittest import mock
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_awq_offload import AwqOffloadConfig, pipeline, quantize_model
+from hf_awq_offload import AwqOffloadConfig, quantize_model
+from hf_awq_offload.pipeline import loop
 
 HIDDEN, INTERMEDIATE, LAYERS, TOKENS = 1024, 2816, 4, 16384
 
@@ -23,7 +24,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(0, 1000, (TOKENS // 512, 512), generator=generator).tolist()
     seconds = []
-    structure_of = pipeline._structure_of
+    structure_of = loop._structure_of
 
     def timed(*args):
         start = time.perf_counter()
@@ -31,7 +32,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
         return result
 
-    with mock.patch.object(pipeline, "_structure_of", timed):
+    with mock.patch.object(loop, "_structure_of", timed):
         start = time.perf_counter()
         quantize_model(model, AwqOffloadConfig(dataset=data, n_samples=len(data)))
         total = time.perf_counter() - start

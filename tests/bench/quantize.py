@@ -25,8 +25,8 @@ from shipped import WINDOW_TOKENS, builtin_sequences, heldout_windows
 from train_tiny import inject_outliers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_awq_offload.demo import SHIPPED_MODEL
-from hf_awq_offload.evaluate import evaluate
+from hf_awq_offload.cli.demo import SHIPPED_MODEL
+from hf_awq_offload.reporting.evaluation import evaluate
 
 PEERS = Path(__file__).parent / "peers"
 OURS = {

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import VOCABULARY, tiny_mixtral, token_recipe
 from report_samples import PLAN, facts, sample
 
-from hf_awq_offload import layer_quantization, quantize_model
+from hf_awq_offload import quantize_model
+from hf_awq_offload.pipeline import layer_quantization
 from hf_awq_offload.reporting.files import write_report
 
 RUNS = 3

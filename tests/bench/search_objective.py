@@ -14,7 +14,7 @@ import time
 from shipped import builtin_sequences, heldout_windows, load_model, quantized
 
 from hf_awq_offload import AwqOffloadConfig
-from hf_awq_offload.evaluate import evaluate
+from hf_awq_offload.reporting.evaluation import evaluate
 
 CALIBRATION_SEQUENCES = 48
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from hf_awq_offload import AwqOffloadConfig, quantize_model
-from hf_awq_offload.data import load_calibration_set
-from hf_awq_offload.demo import SHIPPED_MODEL
-from hf_awq_offload.evaluate import token_windows
+from hf_awq_offload.calibration.dataset import load_calibration_set
+from hf_awq_offload.cli.demo import SHIPPED_MODEL
+from hf_awq_offload.reporting.evaluation import token_windows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/, for `references`
 logging.disable_progress_bar()

@@ -17,8 +17,8 @@ from models import random_awq_linear
 from torch import Tensor
 
 from hf_awq_offload import ConfigError, ops
+from hf_awq_offload.formats.awq import PackedWeight
 from hf_awq_offload.ops import c_backend, c_library, dispatch, torch_backend
-from hf_awq_offload.packing import PackedWeight
 
 KERNELS = c_library.library()
 pytestmark = pytest.mark.skipif(isinstance(KERNELS, str), reason=str(KERNELS))

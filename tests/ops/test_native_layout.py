@@ -16,8 +16,8 @@ from models import random_awq_linear
 from torch import Tensor
 
 from hf_awq_offload import AwqLinear, ops
+from hf_awq_offload.formats.awq import PackedWeight, pack_columns
 from hf_awq_offload.ops import cpu_backend, dispatch
-from hf_awq_offload.packing import PackedWeight, pack_columns
 
 pytestmark = pytest.mark.skipif(cpu_backend.cpu_layout() is None, reason="torch has no int4 packing on this CPU")
 

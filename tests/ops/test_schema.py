@@ -15,8 +15,8 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_awq_offload import ops
+from hf_awq_offload.formats.awq import PackedWeight
 from hf_awq_offload.ops import cpu_backend
-from hf_awq_offload.packing import PackedWeight
 
 _ops = torch.ops.hf_awq_offload
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -134,7 +134,7 @@ def test_whoever_watches_ops_sees_the_op():
     assert seen.names == ["hf_awq_offload::linear"]
 
     graph = make_fx(linear)(x)
-    assert torch.ops.hf_awq_offload.linear.default in {node.target for node in graph.graph.nodes}
+    assert torch.ops.hf_awq_offload.nn.awq_linear.default in {node.target for node in graph.graph.nodes}
     assert torch.equal(graph(2 * x), linear(2 * x))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, but people trace

@@ -2,7 +2,7 @@
 
 gptqmodel replaces torch, so that it lives in an environment of its own:
 
-    .venv/bin/python -m hf_awq_offload.demo --out /tmp/tiny-llama-awq
+    .venv/bin/python -m hf_awq_offload demo --out /tmp/tiny-llama-awq
     python -m venv /tmp/gptqmodel
     /tmp/gptqmodel/bin/pip install gptqmodel==7.7.0 transformers==5.23.0 accelerate optimum
     .venv/bin/python tests/bench/peers/gptqmodel_reads.py write /tmp/tiny-llama-awq

@@ -1,0 +1,1 @@
+"""From any calibration data to the statistics of each linear's input."""

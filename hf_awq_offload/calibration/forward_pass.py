@@ -1,0 +1,153 @@
+"""What a model is run on, and the forward pass that takes it.
+
+Token ids, or what a processor made of text and images: a mapping of the forward pass's arguments, passed through the
+model's own forward, so that image features enter the hidden states where and how the model does that. The head is left
+out wherever the model without it takes the same arguments: logits over all batches are not needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ..errors import CalibrationDataError, ModelStructureError
+
+ModelInputs = Tensor | Mapping[str, Any]
+"""(batch, tokens) int64 token ids without padding, or a processor's output."""
+
+TRIAL_TOKENS = 8
+"""Length of a forward pass that only shows which layers run."""
+
+NO_DATA = frozenset(
+    ("self", "labels", "inputs_embeds", "past_key_values", "use_cache", "cache_position", "return_dict",
+     "output_attentions", "output_hidden_states", "logits_to_keep", "loss_mask")
+)  # fmt: skip
+"""Arguments of forward passes that say how to compute, or stand in the place of data."""
+
+
+def forward_arguments(model: nn.Module) -> frozenset[str]:
+    """Names of the data that the model's forward pass takes, with or without its head."""
+    return (_named_arguments(model) | _named_arguments(_without_head(model))) - NO_DATA
+
+
+def kind_of(inputs: ModelInputs) -> frozenset[str]:
+    """Batches of a kind run the same layers."""
+    return frozenset(inputs) if isinstance(inputs, Mapping) else frozenset(("input_ids",))
+
+
+def token_ids_of(inputs: ModelInputs) -> Tensor:
+    """(batch, tokens) int64, padding included."""
+    return inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
+
+
+def text_passes(model: nn.Module) -> list[nn.Module]:
+    """What might take token ids alone: the model without its head, and the text decoder in it."""
+    passes = [_without_head(model)]
+    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
+    if isinstance(decoder, nn.Module) and all(decoder is not each for each in (*passes, model)):
+        passes.append(decoder)
+    return passes
+
+
+class ForwardPass:
+    """Runs a model on inputs of any kind.
+
+    Args:
+        model: the whole model.
+        text: the part of it that is run on token ids alone; by default the model without its head.
+    """
+
+    def __init__(self, model: nn.Module, text: nn.Module | None = None):
+        self.model = model
+        self.text = text or _without_head(model)
+
+    def __call__(self, inputs: ModelInputs) -> None:
+        """One forward pass without a cache; what it returns is of no use.
+
+        Raises:
+            CalibrationDataError: the model fails on a processor's output.
+        """
+        if not isinstance(inputs, Mapping):
+            _call(self.text, {"input_ids": inputs})
+            return
+        try:
+            _call(self._taking(inputs), self._cast(inputs))
+        except (ModelStructureError, CalibrationDataError):
+            raise
+        except Exception as error:  # of any kind: modeling code raises what it likes
+            raise CalibrationDataError(
+                f"The forward pass of {type(self.model).__name__} fails on a sample with the keys "
+                f"{', '.join(map(repr, inputs))} ({type(error).__name__}: {error}). Expected what its processor "
+                'returns with return_tensors="pt", so that model(**sample) runs.'
+            ) from error
+
+    def _taking(self, inputs: Mapping[str, Any]) -> nn.Module:
+        """The model without its head, unless only the whole model names all of `inputs`."""
+        headless = _without_head(self.model)
+        is_enough = _named_arguments(headless) >= _named_arguments(self.model) & inputs.keys()
+        return headless if is_enough else self.model
+
+    def _cast(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Pixels in the model's dtype, as `processor(...).to(model.dtype)` has them."""
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+
+        def cast_leaf(value: Any) -> Any:
+            if isinstance(value, list):
+                return [cast_leaf(item) for item in value]
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return {name: cast_leaf(value) for name, value in inputs.items()}
+
+
+def _call(module: nn.Module, arguments: dict[str, Any]) -> None:
+    if "use_cache" in _named_arguments(module) or _takes_any(module):
+        arguments = {**arguments, "use_cache": False}
+    module(**arguments)
+
+
+def _without_head(model: nn.Module) -> nn.Module:
+    return cast(nn.Module, getattr(model, "base_model", model))
+
+
+def _parameters(module: nn.Module) -> list[inspect.Parameter]:
+    forward: Callable[..., Any] = type(module).forward
+    return list(inspect.signature(forward).parameters.values())
+
+
+def _named_arguments(module: nn.Module) -> frozenset[str]:
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return frozenset(each.name for each in _parameters(module) if each.kind not in variable)
+
+
+def _takes_any(module: nn.Module) -> bool:
+    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in _parameters(module))
+
+
+def placeholder_ids(model: nn.Module) -> frozenset[int]:
+    """Ids that the config names: of images, of the start and end of a text and the like."""
+    found: set[int] = set()
+    configs = [config] if (config := getattr(model, "config", None)) is not None else []
+    while configs:
+        for name, value in vars(configs.pop()).items():
+            if isinstance(value, PreTrainedConfig):
+                configs.append(value)
+            elif name.endswith(("token_id", "token_index")):
+                found |= {each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)}
+    return frozenset(found)
+
+
+def text_in(model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Token ids of samples less those that stand for images, (tokens,) int64; some others where too few are left."""
+    ids = torch.cat([sample["input_ids"].flatten() for sample in samples])
+    is_text = ~torch.isin(ids, torch.tensor(sorted(placeholder_ids(model)), dtype=torch.int64))
+    return ids[is_text] if int(is_text.sum()) >= TRIAL_TOKENS else trial_text()[0]
+
+
+def trial_text() -> Tensor:
+    """A few tokens that only show which layers run, (1, tokens) int64."""
+    return torch.arange(TRIAL_TOKENS).unsqueeze(0)

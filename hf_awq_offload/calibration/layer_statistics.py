@@ -1,0 +1,129 @@
+"""Whose tokens are a linear's statistics: one collector per distinct input, and per expert.
+
+The linears of a group share their input and so their statistics. Experts are the exception: each sees the tokens
+that the router sends it, and these are its statistics. An expert that saw few is given the layer's pooled statistics
+for the tokens that it lacks: G = (n·G_own + (m - n)·G_pool) / m for n < m tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..model.experts import ExpertPart, Routing, expert_parts, routed
+from ..model.folds import InputGroup, LayerStructure
+from ..model.linears import linears_in
+from ..search.statistics import InputStatistics, blended, pooled
+from .statistics_collector import StatisticsCollector
+
+
+class LayerStatistics:
+    """Collects while a decoder layer runs, and says what each of its linears saw.
+
+    Args:
+        layer: the decoder layer.
+        structure: its groups.
+        wanted: linears whose statistics are needed.
+        device: where the sums live.
+        every_token: let every expert see every token while collecting.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        structure: LayerStructure,
+        wanted: Collection[str],
+        device: torch.device,
+        every_token: bool = False,
+    ):
+        self.layer = layer
+        self.routing = Routing.EVERY_TOKEN if every_token else Routing.TOP_K
+        self.parts = expert_parts(layer)
+        self.leader_of: dict[str, str] = {}
+        for group in structure.groups:
+            leaders: dict[str, str] = {}
+            for name in group.consumers if not set(wanted).isdisjoint(group.consumers) else []:
+                part = self.parts.get(name)
+                self.leader_of[name] = leaders.setdefault("" if part is None else part.expert_name, name)
+        linears = linears_in(layer)
+        self.collector = StatisticsCollector({name: linears[name] for name in set(self.leader_of.values())}, device)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Collect from every forward pass inside the context."""
+        with routed(self.layer, self.routing), self.collector.collecting():
+            yield
+
+    def count_only(
+        self,
+        counted: Tensor | None,  # (batch, tokens) bool
+    ) -> None:
+        """Which tokens of the batch that comes next enter the statistics; None means all of them."""
+        self.collector.count_only(counted)
+
+    def gathered(self, layer_name: str, min_expert_tokens: int) -> GatheredStatistics:
+        """What was collected; `layer_name` is for errors only.
+
+        Raises:
+            NumericalError: activations were NaN or infinite, or no token reached a linear outside experts.
+        """
+        own = {
+            name: self.collector.take(name, layer_name, may_be_empty=name in self.parts)
+            for name in self.collector.inputs
+        }
+        return GatheredStatistics(own, self.leader_of, self.parts, min_expert_tokens)
+
+
+class GatheredStatistics:
+    """The statistics of a layer's groups and linears."""
+
+    def __init__(
+        self,
+        own: Mapping[str, InputStatistics],  # by leader
+        leader_of: Mapping[str, str],
+        parts: Mapping[str, ExpertPart],
+        min_expert_tokens: int,
+    ):
+        self.own = own
+        self.leader_of = leader_of
+        self.parts = parts
+        self.min_expert_tokens = min_expert_tokens
+        families: dict[str, list[str]] = defaultdict(list)
+        for name in own:
+            if name in parts:
+                families[parts[name].family].append(name)
+        self._pools = {family: pooled([own[name] for name in names]) for family, names in families.items()}
+
+    def of_group(self, group: InputGroup) -> InputStatistics | None:
+        """Of the input that a group shares: over all tokens; of a single expert's, its own. None: not collected."""
+        leaders = dict.fromkeys(self.leader_of[name] for name in group.consumers if name in self.leader_of)
+        if not leaders:
+            return None
+        outside = [name for name in leaders if name not in self.parts]
+        if outside:
+            return self.own[outside[0]]
+        if len(leaders) == 1:
+            return self.of_linear(group, next(iter(leaders)))
+        return pooled([self.own[name] for name in leaders])
+
+    def of_linear(self, group: InputGroup, name: str) -> InputStatistics:
+        """Of one linear's input: an expert's own tokens, filled up where these are few."""
+        leader = self.leader_of[name]
+        if leader not in self.parts:
+            return self.own[leader]
+        outside = [other for other in group.consumers if other not in self.parts]
+        pool = self.own[self.leader_of[outside[0]]] if outside else self._pools[self.parts[leader].family]
+        return blended(self.own[leader], pool, self.min_expert_tokens)
+
+    def starved(self) -> dict[str, int]:
+        """Experts that saw fewer tokens than the minimum -> how many."""
+        tokens: dict[str, int] = {}
+        for name, statistics in self.own.items():
+            if name in self.parts:
+                expert = self.parts[name].expert_name
+                tokens[expert] = max(statistics.tokens, tokens.get(expert, 0))
+        return {expert: seen for expert, seen in tokens.items() if seen < self.min_expert_tokens}

@@ -1,0 +1,296 @@
+"""Finding the elements of whatever the user gave as `dataset`: an object, a file or a name.
+
+What has a length and random access (a list, a 2-D tensor, a `datasets.Dataset`, a .json list) is visited in a
+seeded random order, so that a sorted data set is sampled evenly. Everything else (other files, streams,
+generators) is read from its start, and no further than asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..config import AwqOffloadConfig
+from ..errors import CalibrationDataError
+from .documents import names_of, require_one_form, type_name
+
+OPTIMUM_NAMES = ("wikitext2", "c4", "c4-new")
+"""What `optimum.gptq.data.get_dataset` knows; the names that GPTQ users are used to."""
+
+_FORMS = (
+    "'builtin', a list of texts, a list of token-id lists, a 2-D tensor of token ids, an iterable of dicts "
+    "(a datasets.Dataset, for instance), a file or a data set name"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The elements of a data set before anyone looked at their form."""
+
+    name: str | None  # None = in-memory data without a name
+    elements: Iterator[tuple[int, Any]]  # (row, element), in the order in which they are visited
+    string_columns: list[str] | None = None  # None = unknown before the first row
+
+
+def open_source(config: AwqOffloadConfig, get_tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Source:
+    """Find what `config.dataset` means. `get_tokenizer` is called only for optimum's data sets.
+
+    Raises:
+        CalibrationDataError: nothing known has that form or name, or it can't be opened.
+    """
+    dataset = config.dataset
+    if not isinstance(dataset, str | os.PathLike):
+        return _open_object(dataset, config.seed)
+    if dataset == "builtin":
+        return Source("builtin", _visit(_builtin_texts(), config.seed))
+    if dataset in OPTIMUM_NAMES:
+        return Source(str(dataset), _visit(_optimum_rows(str(dataset), config, get_tokenizer()), config.seed))
+    path = Path(os.path.expanduser(dataset))
+    if os.path.isfile(path):
+        return Source(path.name, _visit(_open_file(path), config.seed))
+    if os.path.isdir(path):
+        return _open_with_datasets(str(path), name=path.resolve().name)
+    if isinstance(dataset, os.PathLike) or _looks_like_path(dataset):
+        raise CalibrationDataError(
+            f"The dataset {os.fspath(dataset)!r} looks like a path, but there is no such file (working "
+            f"directory: {os.getcwd()}). Pass the path of an existing {', '.join(_FILE_READERS)} file."
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
+        raise CalibrationDataError(
+            f"The dataset is a string of {len(dataset)} characters that is neither a file nor a data set "
+            "name. To calibrate on that text itself, pass it in a list: dataset=[text]."
+        )
+    return _open_with_datasets(dataset, name=dataset)
+
+
+# ---- opening: objects
+
+
+def _open_object(dataset: Any, seed: int) -> Source:
+    if isinstance(dataset, Tensor | np.ndarray):
+        is_text = isinstance(dataset, np.ndarray) and dataset.dtype.kind in "OUS"
+        if dataset.ndim != (1 if is_text else 2):
+            raise CalibrationDataError(
+                f"The dataset is an array of shape {tuple(dataset.shape)} and type {dataset.dtype}; expected "
+                "token ids of shape (sequences, tokens). Wrap a single sequence in a list: "
+                "dataset=[token_ids]."
+            )
+        return Source(None, _visit(list(dataset) if is_text else dataset, seed))
+    if isinstance(dataset, Mapping) or hasattr(dataset, "iterrows"):
+        raise CalibrationDataError(
+            f"The dataset is {type_name(dataset)} with the keys {names_of(dataset)}; expected rows. "
+            "Pass one split of a DatasetDict (dataset['train']), wrap columns in "
+            "datasets.Dataset.from_dict(...), or a DataFrame in datasets.Dataset.from_pandas(...)."
+        )
+    if isinstance(dataset, list | tuple):
+        require_one_form(dataset)
+        return Source(None, _visit(dataset, seed))
+    # A datasets.Dataset can only be at hand where that module is imported already.
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        elements = dataset if isinstance(dataset, datasets.Dataset) else iter(dataset)
+        return Source(_own_name(dataset), _visit(elements, seed), _string_columns(dataset))
+    try:
+        elements = iter(dataset)
+    except TypeError:
+        raise CalibrationDataError(f"The dataset is {type_name(dataset)}; expected {_FORMS}.") from None
+    return Source(None, _visit(elements, seed))
+
+
+def _visit(elements: Any, seed: int) -> Iterator[tuple[int, Any]]:
+    """Number the elements; in a random order if they are not an iterator."""
+    if isinstance(elements, Iterator):
+        yield from enumerate(elements)
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for row in torch.randperm(len(elements), generator=generator).tolist():
+        yield row, elements[row]
+
+
+def _own_name(dataset: Any) -> str | None:
+    """The name that a datasets.Dataset was loaded by; None for those made from memory or loose files."""
+    name, builder = dataset.info.dataset_name, dataset.info.builder_name
+    return None if name == builder else name  # both are "json", "generator", … for data without a name
+
+
+def _string_columns(dataset: Any) -> list[str] | None:
+    if dataset.features is None:
+        return None
+    is_string = {name: getattr(kind, "dtype", "").endswith("string") for name, kind in dataset.features.items()}
+    return [name for name, yes in is_string.items() if yes]
+
+
+# ---- opening: files
+
+
+def _open_file(path: Path) -> Sequence[Any] | Iterator[Any]:
+    """The elements of a local file: a list where the whole file is in memory, else an iterator."""
+    reader = _FILE_READERS.get(path.suffix.lower())
+    if reader is None:
+        raise CalibrationDataError(
+            f"The dataset file {path} ends in {path.suffix!r}; expected {', '.join(_FILE_READERS)}. Load it "
+            "yourself (datasets.load_dataset reads more formats) and pass the data set."
+        )
+    what = f"The dataset file {path}"
+    remedy = "Check that the file is complete and has the format of its suffix."
+    elements = _guarded(reader, what, remedy, path)
+    if not isinstance(elements, list):
+        return _guarded_iterator(elements, what, remedy)
+    require_one_form(elements)
+    return elements
+
+
+def _read_txt(path: Path) -> list[str]:
+    # One document, whole: splitting at blank lines would put an EOS between the paragraphs of one text.
+    return [path.read_text(encoding="utf-8-sig")]
+
+
+def _read_json(path: Path) -> list[Any]:
+    """A list, a single object, or one value per line under the wrong suffix, which is common."""
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise CalibrationDataError(_json_message(path, error.lineno, error)) from error
+        return list(_parse_lines(path, text.split("\n")))
+    return parsed if isinstance(parsed, list) else [parsed]
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig") as file:
+        yield from _parse_lines(path, file)
+
+
+def _parse_lines(path: Path, lines: Iterable[str]) -> Iterator[Any]:
+    for line_number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise CalibrationDataError(_json_message(path, line_number, error)) from error
+
+
+def _json_message(path: Path, line_number: int, error: json.JSONDecodeError) -> str:
+    return (
+        f"{path}, line {line_number}: not valid JSON ({error.msg}, column {error.colno}). Expected one JSON "
+        "value per line (.jsonl) or one list (.json); correct or remove that line."
+    )
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    # Read with pyarrow, not datasets: no copy in the cache, and no globbing of the path.
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    # pandas and not csv, whose limit of 131072 characters a field can only be lifted for the whole process.
+    import pandas
+
+    with pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=256, encoding="utf-8-sig") as chunks:
+        for chunk in chunks:
+            yield from chunk.to_dict("records")
+
+
+_FILE_READERS: dict[str, Callable[[Path], list[Any] | Iterator[Any]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
+
+
+def _looks_like_path(name: str) -> bool:
+    """Data set names are `name` or `owner/name`; what has a file's suffix or other separators is a path."""
+    has_suffix = name.lower().endswith(tuple(_FILE_READERS))
+    has_separators = name.count("/") > 1 or name.endswith("/") or "\\" in name
+    is_short = len(name) < 256 and "\n" not in name  # else it's a text, which gets an error of its own
+    return is_short and (has_suffix or has_separators or name.startswith((".", "/", "~")))
+
+
+# ---- opening: names
+
+
+def _builtin_texts() -> list[str]:
+    """About 460 kB of English about Python: the help texts that CPython carries."""
+    from pydoc_data.topics import topics  # imported here because of its size
+
+    return list(topics.values())
+
+
+def _open_with_datasets(path: str, name: str) -> Source:
+    """Stream the train split, or the first one, of what `datasets.load_dataset` finds under `path`."""
+    what, remedy = (
+        f"The data set {path!r}",
+        "Pass 'builtin', the path of a local file, or a list of texts instead.",
+    )
+
+    def load() -> Any:
+        import datasets
+
+        splits = datasets.load_dataset(path, streaming=True)
+        return splits["train"] if "train" in splits else next(iter(splits.values()))
+
+    split = _guarded(load, what, remedy)
+    elements = _guarded_iterator(iter(split), what, remedy)
+    return Source(name, _visit(elements, 0), _string_columns(split))
+
+
+def _optimum_rows(name: str, config: AwqOffloadConfig, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Rows of `config.max_seq_len` tokens; the random states that optimum overwrites are put back."""
+
+    def load() -> Any:
+        from optimum.gptq.data import get_dataset
+
+        quiet_tokenizer = partial(cast(Any, tokenizer), verbose=False)  # the texts are longer than any model_max_length
+        return get_dataset(name, quiet_tokenizer, config.n_samples, config.max_seq_len, config.seed)
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=cuda_devices):
+            return _guarded(
+                load,
+                f"optimum's data set {name!r}",
+                "It is downloaded and needs optimum, datasets and a network; without one pass 'builtin', the "
+                "path of a local file, or a list of texts.",
+            )
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _guarded(function: Callable[..., Any], what: str, remedy: str, *arguments: Any) -> Any:
+    """Call; any error becomes a CalibrationDataError. Readers raise dozens of kinds, so all are caught."""
+    try:
+        return function(*arguments)
+    except CalibrationDataError:
+        raise
+    except Exception as error:
+        raise CalibrationDataError(
+            f"{what} can't be read ({type(error).__name__}: {str(error)[:500]}). {remedy}"
+        ) from error
+
+
+def _guarded_iterator(elements: Iterator[Any], what: str, remedy: str) -> Iterator[Any]:
+    end = object()
+    while (element := _guarded(next, what, remedy, elements, end)) is not end:
+        yield element

@@ -1,0 +1,148 @@
+"""Collects the statistics of linears' inputs while a decoder layer runs: forward hooks that add up gram matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NumericalError
+from ..search.statistics import InputStatistics
+
+BLOCK_CHANNELS = 512
+
+
+class StatisticsCollector:
+    """Accumulates `InputStatistics` for named inputs while a decoder layer runs.
+
+    Args:
+        inputs: name of an input -> the linear whose input it is.
+        device: where the sums live.
+    """
+
+    def __init__(self, inputs: Mapping[str, nn.Linear], device: torch.device):
+        self.inputs = inputs
+        self.sums = {
+            name: (
+                torch.zeros(linear.in_features, linear.in_features, device=device),
+                torch.zeros(linear.in_features, device=device),
+            )
+            for name, linear in inputs.items()
+        }
+        self.tokens = dict.fromkeys(inputs, 0)
+        self.counted: Tensor | None = None
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Collect from every forward pass inside the context."""
+        handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.inputs.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def count_only(
+        self,
+        counted: Tensor | None,  # (batch, tokens) bool
+    ) -> None:
+        """Which tokens of the batch that comes next enter the statistics; None means all of them."""
+        self.counted = counted
+
+    def take(self, name: str, layer_name: str, may_be_empty: bool = False) -> InputStatistics:
+        """The statistics of one input, zeros if no token reached it; its sums are given up for them.
+
+        `layer_name` is for the error only.
+
+        Raises:
+            NumericalError: activations were NaN or infinite, or no token reached an input that may not be empty.
+        """
+        tokens = self.tokens[name]
+        gram, abs_sum = self.sums.pop(name)
+        if tokens == 0 and may_be_empty:
+            return InputStatistics(gram, abs_sum, 0)
+        if tokens == 0:
+            raise NumericalError(f"No calibration token reached {layer_name}.{name}; give more calibration data.")
+        if not bool(torch.isfinite(gram.diagonal()).all()):
+            raise NumericalError(
+                f"The input of {layer_name}.{name} holds NaN or infinite values on the calibration data. Load the "
+                "model in a wider dtype (dtype=torch.bfloat16 or torch.float32), or check its weights."
+            )
+        mirror_upper(gram)
+        return InputStatistics(gram.div_(tokens), abs_sum.div_(tokens), tokens)
+
+    def _hook(self, name: str):
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = _counted_rows(args[0], self.counted)
+            gram, abs_sum = self.sums[name]
+            with exact_on_matrix_units(rows.dtype, rows.device):
+                rows = rows.float()
+                if _are_together(gram, rows):
+                    add_gram(gram, rows)
+                else:  # the product where the layer is, the sum where there is room for all of them
+                    product = torch.zeros_like(gram, device=rows.device)
+                    add_gram(product, rows)
+                    gram.add_(product.to(gram.device))
+            abs_sum.add_(rows.abs().sum(dim=0).to(abs_sum.device))
+            self.tokens[name] += rows.shape[0]
+
+        return add
+
+
+def _are_together(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.device == other.device
+
+
+@contextmanager
+def exact_on_matrix_units(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Inside, fp32 products of numbers that were of `dtype` may run on matrix units, which lose nothing of them.
+
+    TF32 has the 10 bits of an fp16 or bf16 mantissa, AMX multiplies bf16; both add up in fp32.
+    """
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        backend, precision = torch.backends.cuda.matmul, "tf32"
+    elif device.type == "cpu" and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        backend, precision = cast(Any, torch.backends).mkldnn.matmul, "bf16"
+    else:
+        yield
+        return
+    before = backend.fp32_precision
+    backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+def add_gram(
+    gram: Tensor,  # (in, in) fp32
+    rows: Tensor,  # (tokens, in) fp32
+) -> None:
+    """gram += XᵀX in the blocks on and above the diagonal: little more than half of the products."""
+    for start in range(0, gram.shape[0], BLOCK_CHANNELS):
+        gram[start : start + BLOCK_CHANNELS, start:].addmm_(
+            rows[:, start : start + BLOCK_CHANNELS].t(), rows[:, start:]
+        )
+
+
+def mirror_upper(
+    gram: Tensor,  # (in, in)
+) -> None:
+    """Fill the blocks below the diagonal, in place, from those above."""
+    for start in range(0, gram.shape[0], BLOCK_CHANNELS):
+        stop = start + BLOCK_CHANNELS
+        gram[stop:, start:stop] = gram[start:stop, stop:].t()
+
+
+def _counted_rows(
+    x: Tensor,  # (..., in)
+    counted: Tensor | None,  # (batch, tokens) bool
+) -> Tensor:
+    """Inputs of the counted tokens, (tokens, in). Inputs that are not one row per token are taken whole."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if counted is not None and rows.shape[0] == counted.numel():
+        rows = rows[counted.reshape(-1).to(rows.device)]
+    return rows

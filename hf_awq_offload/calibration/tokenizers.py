@@ -1,0 +1,85 @@
+"""Tokenizers and processors of calibration data: where they come from, and rendering conversations with images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+
+from ..errors import CalibrationDataError
+from .documents import Chat
+
+TEXT_BLOCK_CHARACTERS = 1 << 20
+"""Longer documents are tokenized in blocks, so that a book of any size can be left in the middle."""
+
+
+def tokenizer_of(given: Any, load_own: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    """`given` itself or what it holds, or the tokenizer of that name or path, or the checkpoint's own for None."""
+    if isinstance(given, ProcessorMixin):
+        return cast(Any, given).tokenizer
+    if given is not None and not isinstance(given, str | os.PathLike):
+        return given
+    which = "The checkpoint's own tokenizer" if given is None else f"The tokenizer {os.fspath(given)!r}"
+    remedy = "Set `tokenizer` to a tokenizer, its name or path, or pass token ids as `dataset`."
+    try:
+        tokenizer = load_own() if given is None else AutoTokenizer.from_pretrained(given)
+    except Exception as error:  # of any kind: files, network, remote code
+        raise CalibrationDataError(
+            f"The calibration data is text, but its tokenizer is missing. {which} can't be loaded "
+            f"({type(error).__name__}: {error}). {remedy}"
+        ) from error
+    if tokenizer is None:
+        raise CalibrationDataError(f"The calibration data is text, but there is no tokenizer. {remedy}")
+    return tokenizer
+
+
+def processor_of(given: Any, load_own: Callable[[], ProcessorMixin] | None) -> ProcessorMixin:
+    """`given` itself, or the processor of that name or path, or the checkpoint's own for None."""
+    if isinstance(given, ProcessorMixin):
+        return given
+    remedy = "Set `tokenizer` to the model's processor, or pass what it returns as rows of `dataset`."
+    try:
+        if given is not None and not isinstance(given, str | os.PathLike):
+            raise TypeError(f"`tokenizer` is a {type(given).__name__}, which takes text only")
+        if given is None and load_own is None:
+            raise TypeError("the model has none")
+        processor = load_own() if given is None and load_own is not None else AutoProcessor.from_pretrained(given)
+    except Exception as error:  # of any kind: files, network, remote code, missing packages
+        raise CalibrationDataError(
+            f"The calibration data holds images, but their processor can't be loaded ({type(error).__name__}: "
+            f"{error}). {remedy}"
+        ) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise CalibrationDataError(
+            f"The calibration data holds images, but the model's processor is a {type(processor).__name__}, which "
+            f"takes text only. {remedy}"
+        )
+    return processor
+
+
+def render_with_media(chat: Chat, processor: ProcessorMixin) -> Mapping[str, Any]:
+    """A conversation with images as the processor's chat template renders it."""
+    try:
+        if chat.images is None:
+            return cast(Any, processor).apply_chat_template(
+                chat.messages, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        text = cast(Any, processor).apply_chat_template(chat.messages, tokenize=False)
+        return processor(text=[text], images=chat.images, return_tensors="pt")
+    except Exception as error:  # templates and image readers raise what they like
+        raise CalibrationDataError(
+            f"The processor (a {type(processor).__name__}) can't render row {chat.row}, column 'messages' "
+            f"({type(error).__name__}: {error}). Pass the processor of a chat model, or what it returns as rows."
+        ) from error
+
+
+def text_blocks(text: str) -> Iterator[str]:
+    """Blocks of at most TEXT_BLOCK_CHARACTERS, cut after a line end where there is one."""
+    start = 0
+    while len(text) - start > TEXT_BLOCK_CHARACTERS:
+        end = text.rfind("\n", start, start + TEXT_BLOCK_CHARACTERS) + 1 or start + TEXT_BLOCK_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]

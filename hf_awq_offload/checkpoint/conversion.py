@@ -1,0 +1,298 @@
+"""A quantized checkpoint of 4 bits in another format, exactly: file by file, one linear in memory at a time.
+
+    gemm, gemv, gemv_fast, llm-awq, compressed-tensors  ->  gemm, gemv, compressed-tensors
+
+Integers, zero points and scales stay what they are; what the other format can't hold is refused before anything is
+written, except scales that lose bits in its dtype: those are found on the way, and nothing of the result is left. All
+other tensors are copied byte by byte, all other files as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from ..errors import CheckpointError
+from ..formats.awq import BITS, COLUMNS_PER_WORD, PackedWeight
+from ..formats.awq_config import AwqCheckpointConfig
+from ..formats.awq_variants import gemv_words, to_gemm, to_gemv
+from ..formats.compressed_tensors_config import META_ATTRIBUTE, PackedCheckpointConfig, may_be_taken_for_a_linear
+from ..formats.conversion import exact, to_awq, to_pack_quantized
+from ..formats.pack_quantized import PackQuantizedWeight, words_for
+from ..logs import get_logger
+from .inspection import inspect_checkpoint
+from .opened import COMPRESSED_TENSORS, CONFIG_NAME, Checkpoint, open_checkpoint
+from .renaming import Renaming
+from .safetensors import INDEX_NAME, tensor_places, writing
+from .work_folder import move_into_place, refuse_existing, work_folder
+
+logger = get_logger(__name__)
+
+TARGETS = ("gemm", "gemv", COMPRESSED_TENSORS)
+SPELLED = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was done."""
+
+    source_format: str
+    format: str
+    linears: int
+    size_bytes: int
+
+
+def convert_checkpoint(
+    source: Path,
+    out_dir: Path,
+    to: str,
+    *,
+    scale_dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Write the checkpoint in `source` to `out_dir` in another format.
+
+    Args:
+        source: folder of a quantized checkpoint.
+        out_dir: appears when it is complete.
+        to: "gemm", "gemv" or "compressed-tensors".
+        scale_dtype: of the scales in compressed-tensors; by default that of the model.
+        overwrite: put the result in the place of a folder that exists.
+
+    Raises:
+        CheckpointError: `source` is damaged or not of 4 bits, or the other format can't hold exactly what it says.
+        ConfigError: `out_dir` exists and is not empty.
+        StorageError: a file can't be written.
+    """
+    target = out_dir.absolute()
+    checkpoint = open_checkpoint(source)
+    job = _Conversion(checkpoint, to, scale_dtype)
+    with work_folder(target) as work:
+        refuse_existing(target, overwrite)
+        assembled = work / "checkpoint"
+        assembled.mkdir()
+        job.write(assembled)
+        for path in sorted(source.iterdir()):
+            if not (path.name in (CONFIG_NAME, INDEX_NAME) or path.suffix == ".safetensors"):
+                copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                copy(path, assembled / path.name)
+        size_bytes = sum(file.stat().st_size for file in assembled.glob("*.safetensors"))
+        move_into_place(assembled, target, work)
+    return Converted(checkpoint.format, to, len(checkpoint.linears), size_bytes)
+
+
+class _Conversion:
+    """One conversion; its constructor refuses what can be refused by headers."""
+
+    def __init__(self, checkpoint: Checkpoint, to: str, scale_dtype: torch.dtype | None):
+        self.checkpoint, self.to = checkpoint, to
+        if not checkpoint.linears:
+            raise CheckpointError(
+                f"{checkpoint.folder} is a checkpoint of the format {checkpoint.format!r} without packed linears; "
+                f"expected one of gemm, gemv, gemv_fast, llm-awq, {COMPRESSED_TENSORS}."
+            )
+        if checkpoint.format == to:
+            raise CheckpointError(f"{checkpoint.folder} is in the format {to} already; nothing was written.")
+        sound = inspect_checkpoint(checkpoint.folder, headers_only=True)
+        if sound.is_damaged:
+            damage = next(finding for finding in sound.findings if finding.is_damage)
+            raise CheckpointError(f"{checkpoint.folder} is damaged: {damage.where}: {damage.what}")
+        self.facts = {facts.name: facts for facts in sound.linears}
+        self.choice = self._one_grid()
+        model_dtype = _model_dtype(checkpoint)
+        self.scale_dtype = (scale_dtype or model_dtype) if to == COMPRESSED_TENSORS else torch.float16
+        self._require_shapes()
+
+    def _one_grid(self) -> Any:
+        """Of all linears."""
+        choices = {self.checkpoint.choice(linear) for linear in self.checkpoint.linears}
+        if any(choice is None or choice.bits != BITS for choice in choices) or len(choices) > 1:
+            bits = sorted({choice.bits for choice in choices if choice is not None})
+            raise CheckpointError(
+                f"{self.checkpoint.folder} has {len(choices)} grids, of {' and '.join(map(str, bits))} bits; AWQ "
+                "checkpoints hold 4 bits, the same for all linears. It can't be converted exactly."
+            )
+        return choices.pop()
+
+    def _require_shapes(self) -> None:
+        for facts in self.facts.values():
+            if self.to != COMPRESSED_TENSORS and facts.out_features % COLUMNS_PER_WORD:
+                raise CheckpointError(
+                    f"{facts.name} has {facts.out_features} output channels; the AWQ layouts hold multiples of "
+                    f"{COLUMNS_PER_WORD}. It can't be converted exactly."
+                )
+            if self.to == "gemv":
+                gemv_words(facts.in_features, facts.group_size)
+
+    # -- tensors -------------------------------------------------------------------------------------------------------
+
+    def write(self, folder: Path) -> None:
+        """All files of tensors, the index and config.json."""
+        places = self.checkpoint.places
+        consumed = {name for linear in self.facts for name in self.checkpoint.tensors_of(linear).values()}
+        home = {linear: places[self._main_tensor(linear)].file for linear in self.facts}
+        weight_map: dict[str, str] = {}
+        for file in sorted({place.file for place in places.values()}):
+            kept = {name: place for name, place in places.items() if place.file == file and name not in consumed}
+            linears = [linear for linear in self.facts if home[linear] == file]
+            tensors = {name: (place.dtype, place.shape) for name, place in kept.items()}
+            for linear in linears:
+                tensors |= self._announced(linear)
+            with writing(folder / file.name, tensors) as out:
+                for name, place in kept.items():
+                    out.copy(name, place)
+                for linear in linears:
+                    for name, tensor in self._converted(linear).items():
+                        out.write(name, tensor)
+            weight_map |= dict.fromkeys(tensors, file.name)
+        self._write_index(folder, weight_map)
+        config = json.dumps(self._config(), indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+
+    def _main_tensor(self, linear: str) -> str:
+        return next(iter(self.checkpoint.tensors_of(linear).values()))
+
+    def _announced(self, linear: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtypes and shapes of the linear's new tensors."""
+        facts, scales = self.facts[linear], SPELLED[self.scale_dtype]
+        n = facts.in_features // facts.group_size
+        if self.to == COMPRESSED_TENSORS:
+            found: dict[str, tuple[str, tuple[int, ...]]] = {
+                "weight_packed": ("I32", (facts.out_features, words_for(facts.in_features, BITS))),
+                "weight_scale": (scales, (facts.out_features, n)),
+                "weight_shape": ("I64", (2,)),
+            }
+            if facts.zero_point:
+                found["weight_zero_point"] = ("I32", (words_for(facts.out_features, BITS), n))
+        elif self.to == "gemm":
+            words = facts.out_features // COLUMNS_PER_WORD
+            found = {
+                "qweight": ("I32", (facts.in_features, words)),
+                "qzeros": ("I32", (n, words)),
+                "scales": (scales, (n, facts.out_features)),
+            }
+        else:
+            words = gemv_words(facts.in_features, facts.group_size)
+            found = {
+                "qweight": ("I32", (facts.out_features, facts.in_features // COLUMNS_PER_WORD)),
+                "qzeros": ("I32", (facts.out_features, words)),
+                "scales": (scales, (facts.out_features, words * COLUMNS_PER_WORD)),
+            }
+        return {f"{linear}.{name}": tensor for name, tensor in found.items()}
+
+    def _converted(self, linear: str) -> dict[str, Tensor]:
+        facts, config = self.facts[linear], self.checkpoint.quantization
+        stored = {name: self.checkpoint.read(tensor) for name, tensor in self.checkpoint.tensors_of(linear).items()}
+        try:
+            if isinstance(config, AwqCheckpointConfig):
+                packed = PackedWeight(stored["qweight"], stored["qzeros"], stored["scales"])
+                gemm = to_gemm(config.version, packed, facts.in_features // facts.group_size)
+                if self.to != COMPRESSED_TENSORS:
+                    gemm = gemm._replace(scales=exact(gemm.scales, self.scale_dtype))
+            else:
+                gemm = to_awq(PackQuantizedWeight(**({"weight_zero_point": None} | stored)))
+            new: Any = gemm if self.to == "gemm" else to_gemv(gemm) if self.to == "gemv" else None
+            if new is None:
+                new = to_pack_quantized(gemm, facts.zero_point, self.scale_dtype)
+        except CheckpointError as error:
+            hint = ""
+            if self.to == COMPRESSED_TENSORS and self.scale_dtype == torch.bfloat16:
+                hint = " Or have the scales in another dtype than the model: float16 (--scale-dtype float16)."
+            raise CheckpointError(f"{linear}: {error}{hint}") from error
+        return {f"{linear}.{name}": value for name, value in new._asdict().items() if value is not None}
+
+    def _write_index(self, folder: Path, weight_map: dict[str, str]) -> None:
+        path = self.checkpoint.folder / INDEX_NAME
+        if not path.exists():
+            return
+        index = json.loads(path.read_text(encoding="utf-8"))
+        sizes = (
+            place.end - place.start for file in folder.glob("*.safetensors") for place in tensor_places(file).values()
+        )
+        index["metadata"] = {**index.get("metadata", {}), "total_size": sum(sizes)}
+        index["weight_map"] = weight_map
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / INDEX_NAME).write_text(text, encoding="utf-8")
+
+    # -- config.json ---------------------------------------------------------------------------------------------------
+
+    def _config(self) -> dict[str, Any]:
+        config = {name: value for name, value in self.checkpoint.config.items() if name != "compression_config"}
+        found = self.checkpoint.quantization
+        if isinstance(found, AwqCheckpointConfig) and self.to != COMPRESSED_TENSORS:
+            fields = dict(config["quantization_config"])  # another tool's words stay
+            changed = {name: self.to for name in ("format", "checkpoint_format") if name in fields}
+            return config | {"quantization_config": fields | changed | {"version": self.to}}
+        if isinstance(found, AwqCheckpointConfig):
+            if found.meta:
+                config[META_ATTRIBUTE] = found.meta
+            return config | {"quantization_config": self._packed_config().to_dict()}
+        new = AwqCheckpointConfig(
+            group_size=self.choice.group_size,
+            zero_point=self.choice.zero_point,
+            version=self.to,
+            modules_to_not_convert=sorted(self._dense(matrices=False)) or None,
+            meta=config.pop(META_ATTRIBUTE, {}),
+        )
+        return config | {"quantization_config": new.to_dict()}
+
+    def _packed_config(self) -> PackedCheckpointConfig:
+        grids = dict.fromkeys(self.facts, self.choice)
+        model, renaming = self._model()
+        if model is not None:
+            names = {renaming.name_in_checkpoint(name): name for name, _ in model.named_modules()}
+            grids |= {names[linear]: self.choice for linear in self.facts if linear in names}
+        return PackedCheckpointConfig.of_linears(grids, self._dense(matrices=True) - grids.keys())
+
+    def _dense(self, matrices: bool) -> set[str]:
+        """Names of the linears in full precision; with `matrices` those in the checkpoint too, and routers."""
+        model, renaming = self._model()
+        if model is None:
+            places = self.checkpoint.places.items()
+            return {"lm_head"} | {
+                name.removesuffix(".weight")
+                for name, place in places
+                if name.endswith(".weight") and len(place.shape) == 2 and "embed" not in name
+            }
+        found = set()
+        for name, module in model.named_modules():
+            is_matrix = may_be_taken_for_a_linear(module)
+            if renaming.name_in_checkpoint(name) not in self.facts and (
+                is_matrix if matrices else isinstance(module, nn.Linear)
+            ):
+                found |= {name, renaming.name_in_checkpoint(name)} if matrices else {name}
+        return found
+
+    def _model(self) -> tuple[PreTrainedModel | None, Any]:
+        """On the meta device, for the names of its linears; None where transformers does not know it."""
+        if not hasattr(self, "_built"):
+            self._built: tuple[PreTrainedModel | None, Any] = (None, None)
+            try:
+                config = AutoConfig.from_pretrained(self.checkpoint.folder)
+                config.__dict__.pop("quantization_config", None)
+                model_class = getattr(transformers, (config.architectures or ["?"])[0])
+                with torch.device("meta"):
+                    model = model_class._from_config(config)
+                self._built = (model, Renaming(get_model_conversion_mapping(model, add_legacy=False)))
+            except (AttributeError, ValueError, KeyError, ImportError, OSError) as error:
+                logger.warning(
+                    f"transformers can't build the model ({error}); the linears in full precision are taken from the "
+                    "names in the files."
+                )
+        return self._built
+
+
+def _model_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """As config.json has it."""
+    text = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
+    found = getattr(torch, str(text).removeprefix("torch."), None)
+    return found if found in SPELLED else torch.float16

@@ -1,0 +1,205 @@
+"""safetensors files at the level of bytes: tensors read one by one, and whole files joined to shards.
+
+The format (huggingface.co/docs/safetensors): 8 bytes with the header's length (little endian), the header as JSON
+({name: {"dtype", "shape", "data_offsets": [start, end]}} and "__metadata__"), then the tensors without gaps.
+
+The library's own reader maps whole files into memory; a checkpoint then counts against a limit on address space. And
+it holds the interpreter's lock while it copies, so that reading ahead in a thread would stop everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .layout_checks import DTYPES
+
+MAX_HEADER_BYTES = 100_000_000
+"""As in the library: more is not a header."""
+COPY_BYTES = 1 << 22
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+ALL_DTYPES = DTYPES | {"BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64} | {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
+
+
+WIDEST_FIRST = [
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+]
+
+
+class TensorPlace(NamedTuple):
+    """Where a tensor's bytes are."""
+
+    file: Path
+    dtype: str  # as the format spells it
+    shape: tuple[int, ...]
+    start: int  # in the file
+    end: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return ALL_DTYPES[self.dtype]
+
+
+def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
+    """Every tensor of a safetensors file by its name.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or shorter than its header says.
+    """
+    path = Path(file)
+    try:
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(opened.read(length))
+        first = 8 + length
+        places = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                places[name] = TensorPlace(path, entry["dtype"], tuple(entry["shape"]), first + start, first + end)
+        needed = max([first, *(place.end for place in places.values())])
+        if path.stat().st_size < needed:
+            raise ValueError(f"{path.stat().st_size} bytes, where the header speaks of {needed}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); get it again.") from error
+    return places
+
+
+def read_tensor(place: TensorPlace, pin_memory: bool = False) -> Tensor:
+    """A tensor of its own memory, not mapped; the interpreter's lock is free meanwhile.
+
+    Raises:
+        CheckpointError: the file has become shorter, or has a dtype that torch lacks.
+    """
+    if place.dtype not in ALL_DTYPES:
+        raise CheckpointError(f"{place.file} holds a tensor of dtype {place.dtype}, which this package can't read.")
+    tensor = torch.empty(place.shape, dtype=place.torch_dtype, pin_memory=pin_memory)
+    view = bytes_of(tensor)
+    with place.file.open("rb", buffering=0) as opened:
+        opened.seek(place.start)
+        done = 0
+        while done < len(view):
+            count = opened.readinto(view[done:])
+            if not count:
+                raise CheckpointError(f"{place.file} ends within a tensor; get it again.")
+            done += count
+    return tensor
+
+
+def bytes_of(
+    tensor: Tensor,  # contiguous, on the CPU
+) -> memoryview:
+    """The memory of a tensor; no copy."""
+    return memoryview(cast(Any, tensor.detach().reshape(-1).view(torch.uint8).numpy()))
+
+
+def write_shards(
+    directory: Path,
+    places: Mapping[str, TensorPlace],  # name -> where its bytes are now
+    max_shard_size: str | int,
+    total_parameters: int,
+) -> None:
+    """Join tensors to the files that `save_pretrained` would write, byte by byte, with an index if several.
+
+    Nothing is held in memory.
+    """
+    named = {name: torch.empty(places[name].shape, dtype=places[name].torch_dtype, device="meta") for name in places}
+    split = split_torch_state_dict_into_shards(
+        {name: named[name] for name in sorted(named, key=_natural)},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        _join(directory / file, {name: places[name] for name in names})
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_parameters": total_parameters, **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def _join(target: Path, places: Mapping[str, TensorPlace]) -> None:
+    """One file; tensors in the order of the library: wide dtypes first, so that all are aligned, then by name."""
+    with writing(target, {name: (place.dtype, place.shape) for name, place in places.items()}) as file:
+        for name in file.names:
+            file.copy(name, places[name])
+
+
+class TensorFile:
+    """A safetensors file whose header is written, and whose tensors are put in their places one by one."""
+
+    def __init__(self, opened: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
+        def order(name: str) -> tuple[int, str]:
+            return WIDEST_FIRST.index(tensors[name][0]), name
+
+        self.names: Sequence[str] = sorted(tensors, key=order)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name in self.names:
+            dtype, shape = tensors[name]
+            size = math.prod(shape) * ALL_DTYPES[dtype].itemsize
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
+            position += size
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        opened.write(len(encoded).to_bytes(8, "little") + encoded)
+        first = 8 + len(encoded)
+        self._opened = opened
+        self._ranges = {name: tuple(first + at for at in header[name]["data_offsets"]) for name in self.names}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """A tensor of the dtype and shape that were announced."""
+        start, end = self._ranges[name]
+        data = bytes_of(tensor.contiguous())
+        assert len(data) == end - start, name
+        self._opened.seek(start)
+        self._opened.write(data)
+
+    def copy(self, name: str, place: TensorPlace) -> None:
+        """A tensor of another file, byte by byte."""
+        self._opened.seek(self._ranges[name][0])
+        with place.file.open("rb") as source:
+            source.seek(place.start)
+            left = place.end - place.start
+            while left:
+                block = source.read(min(left, COPY_BYTES))
+                if not block:
+                    raise CheckpointError(f"{place.file} ends within {name}; it was changed meanwhile.")
+                self._opened.write(block)
+                left -= len(block)
+
+
+@contextmanager
+def writing(
+    target: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],  # name -> dtype as the format spells it, shape
+) -> Iterator[TensorFile]:
+    """Write a file of these tensors, all of them written or copied inside; flushed to the disk at the end."""
+    with target.open("wb") as opened:
+        yield TensorFile(opened, tensors)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

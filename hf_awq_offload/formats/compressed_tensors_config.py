@@ -1,0 +1,174 @@
+"""What config.json says of a compressed-tensors checkpoint of packed weights: which linear is on which grid."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+
+from ..errors import CheckpointError
+from .grid_choice import GridChoice
+from .name_patterns import matches, patterns_for
+
+PACK_QUANTIZED = "pack-quantized"
+LINEAR = "Linear"
+"""The target that means every linear which no name or pattern of another group matches."""
+LAYOUT_VERSION = "0.18.0"
+"""The first release of compressed-tensors whose layout this is at every number of bits (pack_quantized.py)."""
+META_ATTRIBUTE = "quantization_meta"
+"""Field of config.json for how the checkpoint was made: the standard's own entry has no room for that."""
+
+
+@dataclass(kw_only=True)
+class PackedCheckpointConfig(QuantizationConfigMixin):
+    """The quantization config of a checkpoint of packed weights: the standard's fields and no others."""
+
+    grids: dict[str, GridChoice] = field(default_factory=dict)
+    """Target -> grid. A target is a module's name, a pattern with "re:" before it, or a class's name, in this order."""
+    ignore: list[str] = field(default_factory=list)
+    """Names and patterns of modules that are not quantized."""
+    quant_method: QuantizationMethod = QuantizationMethod.COMPRESSED_TENSORS
+
+    @classmethod
+    def of_linears(
+        cls,
+        grids: Mapping[str, GridChoice],  # of every quantized linear
+        ignored: Collection[str],  # names of all other modules that readers may take for linears
+    ) -> PackedCheckpointConfig:
+        """The config of a model. The grid that most linears have is the default, the others are given by names."""
+        default = Counter(grids.values()).most_common(1)[0][0]
+        targets: dict[str, GridChoice] = {LINEAR: default}
+        for grid in sorted(set(grids.values()) - {default}):
+            own = {name for name, other in grids.items() if other == grid}
+            targets |= dict.fromkeys(patterns_for(own, grids.keys() - own), grid)
+        return cls(grids=targets, ignore=patterns_for(ignored, grids.keys()))
+
+    def choice_for(
+        self,
+        names: Collection[str],  # of one module: in the model, and in the checkpoint where that is another
+        module: nn.Module,
+    ) -> GridChoice | None:
+        """The grid of a module, None if it is not quantized."""
+        if any(matches(pattern, name) for pattern in self.ignore for name in names):
+            return None
+        classes = {each.__name__ for each in type(module).__mro__}
+        named = [target for target in self.grids if any(matches(target, name) for name in names)]
+        of_class = [target for target in self.grids if target in classes]
+        # Names before patterns, as compressed-tensors sorts them.
+        found = sorted(named, key=lambda target: (target not in names, target)) + sorted(of_class)
+        return self.grids[found[0]] if found else None
+
+    def leave_out(self, names: list[str]) -> None:
+        """Linears that are dense by now are no longer said to be quantized."""
+        self.ignore = [*self.ignore, *names]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of the standard."""
+        groups: dict[str, Any] = {}
+        for grid in dict.fromkeys(self.grids.values()):
+            groups[f"group_{len(groups)}"] = {
+                "targets": [target for target, other in self.grids.items() if other == grid],
+                "weights": _weights_of(grid),
+                "input_activations": None,
+                "output_activations": None,
+                "format": PACK_QUANTIZED,
+            }
+        return {
+            "quant_method": self.quant_method.value,
+            "format": PACK_QUANTIZED,
+            "quantization_status": "compressed",
+            "version": LAYOUT_VERSION,
+            "config_groups": groups,
+            "ignore": copy.copy(self.ignore),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+    @property
+    def is_asymmetric(self) -> bool:
+        """Whether any linear has zero points."""
+        return any(grid.zero_point for grid in self.grids.values())
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From what config.json holds.
+
+        Raises:
+            CheckpointError: the checkpoint is of a kind that this package can't load.
+        """
+        grids: dict[str, GridChoice] = {}
+        for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+            if config_dict.get(key):
+                raise _unsupported(f"{key} is {config_dict[key]!r}", "none")
+        status = config_dict.get("quantization_status", "compressed")
+        if status != "compressed":
+            raise _unsupported(f"quantization_status is {status!r}", "'compressed'")
+        for name, group in (config_dict.get("config_groups") or {}).items():
+            if not isinstance(group, Mapping):
+                raise _unsupported(f"config_groups[{name!r}] is {group!r}", "a dict with targets and weights")
+            layout = group.get("format") or config_dict.get("format")
+            if layout != PACK_QUANTIZED:
+                raise _unsupported(f"the format of {name} is {layout!r}", repr(PACK_QUANTIZED))
+            for key in ("input_activations", "output_activations"):
+                if group.get(key):
+                    raise _unsupported(f"{name} has {key}", "quantized weights only")
+            grids |= dict.fromkeys(group.get("targets") or (), _grid_of(name, group.get("weights")))
+        if not grids:
+            raise _unsupported("config_groups names no target", "at least one")
+        config = cls(grids=grids, ignore=list(config_dict.get("ignore") or ()))
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+def _weights_of(grid: GridChoice) -> dict[str, Any]:
+    """The standard's description of a grid."""
+    is_channel = grid.group_size == -1
+    return {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": not grid.zero_point,
+        "strategy": "channel" if is_channel else "group",
+        "group_size": None if is_channel else grid.group_size,
+        "dynamic": False,
+    }
+
+
+def _grid_of(group: str, weights: Any) -> GridChoice:
+    """The grid that a description means."""
+    if not isinstance(weights, Mapping):
+        raise _unsupported(f"the weights of {group} are {weights!r}", "a dict with num_bits, type and strategy")
+    bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
+    group_size = weights.get("group_size")
+    if strategy is None:
+        strategy = "channel" if group_size == -1 else "group"
+    if kind not in ("int", None) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise _unsupported(f"the weights of {group} are {bits!r} bits of type {kind!r}", "2 to 8 bits of type 'int'")
+    if weights.get("dynamic") or weights.get("actorder") == "group":
+        raise _unsupported(f"the weights of {group} are dynamic or in an order of their own", "static, in order")
+    if strategy == "channel":
+        group_size = -1
+    elif strategy != "group" or not isinstance(group_size, int) or group_size < 1:
+        raise _unsupported(
+            f"{group} has the strategy {strategy!r} and group_size {group_size!r}", "'group' or 'channel'"
+        )
+    return GridChoice(bits, group_size, not weights.get("symmetric", True))
+
+
+def _unsupported(found: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint's quantization_config is not one that this package loads: {found}; expected {expected}. "
+        "Install compressed-tensors and leave loading to transformers, or correct config.json."
+    )
+
+
+def may_be_taken_for_a_linear(module: nn.Module) -> bool:
+    """Whether readers of compressed-tensors may take a module for a linear: it holds a matrix called `weight`.
+
+    Linears do, and so do routers that are no `nn.Linear`.
+    """
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)

@@ -1,0 +1,131 @@
+"""Which grid a linear gets: the recipe's own, changed by the overrides whose pattern is found in the linear's name.
+
+    overrides={r"down_proj$": {"bits": 8, "group_size": 64}, r"layers\\.0\\.": {"bits": 8}}
+
+A pattern is searched (`re.search`) in the module's full name. Where several are found, each changes the fields that it
+names, in the order of the dict: a later one wins. Pure functions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from ..errors import ConfigError
+
+BITS = (2, 3, 4, 8)
+
+GROUP_SIZES = (-1, 32, 64, 128)
+"""Group sizes that kernels serve; -1 is one group per output row."""
+
+
+class GridChoice(NamedTuple):
+    """A grid as the recipe has it; `group_size` may be -1."""
+
+    bits: int
+    group_size: int
+    zero_point: bool
+
+
+Overrides = Mapping[str, Mapping[str, Any]]
+
+
+def choice_for(
+    name: str,  # of a linear in the model
+    base: GridChoice,
+    overrides: Overrides,
+) -> GridChoice:
+    """The grid of one linear."""
+    for pattern, fields in overrides.items():
+        if re.search(pattern, name):
+            base = base._replace(**fields)
+    return base
+
+
+def choices(base: GridChoice, overrides: Overrides) -> set[GridChoice]:
+    """Every grid that some linear may get, whatever it is called."""
+    found = {base}
+    for fields in overrides.values():
+        found |= {choice._replace(**fields) for choice in found}
+    return found
+
+
+def check_choice(where: str, choice: GridChoice) -> None:
+    """ConfigError unless every field has a value that is allowed; `where` goes before the field's name."""
+    if not _is_one_of(choice.bits, BITS):
+        raise ConfigError(f"{where}bits is {choice.bits!r}; pass 4 (the usual), 2, 3 or 8.")
+    if not _is_one_of(choice.group_size, GROUP_SIZES):
+        raise ConfigError(
+            f"{where}group_size is {choice.group_size!r}; pass 128 (the usual), 64, 32, or -1 for one group per row."
+        )
+    if not isinstance(choice.zero_point, bool):
+        raise ConfigError(f"{where}zero_point is {choice.zero_point!r}; pass True or False.")
+
+
+def checked_overrides(overrides: Any, base: GridChoice) -> dict[str, dict[str, Any]]:
+    """A copy of `overrides`, an empty one for None.
+
+    Raises:
+        ConfigError: it has another form, a pattern is no regular expression, or a field is unknown or not allowed.
+    """
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        raise ConfigError(
+            f"overrides is {overrides!r}; pass a dict of regular expressions, such as {{'down_proj$': {{'bits': 8}}}}."
+        )
+    for pattern, fields in overrides.items():
+        _check_pattern(pattern)
+        if not isinstance(fields, Mapping) or not fields:
+            raise ConfigError(f"overrides[{pattern!r}] is {fields!r}; pass a dict such as {{'bits': 8}}.")
+        for field in fields:
+            if field not in GridChoice._fields:
+                nearest = difflib.get_close_matches(str(field), GridChoice._fields, n=1, cutoff=0.0)[0]
+                raise ConfigError(
+                    f"overrides[{pattern!r}] has no field {field!r}; the nearest is {nearest!r}. Known: "
+                    f"{', '.join(GridChoice._fields)}."
+                )
+        check_choice(f"overrides[{pattern!r}]: ", base._replace(**fields))
+    return {pattern: dict(fields) for pattern, fields in overrides.items()}
+
+
+def check_that_all_match(
+    overrides: Overrides,
+    names: Collection[str],  # of the linears that will be quantized
+    left_out: Mapping[str, str],  # name -> why it stays in full precision
+) -> None:
+    """ConfigError if a pattern is found in no name of a linear that will be quantized."""
+    for pattern in overrides:
+        if any(re.search(pattern, name) for name in names):
+            continue
+        kept = next((name for name in left_out if re.search(pattern, name)), None)
+        if kept is not None:
+            raise ConfigError(
+                f"overrides[{pattern!r}] changes nothing: what it finds stays in full precision, such as {kept} "
+                f"({left_out[kept]}). Correct the pattern or leave it out."
+            )
+        example = f", such as {min(names)}" if names else ""
+        raise ConfigError(
+            f"overrides[{pattern!r}] is found in no linear's name. Names are full ones{example}; correct the pattern "
+            "or leave it out."
+        )
+
+
+def _check_pattern(pattern: Any) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(
+            f"overrides has the key {pattern!r}; pass regular expressions as non-empty strings, such as 'down_proj$'."
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"overrides has the key {pattern!r}, which is no regular expression ({error}); pass one such as "
+            "'down_proj$', with a backslash before dots and brackets that are meant literally."
+        ) from error
+
+
+def _is_one_of(value: Any, allowed: tuple[int, ...]) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value in allowed

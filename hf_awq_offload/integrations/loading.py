@@ -1,0 +1,159 @@
+"""Loading a quantized checkpoint into a model of transformers: names, linears, and the conversion of other layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..checkpoint.layout_checks import LinearShape, TensorHeader, check_linear, check_packed_linear, packed_prefixes
+from ..errors import CheckpointError
+from ..formats.awq import PackedWeight
+from ..formats.awq_config import AwqCheckpointConfig
+from ..formats.awq_variants import ZEROS_NAMES, to_gemm
+from ..formats.compressed_tensors_config import PackedCheckpointConfig
+from ..formats.grid import Grid, resolve_group_size
+from ..formats.grid_choice import GridChoice
+from ..nn.registry import linear_class
+
+PACKED_NAMES = PackedWeight._fields
+
+
+def replace_linears(
+    model: PreTrainedModel,
+    config: AwqCheckpointConfig | PackedCheckpointConfig,
+    headers: dict[str, TensorHeader] | None,
+    skipped: list[str],  # name patterns that AWQ loaders leave in full precision
+) -> None:
+    """Put a quantized linear on the meta device wherever the checkpoint holds packed tensors.
+
+    Where the files' headers are known, they say which linears those are, and are checked. Else config.json does.
+
+    Raises:
+        CheckpointError: config.json, the model and the headers contradict each other.
+    """
+    linear_type = linear_class(config.quant_method.value)
+    prefixes = {} if headers is None else names_in_model(model, packed_prefixes(headers, linear_type.TENSORS[0]))
+    stored = {name: prefix for prefix, name in prefixes.items()}
+    dense = set() if headers is None else set(names_in_model(model, packed_prefixes(headers, "weight")).values())
+    replaced = 0
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, nn.Linear):
+            continue
+        prefix = stored.get(name, name)
+        choice = choice_in(config, name, prefix, linear, skipped)
+        if name not in stored and (name in dense or choice is None):
+            continue
+        if choice is None:
+            choice = _choice_in_spite(config, name)
+        reason = linear_type.unpackable_reason(linear.in_features, linear.out_features, choice.group_size)
+        if reason is not None:
+            raise CheckpointError(
+                f"The checkpoint's config says that {name} is quantized, but its {reason}. Expected it among the "
+                "modules that it leaves out; correct config.json or quantize again."
+            )
+        grid = Grid(choice.bits, resolve_group_size(choice.group_size, linear.in_features), choice.zero_point)
+        shape = LinearShape(linear.in_features, linear.out_features, linear.bias is not None)
+        packed = linear_type(*shape, grid, linear.weight.dtype, device="meta")
+        if isinstance(config, PackedCheckpointConfig):
+            scale_dtype = None if headers is None else check_packed_linear(prefix, shape, headers, grid)
+        else:
+            version, group_size = config.version, grid.group_size
+            scale_dtype = None if headers is None else check_linear(prefix, shape, headers, version, group_size)
+        if scale_dtype is not None:
+            packed.set_scale_dtype(scale_dtype)
+        model.set_submodule(name, packed)
+        replaced += 1
+    if not replaced:
+        left_out = (
+            f"ignore is {config.ignore}"
+            if isinstance(config, PackedCheckpointConfig)
+            else f"modules_to_not_convert is {config.modules_to_not_convert}"
+        )
+        raise CheckpointError(
+            f"config.json says quant_method {config.quant_method.value!r}, but no linear of {type(model).__name__} is "
+            f"to be loaded quantized: {left_out}."
+        )
+
+
+def choice_in(
+    config: AwqCheckpointConfig | PackedCheckpointConfig,
+    name: str,  # in the model
+    prefix: str,  # in the checkpoint
+    linear: nn.Linear,
+    skipped: list[str],
+) -> GridChoice | None:
+    """The grid that config.json says a linear is on, None for full precision."""
+    if isinstance(config, PackedCheckpointConfig):
+        return config.choice_for({name, prefix}, linear)
+    return config.choice if should_convert_module(name, skipped) else None
+
+
+def _choice_in_spite(config: AwqCheckpointConfig | PackedCheckpointConfig, name: str) -> GridChoice:
+    """The grid of a linear that is stored packed, although config.json leaves it out: AWQ has only one."""
+    if isinstance(config, PackedCheckpointConfig):
+        raise CheckpointError(
+            f"{name} is packed in the checkpoint, but no config group of config.json names it, or ignore does. Correct "
+            "config.json, or download the checkpoint again."
+        )
+    return config.choice
+
+
+def names_in_model(model: PreTrainedModel, prefixes: Iterable[str]) -> dict[str, str]:
+    """A linear's name in the checkpoint -> its name in the model, renamed as transformers renames weights."""
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    state = model.state_dict()  # on the meta device: names only
+    names = {}
+    for prefix in prefixes:
+        name, _ = rename_source_key(f"{prefix}.weight", renamings, [], model.base_model_prefix, state)
+        names[prefix] = name.removesuffix(".weight")
+    return names
+
+
+def to_gemm_converter(version: str, quantizer: Any) -> WeightConverter:
+    """Has transformers convert each linear to the GEMM layout while it loads, wherever it then goes, the disk too.
+
+    Raises:
+        CheckpointError: this release of transformers has no conversion of several tensors into several others.
+    """
+    sources = ["qweight", *ZEROS_NAMES, "scales"]
+    try:
+        return WeightConverter(sources, list(PACKED_NAMES), operations=[ToGemm(version, quantizer)])
+    except ValueError as error:
+        raise CheckpointError(
+            f"The checkpoint's AWQ version is {version!r}, which transformers {transformers_version} can't convert "
+            "while it loads; expected 'gemm', or transformers 5.23 (known to do it). Upgrade transformers."
+        ) from error
+
+
+class ToGemm(ConversionOps):
+    """The tensors of one linear in the layout of `version` -> in the GEMM layout."""
+
+    supports_many_to_many = True
+
+    def __init__(self, version: str, quantizer: Any):
+        self.version = version
+        self.hf_quantizer = quantizer  # tells transformers not to cast the tensors first
+
+    def __deepcopy__(self, memo: dict) -> ToGemm:
+        return self  # transformers copies the converter for each linear
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, list[Tensor]]:
+        name = kwargs["full_layer_name"]
+        linear = kwargs["model"].get_submodule(name.rpartition(".")[0])
+        zeros = next((pattern for pattern in ZEROS_NAMES if pattern in input_dict), None)
+        if zeros is None or "qweight" not in input_dict or "scales" not in input_dict:
+            raise CheckpointError(f"Of the linear of {name} only {sorted(input_dict)} are in the checkpoint.")
+        stored = PackedWeight(*(input_dict[pattern][0] for pattern in ("qweight", zeros, "scales")))
+        converted = to_gemm(self.version, stored, linear.scales.shape[0])
+        return {pattern: [tensor] for pattern, tensor in converted._asdict().items()}

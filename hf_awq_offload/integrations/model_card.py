@@ -1,0 +1,241 @@
+"""The model card of a quantized checkpoint: README.md with metadata, what was done and measured, how to load it.
+
+Of a README that is there already everything is kept: metadata are added to, and only what stands between our two marks
+is replaced. The picture of losses per layer needs matplotlib (the extra `report`) and is left out without it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, get_token
+
+from ..checkpoint.durable import replacing
+from ..report import QuantizationReport
+from ..reporting.charts import has_matplotlib, loss_chart
+
+BEGIN = "<!-- hf_awq_offload: begin, rewritten when the checkpoint is saved -->"
+END = "<!-- hf_awq_offload: end -->"
+PICTURE = "awq_losses.png"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+CACHE_FOLDER = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
+SERVED_BITS = (4, 8)
+"""What vLLM and SGLang have kernels for in all releases that read packed weights (docs/formats.md)."""
+AUTOMATIC = re.compile(r"This is the model card of .* has been automatically generated\.")
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{10,}\b|(?<=://)[^/\s@]+@")
+"""A token of the hub, or the credentials in an address."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All that a card says."""
+
+    quantization_config: Mapping[str, Any]  # as in config.json
+    base_model: str | None = None  # hub id
+    report: QuantizationReport | None = None
+    evaluations: Mapping[str, Any] = field(default_factory=dict)
+    """What was evaluated (a text's or model's name) -> evaluate.Evaluation."""
+    quantized_bytes: int | None = None
+    full_precision_bytes: int | None = None
+    repo_id: str = "your-name/your-model"  # in the snippets
+
+
+def hub_id(
+    source: str | os.PathLike | None,  # what a model was loaded from
+) -> str | None:
+    """The name that `source` has on the hub; None for a folder of the user's, whose path is nobody's business."""
+    source = os.fspath(source or "")
+    cached = [match for part in Path(source).parts if (match := CACHE_FOLDER.fullmatch(part))]
+    if cached:
+        return f"{cached[-1]['owner']}/{cached[-1]['name']}"
+    if os.path.exists(source) or not HUB_ID.fullmatch(source):
+        return None
+    return source
+
+
+def proposed_name(
+    source: str | os.PathLike | None,  # what a model was loaded from
+) -> str:
+    """What to call the quantized `source`: by what it is, not by where it is put, so that runs compare file by file."""
+    path = Path(source or "model")
+    name = (hub_id(source) or path.resolve().name).rpartition("/")[2]
+    return name if name.lower().endswith("-awq") else f"{name}-AWQ"
+
+
+def write_card(folder: Path, facts: CardFacts) -> Path:
+    """Write, or bring up to date, README.md (and the picture) in `folder`; returns the README's path."""
+    path = folder / "README.md"
+    existing = path.read_text(encoding="utf-8") if path.exists() else None
+    has_picture = facts.report is not None and draw_losses(facts.report, folder / PICTURE)
+    text = updated(existing, facts, has_picture or (existing is not None and (folder / PICTURE).exists()))
+    partial = path.with_suffix(".md.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)  # a card is never half-written
+    return path
+
+
+def updated(existing: str | None, facts: CardFacts, has_picture: bool) -> str:
+    """The text of README.md: `existing` with our metadata and section in it."""
+    if existing is None or _is_template(existing):
+        existing = f"# {facts.repo_id.rpartition('/')[2]}\n"
+    if not existing.startswith("---"):
+        existing = f"---\n{{}}\n---\n{existing}"
+    card = ModelCard(existing, ignore_metadata_errors=True)
+    data: Any = card.data
+    own = _metadata(facts)
+    for name, value in own.items():
+        if name != "tags" and getattr(data, name, None) is None:
+            setattr(data, name, value)
+    data.tags = list(dict.fromkeys([*(data.tags or []), *own["tags"]]))
+    section = f"{BEGIN}\n{without_secrets(_section(facts, has_picture))}\n{END}"
+    body = card.text
+    before, begin, rest = body.partition(BEGIN)
+    if begin:
+        after = rest.partition(END)[2]
+        card.text = f"{before}{section}{after}"
+    else:
+        card.text = f"{body.rstrip()}\n\n{section}\n" if body.strip() else f"{section}\n"
+    return str(card)
+
+
+def _is_template(card: str) -> bool:
+    """Whether `card` is what transformers pushes to a repository without one: a form, not filled in."""
+    description = AUTOMATIC.search(card)
+    if description is None:
+        return False
+    template = ModelCard.from_template(ModelCardData(), model_description=description[0])
+    return ModelCard(card).text.split() == template.text.split()
+
+
+def without_secrets(text: str) -> str:
+    """`text` with tokens of the hub, and credentials in addresses, taken out."""
+    own_token = get_token()
+    if own_token:
+        text = text.replace(own_token, "")
+    return TOKEN.sub("", text)
+
+
+def draw_losses(report: QuantizationReport, path: Path) -> bool:
+    """Draw every layer's loss, rounded to nearest and as quantized, into `path`; False without matplotlib or losses."""
+    chart = loss_chart(report)
+    if chart is None or not has_matplotlib():
+        return False
+    with replacing(path) as partial:
+        partial.write_bytes(chart.png())
+    return True
+
+
+def _grids(config: Mapping[str, Any]) -> list[tuple[int, int | None, bool]]:
+    """Bits, group size and whether there are zero points, of every kind of linear; the commonest first."""
+    groups = [group["weights"] for group in config.get("config_groups", {}).values()]
+    if not groups:
+        return [(config.get("bits", 4), config.get("group_size"), config.get("zero_point", True))]
+    return [(weights["num_bits"], weights["group_size"] or -1, not weights["symmetric"]) for weights in groups]
+
+
+def _metadata(facts: CardFacts) -> dict[str, Any]:
+    method = str(facts.quantization_config.get("quant_method", "awq"))
+    bits = sorted({bits for bits, *_ in _grids(facts.quantization_config)})
+    tags = list(dict.fromkeys(["awq", method, *(f"{each}-bit" for each in bits)]))
+    metadata: dict[str, Any] = {"library_name": "transformers", "tags": tags}
+    if facts.base_model:
+        metadata |= {"base_model": facts.base_model, "base_model_relation": "quantized"}
+    return metadata
+
+
+def _section(facts: CardFacts, has_picture: bool) -> str:
+    parts = [_introduction(facts), _how(facts)]
+    measured = _measured(facts)
+    if measured:
+        parts.append(f"### Measured\n\n{measured}")
+    if has_picture:
+        parts.append(f"![Output error of every decoder layer]({PICTURE})")
+    parts.append(_loading(facts))
+    return "\n\n".join(parts)
+
+
+def _introduction(facts: CardFacts) -> str:
+    base = f" of [{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else ""
+    kinds = [_described(*grid) for grid in _grids(facts.quantization_config)]
+    if len(kinds) == 1:
+        bits, rest = kinds[0]
+        return f"## AWQ quantization\n\nA{'n' if bits == 8 else ''} {bits}-bit version{base}: {rest}."
+    mixture = "; ".join(f"{bits} bits, {rest}" for bits, rest in kinds)
+    return (
+        f"## AWQ quantization\n\nA version{base} of mixed precision: {mixture}. config.json says which linear is which."
+    )
+
+
+def _described(bits: int, group_size: int | None, zero_point: bool) -> tuple[int, str]:
+    kind = "asymmetric" if zero_point else "symmetric"
+    if group_size is None:
+        return bits, kind
+    return bits, kind + (f", groups of {group_size} input channels" if group_size > 0 else ", one group per row")
+
+
+def _how(facts: CardFacts) -> str:
+    meta = dict(facts.quantization_config.get("meta") or {})
+    rows = [(name, meta[name]) for name in meta if name != "quantizer"]
+    quantizer = ", ".join(map(str, meta.get("quantizer", ()))) or "hf_awq_offload"
+    kept = facts.quantization_config.get("modules_to_not_convert") or facts.quantization_config.get("ignore")
+    if kept:
+        shown = ", ".join(f"`{name}`" for name in kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+        rows.append(("in full precision", shown))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    heading = f"### How it was quantized\n\nBy {quantizer}."
+    return f"{heading}\n\n| | |\n|---|---|\n{table}" if rows else heading
+
+
+def _measured(facts: CardFacts) -> str:
+    parts = []
+    if facts.evaluations:
+        lines = ["| | perplexity | KL to full precision (nats) | same top-1 | tokens |", "|---|---|---|---|---|"]
+        for name, evaluation in facts.evaluations.items():
+            kl = "" if evaluation.kl_nats is None else f"{evaluation.kl_nats:.5f}"
+            top1 = "" if evaluation.top1_agreement is None else f"{evaluation.top1_agreement:.1%}"
+            lines.append(f"| {name} | {evaluation.perplexity:.3f} | {kl} | {top1} | {evaluation.tokens} |")
+        parts.append("\n".join(lines))
+    if facts.quantized_bytes:
+        of = f", {facts.full_precision_bytes / 1e6:.1f} MB before" if facts.full_precision_bytes else ""
+        parts.append(f"Weights: {facts.quantized_bytes / 1e6:.1f} MB{of}.")
+    if facts.report is not None:
+        nearest = sum(layer.loss_nearest for layer in facts.report.layers)
+        if nearest > 0:
+            loss = sum(layer.loss for layer in facts.report.layers)
+            parts.append(
+                f"Squared output error of the linears on the calibration data, relative to rounding to nearest: "
+                f"{loss / nearest:.2f}."
+            )
+    return "\n\n".join(parts)
+
+
+def _loading(facts: CardFacts) -> str:
+    repo = facts.repo_id
+    is_awq = facts.quantization_config.get("quant_method", "awq") == "awq"
+    instead = "gptqmodel instead of the first import" if is_awq else "compressed-tensors where there are no zero points"
+    transformers = f"""### How to load it
+
+```python
+# transformers; `pip install hf_awq_offload`, or {instead}
+import hf_awq_offload
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+```"""
+    if any(bits not in SERVED_BITS for bits, *_ in _grids(facts.quantization_config)):
+        return transformers
+    return (
+        transformers
+        + f"""
+
+```bash
+vllm serve {repo}                                  # vLLM
+python -m sglang.launch_server --model-path {repo} # SGLang
+```"""
+    )

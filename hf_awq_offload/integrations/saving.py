@@ -1,0 +1,81 @@
+"""What config.json says of a model in memory: just quantized, or changed since."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationMethod
+
+from ..checkpoint.renaming import Renaming
+from ..config import AwqOffloadConfig
+from ..formats.awq_config import AwqCheckpointConfig
+from ..formats.compressed_tensors_config import META_ATTRIBUTE, PackedCheckpointConfig, may_be_taken_for_a_linear
+from ..formats.grid_choice import GridChoice
+from ..nn.quantized_linear import QuantizedLinear
+from .loading import choice_in
+
+
+def checkpoint_config(config: Any) -> AwqCheckpointConfig | PackedCheckpointConfig:
+    """Of a checkpoint, from what transformers parsed its config.json to.
+
+    Raises:
+        CheckpointError: the checkpoint is of a kind that this package can't load.
+    """
+    if isinstance(config, PackedCheckpointConfig):
+        return config
+    if config.quant_method == QuantizationMethod.COMPRESSED_TENSORS:
+        return PackedCheckpointConfig.from_dict(config.to_dict())
+    return AwqCheckpointConfig.from_awq_config(config)
+
+
+def config_of_result(
+    model: PreTrainedModel,
+    recipe: AwqOffloadConfig,
+    renaming: Renaming,
+    left_out: list[str],  # linears in full precision
+    meta: dict[str, Any],
+) -> AwqCheckpointConfig | PackedCheckpointConfig:
+    """The config of the model that was quantized by `recipe`; `meta` is stored where the format has room for it."""
+    if recipe.checkpoint_format == "awq":
+        return AwqCheckpointConfig(
+            bits=recipe.bits,
+            group_size=recipe.group_size,
+            zero_point=recipe.zero_point,
+            modules_to_not_convert=left_out or None,
+            meta=meta,
+        )
+    grids: dict[str, GridChoice] = {}
+    ignored: set[str] = set()
+    for name, module in model.named_modules():
+        names = {name, renaming.name_in_checkpoint(name)}  # some readers match one, some the other
+        if isinstance(module, QuantizedLinear):
+            grids |= dict.fromkeys(names, recipe.choice(name))
+        elif may_be_taken_for_a_linear(module):
+            ignored |= names
+    setattr(model.config, META_ATTRIBUTE, meta)
+    return PackedCheckpointConfig.of_linears(grids, ignored)
+
+
+def meta_of(model: PreTrainedModel, config: AwqCheckpointConfig | PackedCheckpointConfig) -> dict[str, Any]:
+    """How a checkpoint was made, as far as it says."""
+    if isinstance(config, AwqCheckpointConfig):
+        return config.meta
+    return getattr(model.config, META_ATTRIBUTE, None) or {}
+
+
+def dense_in_spite(
+    model: PreTrainedModel,
+    config: AwqCheckpointConfig | PackedCheckpointConfig,
+    renaming: Renaming,
+    skipped: list[str],  # name patterns that AWQ loaders leave in full precision
+) -> list[str]:
+    """Linears that are dense although `config` says that they are quantized: adapters were merged into them."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not isinstance(module, QuantizedLinear)
+        and choice_in(config, name, renaming.name_in_checkpoint(name), module, skipped) is not None
+    ]

@@ -1,0 +1,398 @@
+"""Which scales can be folded away, found by measuring a decoder layer instead of naming architectures.
+
+1. Linears that receive equal inputs form one *input group*: they share s. Other parameters that multiply the same
+   input (a router's, fused experts') are its *readers*.
+2. Every *producer* candidate (a norm's weight w, a norm that multiplies by 1 + w, a linear's rows) gets its output
+   channels multiplied by known factors; where an input channel c changes by exactly the factor of row r, for every
+   token, c is fed by r, linearly. That finds q/k/v ← norm, o ← v with grouped queries (several c for one r), down ← up.
+3. Of linears that compute several things at once, only some rows feed an input: of a fused qkv those that do on a lone
+   token, whose softmax is constant; of a fused gate and up one half, or every second row.
+4. A fold is used only after a proof on the layer at hand: random scales, compensated in the consumers, must leave
+   everything that the layer yields unchanged.
+
+Projections of experts are probed together, all experts at once. Probes run in fp32 on copies
+(`torch.func.functional_call`): the layer's own weights are never written.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from .decoder_layers import LayerRunner, ProbeCalls
+from .experts import Routing, UnfusedExperts, expert_parts, routed
+from .folds import NOT_EXACT, Fold, InputGroup, LayerStructure, ProducerKind, Reader, scaled_producer
+from .linears import is_linear, linears_in
+from .row_maps import LEVELS, complete_row_map, factor_index, level_factors, row_subsets
+
+PROOF_SENSITIVITY = 1e-4
+"""A proof counts only if scaling the producer *without* compensation changes the output by at least this much …"""
+PROOF_TOLERANCE = 1e-3
+"""… and compensation undoes the change to this fraction of it, or to fp32 rounding."""
+ROUNDING_CHANGE = 3e-6
+"""Relative change of a layer's output that fp32 rounding alone may cause."""
+
+CURVATURE = 0.01
+"""Second difference of the output, relative to the first, from which on a linear's output acts not linearly."""
+MAX_PAIRED = 4
+"""Among more linears that read one input, no pairs are tried."""
+
+MAX_READER_CHOICES = 8
+"""Sets of parameters that are tried as a group's readers."""
+
+
+Candidate = tuple[Fold, ...]
+"""Producers that are scaled together: one norm or linear, or a projection of every expert. Equal kind and rows."""
+
+
+def discover_structure(layer: nn.Module, probes: ProbeCalls, device: torch.device, seed: int) -> LayerStructure:
+    """Probe `layer` (on `device`); costs one short forward per linear and norm, and a few for each fold found."""
+    with routed(layer, Routing.UNIFORM):  # so that every expert computes, and matters
+        probe = _Probe(layer, probes, device, seed)
+        inputs, reads = probe.inputs({}), probe.reads
+        groups = [
+            InputGroup(consumers, None, _readers_of(inputs[consumers[0]], reads))
+            for consumers in _group_equal_inputs(inputs)
+        ]
+        groups = _with_folds(probe, inputs, groups)
+        softmax_only = probe.without_influence_on_a_lone_token()
+        softmax_only |= probe.factors_of_a_softmax([group.consumers for group in groups], softmax_only)
+    return provable_structure(layer, LayerStructure(tuple(groups), softmax_only), probes, device, seed)
+
+
+def provable_structure(
+    layer: nn.Module, structure: LayerStructure, probes: ProbeCalls, device: torch.device, seed: int
+) -> LayerStructure:
+    """`structure`, found on this layer or another one, less the folds that this layer's weights contradict."""
+    routings = [Routing.TOP_K]
+    if any(isinstance(module, UnfusedExperts) for module in layer.modules()):
+        routings.append(Routing.UNIFORM)
+    for routing in routings:
+        with routed(layer, routing):
+            probe = _Probe(layer, probes, device, seed)
+            folded = [group for group in structure.groups if group.fold is not None]
+            if folded and not probe.proves(folded):
+                refuted = [family for family in probe.families(folded) if not probe.proves(family)]
+                refused = {group.consumers for family in refuted for group in family}
+                kept = [
+                    InputGroup(group.consumers, None, group.readers, NOT_EXACT) if group.consumers in refused else group
+                    for group in structure.groups
+                ]
+                structure = LayerStructure(tuple(kept), structure.softmax_only)
+    return structure
+
+
+class _Probe:
+    """Runs one layer in fp32 with overridden parameters and looks at linear inputs and outputs."""
+
+    def __init__(self, layer: nn.Module, probes: ProbeCalls, device: torch.device, seed: int):
+        self.layer = layer
+        self.linears = linears_in(layer)
+        self.experts = expert_parts(layer)
+        self.runner = LayerRunner(layer, device, torch.float32)
+        names = [name for name, _ in layer.named_parameters(remove_duplicate=False)]
+        self.parameters = {name: self.runner.tensors[name] for name in names}
+        self.probes = probes
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device = device
+        self.reference = self.runner.observe(*probes.several)
+        self.reads: dict[Reader, Tensor] = {}
+
+    def inputs(self, overrides: dict[str, Tensor], lone: bool = False) -> dict[str, Tensor]:
+        """Input of every linear that ran, (tokens, in) fp32, in the order of their calls; of one token if `lone`.
+
+        What other parameters read is left in `reads`.
+        """
+        seen: dict[str, Tensor] = {}
+        self.reads = {}
+
+        def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, args: seen.update({name: args[0].detach().reshape(-1, args[0].shape[-1])})
+
+        def remember_read(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+                for x in (*args, *kwargs.values()):
+                    if isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 2:
+                        rows = x.detach().reshape(-1, x.shape[-1])
+                        self.reads.update(dict.fromkeys(_readers_in(name, module, x.shape[-1]), rows))
+                        break
+
+            return hook
+
+        handles = [module.register_forward_pre_hook(remember(name)) for name, module in self.linears.items()]
+        handles += [
+            module.register_forward_pre_hook(remember_read(name), with_kwargs=True)
+            for name, module in self.layer.named_modules()
+            if not is_linear(module) and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+        ]
+        try:
+            self.runner.observe(*(self.probes.single if lone else self.probes.several), overrides)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    def candidates(self) -> list[Candidate]:
+        """Everything that might absorb a scale, norms first, with the identity for its row map."""
+        families: dict[tuple[str, ProducerKind], list[Fold]] = defaultdict(list)
+        for name, module in self.layer.named_modules():
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, nn.Parameter):
+                continue
+            if weight.ndim == 1:
+                kinds = [ProducerKind.NORM, ProducerKind.NORM_PLUS_ONE]
+            elif is_linear(module):
+                kinds = [ProducerKind.ROWS]
+            else:
+                continue
+            rows = weight.shape[0]
+            for kind in kinds:
+                families[self.family(name), kind].append(Fold(name, kind, torch.arange(rows), rows))
+        return sorted(map(tuple, families.values()), key=lambda folds: folds[0].kind is ProducerKind.ROWS)
+
+    def family(self, name: str) -> str:
+        """One name for the same projection of all experts; other modules keep their own."""
+        return self.experts[name].family if name in self.experts else name
+
+    def families(self, groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
+        """Groups of the same projection of different experts together."""
+        found: dict[str, list[InputGroup]] = defaultdict(list)
+        for group in groups:
+            assert group.fold is not None
+            found[f"{self.family(group.fold.producer)} -> {self.family(group.consumers[0])}"].append(group)
+        return list(found.values())
+
+    def proves(self, groups: Sequence[InputGroup]) -> bool:
+        """Whether random scales on all of `groups`, compensated, leave what the layer yields as it is.
+
+        What the residual stream carries past the linears would drown a fault, so the change is held against the one
+        that the same scales cause without compensation.
+        """
+        scaled = dict(self.parameters)
+        compensation: dict[str, Tensor] = {}
+        for group in groups:
+            assert group.fold is not None
+            log_scale = torch.rand(group.fold.rows, generator=self.generator) * 2 - 1
+            row_scale = torch.where(group.fold.fed_rows(), torch.exp(log_scale), 1.0).to(self.device)
+            scaled.update(scaled_producer(scaled, group.fold, 1 / row_scale))
+            channel_scale = group.fold.channel_scale(row_scale)
+            compensation.update({f"{consumer}.weight": channel_scale for consumer in group.consumers})
+            for reader in group.readers:
+                shape = [1] * self.parameters[reader.parameter].ndim
+                shape[reader.axis] = -1
+                compensation[reader.parameter] = channel_scale.view(shape)
+        uncompensated = self._change(scaled)
+        scaled.update({name: scaled[name] * channel_scale for name, channel_scale in compensation.items()})
+        compensated = self._change(scaled)
+        allowed = max(PROOF_TOLERANCE * uncompensated, ROUNDING_CHANGE)
+        return uncompensated >= PROOF_SENSITIVITY and compensated <= allowed
+
+    def without_influence_on_a_lone_token(self) -> frozenset[str]:
+        """Linears whose weights a single token's output does not depend on: a softmax over one token is constant."""
+        reference = self.runner.observe(*self.probes.single)
+        families: dict[str, list[str]] = defaultdict(list)
+        for name in self.inputs({}, lone=True):  # one that does not even run proves nothing
+            families[self.family(name)].append(name)
+        found: list[str] = []
+        for names in families.values():
+            scaled = {}
+            for name in names:
+                weight = self.parameters[f"{name}.weight"]
+                factor = 1.5 + torch.rand(weight.shape[0], generator=self.generator).to(self.device)
+                scaled[f"{name}.weight"] = weight * factor.unsqueeze(1)
+            output = self.runner.observe(*self.probes.single, scaled)
+            if all(map(torch.equal, output, reference)):  # exactly: the softmax of a single logit is 1.0
+                found += names
+        return frozenset(found)
+
+    def factors_of_a_softmax(self, groups: Sequence[tuple[str, ...]], known: frozenset[str]) -> frozenset[str]:
+        """Pairs of linears with one input of which the layer sees only the product, and that not linearly.
+
+        Where attention has a sink, the softmax of a lone token is not constant; but q·c and k/c are still q and k.
+        """
+        found: set[str] = set()
+        for consumers in groups:
+            names = [name for name in consumers if name not in known and name not in self.experts]
+            for first, second in combinations(names if len(names) <= MAX_PAIRED else [], 2):
+                opposed = self._multiplied(first, 2.0) | self._multiplied(second, 0.5)
+                doubled = self._multiplied(first, 2.0)
+                changed = self._change(doubled)
+                if changed < PROOF_SENSITIVITY or self._change(opposed) > max(
+                    PROOF_TOLERANCE * changed, ROUNDING_CHANGE
+                ):
+                    continue
+                once, twice = (
+                    self.runner.observe(*self.probes.several, self._multiplied(first, c)) for c in (2.0, 3.0)
+                )
+                bent = sum((b - 2 * a + r).norm() for r, a, b in zip(self.reference, once, twice, strict=True))
+                if float(bent) > CURVATURE * sum(
+                    float((a - r).norm()) for r, a in zip(self.reference, once, strict=True)
+                ):
+                    found |= {first, second}
+        return frozenset(found)
+
+    def _multiplied(self, name: str, factor: float) -> dict[str, Tensor]:
+        """A linear's parameters times `factor`."""
+        names = [key for key in (f"{name}.weight", f"{name}.bias") if key in self.parameters]
+        return {key: self.parameters[key] * factor for key in names}
+
+    def _change(self, overrides: dict[str, Tensor]) -> float:
+        """The largest ‖output - reference‖ / ‖reference‖ of all outputs, infinite where that is not a number."""
+        largest = 0.0
+        for output, reference in zip(self.runner.observe(*self.probes.several, overrides), self.reference, strict=True):
+            if output.shape != reference.shape:
+                return float("inf")
+            change = (output - reference).norm() / reference.norm().clamp(min=torch.finfo(reference.dtype).tiny)
+            largest = max(largest, float(change) if bool(torch.isfinite(change)) else float("inf"))
+        return largest
+
+
+def _readers_in(name: str, module: nn.Module, channels: int) -> list[Reader]:
+    """Direct parameters of `module` that can multiply `channels` input channels."""
+    found = []
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        full_name = f"{name}.{parameter_name}" if name else parameter_name
+        if parameter.ndim in (2, 3) and parameter.shape[-1] == channels:
+            found.append(Reader(full_name, parameter.ndim - 1))
+        elif parameter.ndim == 3 and parameter.shape[1] == channels:
+            found.append(Reader(full_name, 1))
+    return found
+
+
+def _readers_of(x: Tensor, reads: Mapping[Reader, Tensor]) -> tuple[Reader, ...]:
+    return tuple(reader for reader, other in reads.items() if other.shape == x.shape and torch.equal(other, x))
+
+
+def _group_equal_inputs(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """Names of linears whose inputs are equal in value, one tuple per distinct input."""
+    groups: list[list[str]] = []
+    for name, x in inputs.items():
+        for group in groups:
+            other = inputs[group[0]]
+            if other.shape == x.shape and torch.equal(other, x):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return [tuple(group) for group in groups]
+
+
+def _with_folds(
+    probe: _Probe,
+    inputs: Mapping[str, Tensor],
+    groups: Sequence[InputGroup],  # with everything that may be a reader
+) -> list[InputGroup]:
+    """Every group with the first producer whose rows feed all its channels and that passes the proof, if any."""
+    found = list(groups)
+
+    def try_rows(candidate: Candidate, inputs: Mapping[str, Tensor], rows: Tensor | None, lone: bool) -> None:
+        members = {
+            index: member
+            for index, group in enumerate(found)
+            if group.fold is None and (member := _member_for(probe, candidate, group)) is not None
+        }
+        if not members:
+            return
+        fed = _rows_feeding(probe, candidate, inputs, found, list(members), rows, lone)
+        proposed = {
+            index: InputGroup(
+                found[index].consumers,
+                Fold(members[index].producer, candidate[0].kind, row_of_channel, candidate[0].rows),
+                found[index].readers,
+            )
+            for index, row_of_channel in fed.items()
+        }
+        for family in probe.families(list(proposed.values())):
+            proven = _proven(probe, family)
+            for index, group in proposed.items():
+                found[index] = proven.get(group.consumers, found[index])
+
+    candidates = probe.candidates()
+    for candidate in candidates:
+        try_rows(candidate, inputs, None, lone=False)
+    widths = {inputs[group.consumers[0]].shape[1] for group in found if group.fold is None}
+    lone_inputs = probe.inputs({}, lone=True) if widths else {}
+    for candidate in candidates:
+        rows = candidate[0].rows
+        if candidate[0].kind is ProducerKind.ROWS and any(rows > width for width in widths):
+            try_rows(candidate, lone_inputs, None, lone=True)
+            for subset in row_subsets(rows) if any(rows == 2 * width for width in widths) else []:
+                try_rows(candidate, inputs, subset.to(probe.device), lone=False)
+    return found
+
+
+def _proven(probe: _Probe, family: Sequence[InputGroup]) -> dict[tuple[str, ...], InputGroup]:
+    """Groups of a family by their consumers, with those readers that make the proof succeed; empty if none do.
+
+    A parameter that fits an input by its shape need not multiply it.
+    """
+    most = max(len(group.readers) for group in family)
+    kept = [range(most), *(chosen for size in range(most) for chosen in combinations(range(most), size))]
+    for chosen in kept[:MAX_READER_CHOICES]:
+        groups = [
+            InputGroup(group.consumers, group.fold, tuple(r for i, r in enumerate(group.readers) if i in chosen))
+            for group in family
+        ]
+        if probe.proves(groups):
+            return {group.consumers: group for group in groups}
+    return {}
+
+
+def _member_for(probe: _Probe, candidate: Candidate, group: InputGroup) -> Fold | None:
+    """The producer among those scaled together that could feed `group`: of the same expert, and no consumer of it."""
+    if any(member.producer in group.consumers for member in candidate):
+        return None
+    if len(candidate) == 1:
+        return candidate[0]
+    part = probe.experts.get(group.consumers[0])
+    same = [] if part is None else [
+        member for member in candidate if probe.experts[member.producer].expert_name == part.expert_name
+    ]  # fmt: skip
+    return same[0] if same else None
+
+
+def _rows_feeding(
+    probe: _Probe,
+    candidate: Candidate,
+    inputs: Mapping[str, Tensor],
+    groups: Sequence[InputGroup],
+    open_groups: list[int],
+    subset: Tensor | None,  # (rows,) bool: rows that are scaled; None for all
+    lone: bool,
+) -> dict[int, Tensor]:
+    """Group index -> (in,) row of `candidate` that feeds each channel, for the groups that it feeds wholly.
+
+    Row indices are read digit by digit: one probe tells which of `LEVELS` factors a channel was multiplied by.
+    """
+    factors = level_factors(probe.device)
+    total = candidate[0].rows
+    rows = torch.arange(total, device=probe.device)
+    decoded: dict[int, Tensor] = {}
+    place = 1
+    remaining = [index for index in open_groups if groups[index].consumers[0] in inputs]
+    while remaining and (place == 1 or place < total):
+        factor = factors[(rows // place) % LEVELS]
+        if subset is not None:
+            factor = torch.where(subset, factor, 1.0)
+        overrides: dict[str, Tensor] = {}
+        for member in candidate:
+            overrides |= scaled_producer(probe.parameters, member, factor)
+        changed = probe.inputs(overrides, lone)
+        still_fed = []
+        for index in remaining:
+            name = groups[index].consumers[0]
+            digits = factor_index(inputs[name], changed[name], factors) if name in changed else None
+            if digits is not None:
+                decoded[index] = decoded.get(index, 0) + torch.where(digits < 0, -total * place, digits * place)
+                still_fed.append(index)
+        remaining = still_fed
+        place *= LEVELS
+    return {
+        index: row_of_channel.cpu()
+        for index in remaining
+        if (row_of_channel := complete_row_map(decoded[index], total)) is not None
+    }

@@ -1,0 +1,171 @@
+"""Folds: what of a decoder layer can absorb the scales of a linear's input, and how it is done.
+
+AWQ multiplies the input channels of a linear by s and divides whatever produces that input by s. Which norm or linear
+that is, `fold_probing.py` finds by measuring; here is what it may be, and how it is divided without losing precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+SHARED = "its parameters, or those of what feeds it, are shared with another layer"
+NOT_EXACT = "a scale would change what this layer yields: the proof failed"
+
+
+class ProducerKind(Enum):
+    """How a producer's output channels are multiplied by a factor."""
+
+    ROWS = "rows"  # a linear: weight rows and bias
+    NORM = "norm"  # a norm: weight, and bias if there is one
+    NORM_PLUS_ONE = "norm_plus_one"  # a norm that multiplies by 1 + weight (Gemma)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A producer that can absorb 1/s of an input group."""
+
+    producer: str  # module name within the layer
+    kind: ProducerKind
+    row_of_channel: Tensor  # (in,) int64: the producer's output row that feeds each input channel
+    rows: int  # output rows of the producer
+
+    def fed_rows(self) -> Tensor:
+        """Which output rows of the producer feed an input channel, (rows,) bool; the others are not scaled."""
+        fed = torch.zeros(self.rows, dtype=torch.bool)
+        fed[self.row_of_channel.cpu()] = True
+        return fed
+
+    def channel_scale(
+        self,
+        row_scale: Tensor,  # (rows,)
+    ) -> Tensor:
+        """The scale of every input channel, (in,)."""
+        return row_scale[self.row_of_channel.to(row_scale.device)]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A parameter that multiplies a group's input without being a linear's weight: a router's, fused experts'."""
+
+    parameter: str  # name within the layer
+    axis: int  # along which the input channels stand
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears that read the same input, and what can absorb its scale (None: nothing, proven or found)."""
+
+    consumers: tuple[str, ...]
+    fold: Fold | None
+    readers: tuple[Reader, ...] = ()
+    """What else has to be multiplied by the scale; used with a fold only."""
+    refused: str | None = None
+    """Why a fold that was found is not used."""
+
+
+@dataclass(frozen=True)
+class LayerStructure:
+    """What probing found in one decoder layer; layers of equal `structure_key` share it."""
+
+    groups: tuple[InputGroup, ...]
+    softmax_only: frozenset[str]
+    """Linears without influence on a lone token's output: those that only steer a softmax over tokens (q, k)."""
+
+
+def structure_key(layer: nn.Module) -> tuple[object, ...]:
+    """Equal for layers of the same classes, shapes and plain settings, whatever their weights and their index."""
+    key: list[object] = []
+    for name, module in layer.named_modules():
+        settings = tuple(
+            (attribute, value)
+            for attribute, value in sorted(vars(module).items())
+            if isinstance(value, bool | int | float | str) and attribute not in ("layer_idx", "training")
+        )
+        shapes = tuple((key_, tuple(tensor.shape)) for key_, tensor in module.named_parameters(recurse=False))
+        key.append((name, type(module), settings, shapes))
+    return tuple(key)
+
+
+def without_folds_of(
+    structure: LayerStructure,
+    parameters: Collection[str],  # names within the layer
+) -> LayerStructure:
+    """`structure` less the folds that would change one of `parameters`, as producer or as consumer."""
+
+    def touches(group: InputGroup) -> bool:
+        modules = group.consumers if group.fold is None else (*group.consumers, group.fold.producer)
+        names = {f"{module}.{name}" for module in modules for name in ("weight", "bias")}
+        return not names.union(reader.parameter for reader in group.readers).isdisjoint(parameters)
+
+    kept = [
+        InputGroup(group.consumers, None, refused=SHARED) if group.fold is not None and touches(group) else group
+        for group in structure.groups
+    ]
+    return LayerStructure(tuple(kept), structure.softmax_only)
+
+
+def scaled_producer(
+    tensors: Mapping[str, Tensor],  # the layer's parameters by name
+    fold: Fold,
+    factor: Tensor,  # (rows,)
+) -> dict[str, Tensor]:
+    """The producer's parameters with its output row r multiplied by factor[r]; computed in factor's dtype."""
+    weight = tensors[f"{fold.producer}.weight"].to(factor.dtype)
+    if fold.kind is ProducerKind.NORM_PLUS_ONE:
+        scaled = (1 + weight) * factor - 1
+    else:
+        scaled = weight * (factor if weight.ndim == 1 else factor.unsqueeze(1))
+    result = {f"{fold.producer}.weight": scaled}
+    bias = tensors.get(f"{fold.producer}.bias")
+    if bias is not None:
+        result[f"{fold.producer}.bias"] = bias.to(factor.dtype) * factor
+    return result
+
+
+def storable_scale(
+    layer: nn.Module,
+    fold: Fold,
+    row_scale: Tensor,  # (rows,) fp32
+) -> Tensor | None:
+    """The scale that dividing the producer by `row_scale` amounts to, (rows,) fp32; None if it can't be stored.
+
+    A norm's weight w is rounded to its dtype once it is divided by s. Multiplying the consumers by w / round(w / s)
+    makes the fold exact in spite of that (all but a bias, whose own rounding stays). It can't be stored where a
+    channel would overflow, vanish or change its sign.
+    """
+    divided = _divided_producer(layer, fold, row_scale)
+    if not all(bool(torch.isfinite(value).all()) for value in divided.values()):
+        return None
+    if fold.kind is ProducerKind.ROWS:
+        return row_scale
+    name = f"{fold.producer}.weight"
+    offset = 1 if fold.kind is ProducerKind.NORM_PLUS_ONE else 0
+    before = layer.get_parameter(name).detach().float() + offset
+    after = divided[name].float() + offset
+    if bool(((before != 0) & (before * after <= 0)).any()):
+        return None
+    return torch.where(before == 0, row_scale, before / after)
+
+
+def absorb(
+    layer: nn.Module,
+    fold: Fold,
+    row_scale: Tensor,  # (rows,) fp32, as `storable_scale` returned it
+) -> None:
+    """Divide the producer's output channels by `row_scale`, in place."""
+    for name, value in _divided_producer(layer, fold, row_scale).items():
+        layer.get_parameter(name).data.copy_(value)
+
+
+def _divided_producer(layer: nn.Module, fold: Fold, row_scale: Tensor) -> dict[str, Tensor]:
+    """The producer's parameters, divided by `row_scale` and rounded to their dtypes."""
+    module = layer.get_submodule(fold.producer)
+    tensors = {f"{fold.producer}.{name}": value.detach() for name, value in module.named_parameters(recurse=False)}
+    return {
+        name: value.to(tensors[name].dtype) for name, value in scaled_producer(tensors, fold, 1 / row_scale).items()
+    }

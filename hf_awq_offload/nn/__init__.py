@@ -1,0 +1,1 @@
+"""Quantized linears: `torch.nn` modules around packed weights."""

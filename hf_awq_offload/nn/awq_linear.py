@@ -1,0 +1,197 @@
+"""A linear layer whose weight is stored in the AWQ GEMM layout."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..formats.awq import COLUMNS_PER_WORD, PackedWeight, pack_weight
+from ..formats.grid import SCALE_DTYPE, Grid, GroupParameters
+from .quantized_linear import QuantizedLinear, TensorLayout, frozen
+
+_LAYOUT_LOCK = threading.RLock()
+"""Held while a linear changes its layout, and while one must not change."""
+
+
+class AwqLinear(QuantizedLinear):
+    """A linear in the AWQ GEMM layout; the number of output channels is a multiple of 8.
+
+    Where the fastest backend wants a layout of its own (ops/backend.py), the first forward pass makes it and lets go of
+    `qweight`: the parameters are then `native_words` and `native_parameters` instead. Whatever needs the AWQ words
+    (reading `qweight`, saving, copying, moving, loading) brings them back first, to the bit, and the next forward pass
+    packs again. At no time are both kept.
+
+    `backend` is one of `ops.BACKENDS`; for the other parameters see `QuantizedLinear`.
+    """
+
+    TENSORS = PackedWeight._fields
+    SCALE_NAME = "scales"
+
+    qweight: nn.Parameter  # (in, out / 8) int32
+    qzeros: nn.Parameter  # (n, out / 8) int32
+    scales: nn.Parameter  # (n, out) fp16
+    native_words: nn.Parameter | None
+    native_parameters: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        grid: Grid,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__(in_features, out_features, bias, grid, dtype, device)
+        self.backend = backend
+        self._native_source: tuple[Any, ...] | None = None  # what `native_parameters` were made from
+        self.register_parameter("native_words", None)
+        self.register_parameter("native_parameters", None)
+
+    @classmethod
+    def layout(cls, in_features: int, out_features: int, grid: Grid, dtype: torch.dtype) -> dict[str, TensorLayout]:
+        n, words = in_features // grid.group_size, out_features // COLUMNS_PER_WORD
+        return {
+            "qweight": TensorLayout((in_features, words), torch.int32),
+            "qzeros": TensorLayout((n, words), torch.int32),
+            "scales": TensorLayout((n, out_features), SCALE_DTYPE),
+        }
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, parameters: GroupParameters, bias: Tensor | None, grid: Grid, dtype: torch.dtype
+    ) -> AwqLinear:
+        return cls.from_packed(pack_weight(codes, parameters), bias, grid, dtype)
+
+    @classmethod
+    def unpackable_reason(cls, in_features: int, out_features: int, group_size: int) -> str | None:
+        reason = super().unpackable_reason(in_features, out_features, group_size)
+        if reason is None and out_features % COLUMNS_PER_WORD:
+            return f"out_features {out_features} is not a multiple of {COLUMNS_PER_WORD}"
+        return reason
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: PackedWeight,
+        bias: Tensor | None,  # (out,)
+        grid: Grid,
+        dtype: torch.dtype,
+    ) -> AwqLinear:
+        """A linear around tensors that exist; nothing is copied."""
+        in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
+        linear = cls(in_features, out_features, bias is not None, grid, dtype, device="meta")
+        linear._hold(packed._asdict(), bias)
+        return linear
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The stored tensors."""
+        held: dict[str, Any] = self._parameters
+        qweight = held.get("qweight")
+        return PackedWeight(self.qweight if qweight is None else qweight, held["qzeros"], held["scales"])
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        words = self.native_words
+        if words is None:
+            return ops.dequantize(self.packed, dtype, self.backend)
+        name = self._native_source[0]  # type: ignore[index]
+        return ops.dequantize_native(words, self.qzeros, self.scales, self.in_features, dtype, name)
+
+    def product(self, input: Tensor) -> Tensor:
+        backend = None if torch.compiler.is_compiling() else self._backend_for(input)
+        if backend is not None:
+            self._settle_layout(backend)
+        held: dict[str, Any] = self._parameters  # attributes of a module are slower to read
+        words, parameters, source = held["native_words"], held["native_parameters"], self._native_source
+        if words is None or parameters is None or source is None:
+            return ops.linear(input, self.packed, self.backend, backend)
+        return ops.linear_native(input, ops.NativeWeight(words, parameters), held["qzeros"], held["scales"], source[0])
+
+    # -- the layout in memory --------------------------------------------------------------------------------------
+
+    def _backend_for(self, input: Tensor) -> ops.Backend | None:
+        """What will compute the product; None where it will fail, and say why."""
+        scales: Tensor = self._parameters["scales"]  # type: ignore[assignment]
+        if scales.is_meta or input.shape[-1:] != (self.in_features,):
+            return None
+        return ops.choose(self.backend, ops.Case.of(input, scales))
+
+    def _settle_layout(self, backend: ops.Backend) -> None:
+        """Bring the weight into the layout that `backend` reads."""
+        wanted = backend.name if isinstance(backend, ops.NativeBackend) else None
+        if wanted is None or self.is_offloaded:
+            # For a single input that the backend refuses (fp64, say) the words are brought back, too.
+            self._restore_words()
+            return
+        source = (wanted, *(_identity(tensor) for tensor in (self.qzeros, self.scales)))
+        if self._native_source == source:
+            return
+        self._restore_words()
+        with _LAYOUT_LOCK, torch.inference_mode(False), torch.no_grad():
+            qweight = self._parameters.get("qweight")
+            if qweight is None:  # another thread was faster
+                return
+            packed = PackedWeight(qweight, self.qzeros, self.scales)
+            ops.check_packed(*packed)
+            with ops.without_autocast(qweight.device.type):
+                native = ops.native_backend(wanted).pack(packed)
+            self.native_words, self.native_parameters = frozen(native.words), frozen(native.parameters)
+            self._native_source = source
+            del self._parameters["qweight"]
+
+    def _restore_words(self) -> None:
+        """Undo `_settle_layout`: hold `qweight` again, and nothing else."""
+        if self._parameters["native_words"] is None:
+            return
+        with _LAYOUT_LOCK, torch.inference_mode(False), torch.no_grad():
+            if self.native_words is None or self._native_source is None:
+                return
+            backend = ops.native_backend(self._native_source[0])
+            words = backend.unpack(self.native_words, self.in_features, self.out_features)
+            # First, as in state dicts of the format. Replaced in one step: other threads may be reading the dict.
+            self.__dict__["_parameters"] = {"qweight": frozen(words)} | self._parameters
+            self.native_words = self.native_parameters = self._native_source = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "qweight":
+            return super().__getattr__(name)
+        words = self._parameters.get(name)
+        return self._locked_words() if words is None else words
+
+    def _locked_words(self) -> nn.Parameter:
+        with _LAYOUT_LOCK:
+            if self.__dict__.get("_native_source") is not None:
+                self._restore_words()
+            return super().__getattr__("qweight")  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: another machine may have another layout."""
+        with _LAYOUT_LOCK:
+            self._restore_words()
+            return self.__dict__ | {"_parameters": dict(self._parameters)}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        with _LAYOUT_LOCK:
+            self._restore_words()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        with _LAYOUT_LOCK:
+            self._restore_words()
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn, recurse: bool = True):
+        with _LAYOUT_LOCK:
+            self._restore_words()
+            return super()._apply(fn, recurse)
+
+
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor is replaced, or changed in place."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,79 @@
+"""The dequantized weight as callers see it: a tensor to read, of which no change can be lost silently.
+
+A quantized linear's `weight` is made anew at each access, so whatever is written to it would be gone at the next. Code
+that merges adapters (`layer.weight.data += delta`), initializes or prunes writes to weights. Each such write raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantizedWeightError
+
+_IN_PLACE_OPERATORS = frozenset(
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")
+) | {"__setitem__"}
+
+
+class DequantizedWeight(Tensor):
+    """A dequantized weight; what shares its memory (`.data`, `.t()`, slices) can't be changed either.
+
+    Results with memory of their own (`.clone()`, `weight + 1`) are plain tensors.
+    """
+
+    _is_hf_initialized = True  # transformers initializes what a checkpoint lacks: not this
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,  # (out, in)
+    ) -> DequantizedWeight:
+        return weight.as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if _is_write(func, args, kwargs):
+            raise QuantizedWeightError(
+                "The weight of a quantized linear is stored in few bits, and `weight` is a copy in the model's dtype: "
+                f"{getattr(func, '__name__', func)} would change the copy and be lost. To merge adapters other than "
+                "LoRA, train every weight or edit weights, call model.dequantize() first (quantize_model makes it AWQ "
+                "again). Expected: reading only, or a clone()."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if isinstance(result, tuple | list):  # of split(), chunk() and their like
+            return type(result)(_guarded(each, args) for each in result) if type(result) in (tuple, list) else result
+        return _guarded(result, args)
+
+
+def _is_write(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether `func` would change a dequantized weight among its arguments."""
+    name = getattr(func, "__name__", "")
+    if name == "__set__":
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        return attribute == "data" or (attribute == "requires_grad" and bool(args[1]))
+    if name == "requires_grad_":
+        return bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
+    changes_first = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    first = args[0] if args else next(iter(kwargs.values()), None)
+    if changes_first and isinstance(first, DequantizedWeight):
+        return True
+    return isinstance(kwargs.get("out"), DequantizedWeight)
+
+
+def _guarded(result: Any, args: tuple) -> Any:
+    if isinstance(result, Tensor) and any(_shares_memory(result, each) for each in args):
+        return result.as_subclass(DequantizedWeight)
+    return result
+
+
+def _shares_memory(result: Tensor, argument: Any) -> bool:
+    return (
+        isinstance(argument, DequantizedWeight)
+        and not result.is_meta
+        and result.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
+    )

@@ -1,0 +1,63 @@
+"""A linear layer whose weight is stored in compressed-tensors' pack-quantized layout: 2, 3, 4 or 8 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.grid import Grid, GroupParameters
+from ..formats.pack_quantized import PackQuantizedWeight, pack_weight, words_for
+from ..ops import pack_quantized as ops
+from .quantized_linear import QuantizedLinear, TensorLayout
+
+
+class PackedLinear(QuantizedLinear):
+    """A linear in the pack-quantized layout, of any number of output channels. See `QuantizedLinear` for the arguments.
+
+    Scales are in the dtype that the linear had: that is what readers of the format load them in.
+    """
+
+    TENSORS = PackQuantizedWeight._fields
+    SCALE_NAME = "weight_scale"
+
+    weight_packed: nn.Parameter  # (out, ⌈in · bits / 32⌉) int32
+    weight_scale: nn.Parameter  # (out, n)
+    weight_zero_point: nn.Parameter | None  # (⌈out · bits / 32⌉, n) int32; None on a symmetric grid
+    weight_shape: nn.Parameter  # (2,) int64
+
+    @classmethod
+    def layout(cls, in_features: int, out_features: int, grid: Grid, dtype: torch.dtype) -> dict[str, TensorLayout]:
+        n = in_features // grid.group_size
+        tensors = {
+            "weight_packed": TensorLayout((out_features, words_for(in_features, grid.bits)), torch.int32),
+            "weight_scale": TensorLayout((out_features, n), dtype),
+            "weight_zero_point": TensorLayout((words_for(out_features, grid.bits), n), torch.int32),
+            "weight_shape": TensorLayout((2,), torch.int64),
+        }
+        if not grid.zero_point:
+            del tensors["weight_zero_point"]
+        return tensors
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, parameters: GroupParameters, bias: Tensor | None, grid: Grid, dtype: torch.dtype
+    ) -> PackedLinear:
+        out_features, in_features = codes.shape
+        linear = cls(in_features, out_features, bias is not None, grid, dtype, device="meta")
+        packed = pack_weight(codes, parameters, grid, dtype)
+        linear._hold({name: tensor for name, tensor in packed._asdict().items() if tensor is not None}, bias)
+        return linear
+
+    @property
+    def packed(self) -> PackQuantizedWeight:
+        """The stored tensors."""
+        zeros = self.weight_zero_point if self.grid.zero_point else None
+        return PackQuantizedWeight(self.weight_packed, self.weight_scale, zeros, self.weight_shape)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        return ops.dequantize(self.packed, self.in_features, self.grid.bits, dtype)
+
+    def product(self, input: Tensor) -> Tensor:
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(f"The input is {tuple(input.shape)}; expected (…, {self.in_features}).")
+        return ops.linear(input, self.packed, self.grid.bits)

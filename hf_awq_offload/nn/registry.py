@@ -1,0 +1,14 @@
+"""Which class of quantized linear a checkpoint format has."""
+
+from __future__ import annotations
+
+from .awq_linear import AwqLinear
+from .packed_linear import PackedLinear
+from .quantized_linear import QuantizedLinear
+
+
+def linear_class(
+    checkpoint_format: str,  # "awq" or "compressed-tensors"
+) -> type[QuantizedLinear]:
+    """The class whose tensors that format stores."""
+    return {"awq": AwqLinear, "compressed-tensors": PackedLinear}[checkpoint_format]

@@ -1,0 +1,295 @@
+"""What a quantization has done so far, on disk: a run that was killed goes on from its last decoder layer.
+
+    journal.json                what the run is: the journal's format and a fingerprint of source, recipe and data
+    layer-00007.safetensors     the tensors of the eighth layer, quantized
+    hidden-00008.bin            what enters the ninth, the bytes of all batches
+    layer-00007.json            the commit: names, sizes and SHA-256 of both files, and the layer's report
+
+Every file is written beside its place, flushed and renamed; the commit comes last, so that a layer is either committed
+or not there. The hidden states of the last two commits are kept: should the newest be damaged, the run falls back one
+layer. A damaged older layer is quantized again from hidden states that forward passes of the original layers bring
+back. Files are checked when the journal is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoint.durable import PARTIAL_SUFFIX, file_digest, flush_directory, locked, replacing
+from ..checkpoint.safetensors import read_tensor, tensor_places
+from ..errors import JournalError, StorageError
+from ..logs import get_logger
+from .hidden_states import HiddenStates, HiddenWriter
+
+logger = get_logger(__name__)
+
+FORMAT = 1
+"""Raised whenever what is written, or how layers are quantized from it, changes its meaning."""
+
+HEADER_NAME = "journal.json"
+LOCK_NAME = "journal.lock"
+
+
+@dataclass(frozen=True)
+class LayerCommit:
+    """One committed decoder layer."""
+
+    index: int
+    name: str
+    file: Path  # its tensors
+    batch_tokens: int  # of the micro-batches that it ran in
+    report: dict[str, Any]  # for the pipeline; JSON values
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: read_tensor(place) for name, place in tensor_places(self.file).items()}
+
+
+class Journal:
+    """A folder that one run at a time writes to; made if it is not there.
+
+    Args:
+        directory: the folder.
+        fingerprint: part -> digest, of everything that the result depends on.
+
+    Raises:
+        JournalError: the folder is another run's, holds other files, or is in use.
+        StorageError: it can't be written to.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], fingerprint: Mapping[str, str]):
+        self.directory = Path(directory)
+        self.commits: dict[str, LayerCommit] = {}
+        self._hidden: dict[int, dict[str, Any]] = {}
+        self._lock: Any = None
+        try:
+            with _storage_errors(self.directory):
+                self._open({"format": str(FORMAT), **fingerprint})
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, header: Mapping[str, str]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / HEADER_NAME
+        others = {each.name for each in self.directory.iterdir()} - {LOCK_NAME, HEADER_NAME + PARTIAL_SUFFIX}
+        if others and not path.exists():
+            raise JournalError(
+                f"checkpoint_dir {self.directory} holds other files ({', '.join(sorted(others)[:3])}) and no "
+                f"{HEADER_NAME}; expected an empty folder or a journal. Name another folder."
+            )
+        self._take_lock()
+        if path.exists():
+            self._compare(path, header)
+            self._read_commits()
+        else:
+            with replacing(path) as partial:
+                partial.write_text(json.dumps(header, indent=2), encoding="utf-8")
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def hidden(self, index: int) -> HiddenStates | None:
+        """What enters the layer of this index, if the journal has it."""
+        entry = self._hidden.get(index)
+        if entry is None:
+            return None
+        dtype = getattr(torch, entry["dtype"])
+        return HiddenStates.from_file(self.directory / entry["file"], entry["shapes"], dtype)
+
+    def _compare(self, path: Path, header: Mapping[str, str]) -> None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            assert isinstance(found, dict)
+        except (ValueError, AssertionError) as error:
+            raise JournalError(
+                f"{path} can't be read ({error or 'no JSON object'}); delete the folder to quantize from the start."
+            ) from error
+        different = sorted(part for part in {*header, *found} if header.get(part) != found.get(part))
+        if different:
+            raise JournalError(
+                f"checkpoint_dir {self.directory} is the journal of another run: these differ: "
+                f"{', '.join(different)}. Nothing was changed. Repeat that run's call to finish it, name another "
+                "folder, or delete this one."
+            )
+
+    def _read_commits(self) -> None:
+        for path in sorted(self.directory.glob("layer-*.json")):
+            try:
+                entry = _unsealed(path.read_text(encoding="utf-8"))
+                index, tensors, hidden = entry["index"], entry["tensors"], entry["hidden"]
+                commit = LayerCommit(
+                    index, entry["name"], self.directory / tensors["file"], entry["batch_tokens"], entry["report"]
+                )
+                damaged = not self._is_whole(tensors)
+            except (ValueError, KeyError, TypeError) as error:
+                logger.warning("%s can't be read (%s); that layer is quantized again.", path, error)
+                continue
+            if damaged:
+                logger.warning("%s is damaged or missing; that layer is quantized again.", commit.file)
+                continue
+            self.commits[commit.name] = commit
+            if hidden is None or not (self.directory / hidden["file"]).exists():
+                continue
+            if self._is_whole(hidden):
+                self._hidden[index + 1] = hidden
+            else:
+                logger.warning("%s is damaged; the run goes back to earlier hidden states.", hidden["file"])
+
+    def _is_whole(self, entry: Mapping[str, Any]) -> bool:
+        path = self.directory / entry["file"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return False
+        return file_digest(path) == entry["sha256"]
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def hidden_writer(self, index: int) -> HiddenWriter:
+        """Takes what enters the layer of this index; `commit` makes it last."""
+        with _storage_errors(self.directory):
+            return HiddenWriter(self.directory / (_hidden_name(index) + PARTIAL_SUFFIX))
+
+    def commit(
+        self,
+        index: int,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        batch_tokens: int,
+        report: dict[str, Any],
+        hidden: HiddenWriter | None,  # closed by this; None: nothing that comes later needs them
+    ) -> LayerCommit:
+        """Make a layer last, all or nothing.
+
+        Raises:
+            StorageError: the disk is full, or a file can't be written; earlier commits are as they were.
+        """
+        file = self.directory / f"layer-{index:05}.safetensors"
+        entry: dict[str, Any] = {"index": index, "name": name, "batch_tokens": batch_tokens, "report": report}
+        with _storage_errors(self.directory):
+            with replacing(file) as partial:
+                save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {"format": "pt"})
+            entry["tensors"] = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
+            entry["hidden"] = None if hidden is None else self._keep(hidden, index + 1)
+            with replacing(file.with_suffix(".json")) as partial:
+                partial.write_text(_sealed(entry), encoding="utf-8")
+        if entry["hidden"] is not None:
+            self._hidden[index + 1] = entry["hidden"]
+        self._forget_hidden(index - 1)
+        commit = LayerCommit(index, name, file, batch_tokens, report)
+        self.commits[name] = commit
+        return commit
+
+    def _keep(self, hidden: HiddenWriter, index: int) -> dict[str, Any]:
+        hidden.close()
+        assert hidden.file is not None
+        assert hidden.dtype is not None
+        target = self.directory / _hidden_name(index)
+        with hidden.file.open("rb") as opened:
+            os.fsync(opened.fileno())
+        os.replace(hidden.file, target)
+        flush_directory(self.directory)
+        return {
+            "file": target.name,
+            "bytes": target.stat().st_size,
+            "sha256": hidden.digest,
+            "shapes": hidden.shapes,
+            "dtype": str(hidden.dtype).removeprefix("torch."),
+        }
+
+    def _forget_hidden(self, last: int) -> None:
+        """Remove the hidden states of this layer and earlier ones."""
+        for index in [each for each in self._hidden if each <= last]:
+            entry = self._hidden.pop(index)
+            (self.directory / entry["file"]).unlink(missing_ok=True)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def remove(self) -> None:
+        """Take the journal's own files away, and the folder if nothing else is in it. The journal's end."""
+        _remove_files(self.directory)
+        self.close()
+        _remove_folder(self.directory)
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock = locked(self.directory / LOCK_NAME)
+        except BlockingIOError as error:
+            raise JournalError(
+                f"checkpoint_dir {self.directory} is in use by another process; wait for it, or name another folder."
+            ) from error
+
+
+def committed_layers(directory: str | os.PathLike[str]) -> int | None:
+    """How many decoder layers the journal in a folder holds; None where there is no journal. Nothing is checked."""
+    folder = Path(directory)
+    return len(list(folder.glob("layer-*.json"))) if (folder / HEADER_NAME).exists() else None
+
+
+def discard_if_empty(directory: str | os.PathLike[str]) -> None:
+    """Remove a journal without a committed layer, which no run can go on from. The run that made it must be over."""
+    if committed_layers(directory) == 0:
+        _remove_files(Path(directory))
+        _remove_folder(Path(directory))
+
+
+def _remove_files(directory: Path) -> None:
+    for pattern in ("layer-*.json", "layer-*.safetensors", "hidden-*.bin", f"*{PARTIAL_SUFFIX}", HEADER_NAME):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def _remove_folder(directory: Path) -> None:
+    (directory / LOCK_NAME).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty: the rest is not ours
+        directory.rmdir()
+
+
+def _hidden_name(index: int) -> str:
+    return f"hidden-{index:05}.bin"
+
+
+def _sealed(entry: Mapping[str, Any]) -> str:
+    """A commit as text, with a digest of itself."""
+    text = json.dumps(entry)
+    return json.dumps({"commit": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def _unsealed(text: str) -> dict[str, Any]:
+    """The commit in what `_sealed` made; ValueError if it was changed."""
+    sealed = json.loads(text)
+    if hashlib.sha256(sealed["commit"].encode()).hexdigest() != sealed["sha256"]:
+        raise ValueError("its digest differs")
+    return json.loads(sealed["commit"])
+
+
+class _storage_errors:
+    """Says of a failed write what to do; safetensors wraps the system's errors in its own."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError | SafetensorError) and not isinstance(error, StorageError):
+            raise StorageError(
+                f"Writing to {self.directory} failed: {error}. What was committed before is whole: make room or "
+                "correct the folder's permissions, and repeat the call to go on from there."
+            ) from error

@@ -1,0 +1,136 @@
+"""Weights of a model on the meta device, read from where they lie on the disk when they are asked for."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.safetensors import TensorPlace, read_tensor, tensor_places
+from ..errors import CheckpointError
+from ..model.experts import UnfusedExperts, fused_names, unfused
+
+Tensors = dict[str, Tensor]
+
+
+class StoredWeights:
+    """Parameters by name, lazily.
+
+    Args:
+        index: name in the model -> {"safetensors_file", "weight_name"}, as transformers makes it for accelerate.
+        dtypes: name in the model -> the dtype that the model wants it in.
+        folder: the `offload_folder` that the caller gave transformers.
+    """
+
+    def __init__(
+        self,
+        index: Mapping[str, Mapping[str, str]],
+        dtypes: Mapping[str, torch.dtype],
+        folder: str | os.PathLike[str] | None = None,
+    ):
+        self.index = index
+        self.folder = None if folder is None else Path(folder)
+        files: dict[str, dict[str, TensorPlace]] = {}
+        self.places: dict[str, TensorPlace] = {}
+        for name, entry in index.items():
+            file = entry["safetensors_file"]
+            if file not in files:
+                files[file] = tensor_places(file)
+            self.places[name] = files[file][entry["weight_name"]]
+        self.dtypes = dict(dtypes)
+        self.fused: dict[str, tuple[nn.Module, UnfusedExperts]] = {}
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read, each once."""
+        return list(dict.fromkeys(place.file for place in self.places.values()))
+
+    def take_experts_apart(self, model: nn.Module, fused: Mapping[str, nn.Module]) -> None:
+        """Reads experts one by one from here on, where the checkpoint holds them fused.
+
+        Args:
+            model: holds `UnfusedExperts` where the fused modules were.
+            fused: name in the model -> the module that was there.
+        """
+        for name, module in fused.items():
+            experts = model.get_submodule(name)
+            assert isinstance(experts, UnfusedExperts)
+            if f"{name}.{fused_names(module)[-1]}" in self.places:
+                self.fused[name] = (module, experts)
+
+    def is_as_stored(self, name: str) -> bool:
+        """Whether `read` gives the very bytes that are in the file."""
+        dtype = self.places[name].torch_dtype
+        return not dtype.is_floating_point or self.dtypes.get(name, dtype) == dtype
+
+    def read(self, name: str, pin_memory: bool = False) -> Tensor:
+        """One parameter, on the CPU, in the model's dtype.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        if name not in self.places:
+            raise CheckpointError(
+                f"The checkpoint holds no {name}; expected every weight of the model. Download it again."
+            )
+        tensor = read_tensor(self.places[name], pin_memory)
+        wanted = self.dtypes.get(name, tensor.dtype)
+        return tensor.to(wanted) if tensor.is_floating_point() else tensor
+
+    def of(self, module_name: str, module: nn.Module, pin_memory: bool = False) -> Tensors:
+        """All parameters of a module, by their names within it."""
+        found: Tensors = {}
+        for name, (original, experts) in self.fused.items():
+            if name == module_name or name.startswith(f"{module_name}."):
+                within = name[len(module_name) + 1 :]
+                found |= {_joined(within, key): value for key, value in self._apart(name, original, experts).items()}
+        for name, _ in module.named_parameters(remove_duplicate=False):
+            if name not in found:
+                found[name] = self.read(_joined(module_name, name), pin_memory)
+        return found
+
+    def _apart(self, name: str, original: nn.Module, experts: UnfusedExperts) -> Tensors:
+        loaded = copy.copy(original)
+        loaded._parameters = {
+            key: nn.Parameter(self.read(f"{name}.{key}"), requires_grad=False) for key in original._parameters
+        }
+        return {key: value.detach() for key, value in unfused(loaded, experts.projections).named_parameters()}
+
+
+class ReadAhead:
+    """`read(name)`, with what comes next being read by another thread meanwhile.
+
+    It gives the same as `read`, whatever is asked for; only the waiting is shorter.
+    """
+
+    def __init__(self, read: Callable[[str], Any], order: Sequence[str]):
+        self.read = read
+        self.next = dict(pairwise(order))
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self._coming: tuple[str, Future[Any]] | None = None
+
+    def take(self, name: str) -> Any:
+        """What `read(name)` gives; begins with the name that follows."""
+        coming, self._coming = self._coming, None
+        found = coming[1].result() if coming is not None and coming[0] == name else None
+        if found is None:
+            found = self.read(name)
+        if name in self.next:
+            self._coming = self.next[name], self._pool.submit(self.read, self.next[name])
+        return found
+
+    def close(self) -> None:
+        """Let go of what was read ahead."""
+        self._coming = None
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,94 @@
+"""What the result of a quantization depends on, as digests: a journal of other ones is not gone on with.
+
+    source   every tensor's name, dtype, shape and file, and 4 KiB from its start, its middle and its end
+    model    class and config
+    recipe   the fields that change a number in the checkpoint; not where and how fast it is made
+    data     token ids and masks of all calibration sequences
+
+Reading all of a large checkpoint would take minutes at every start. A file that was trained further, converted or
+replaced differs in every tensor; a tensor that was edited somewhere between the three places is not noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..calibration.dataset import CalibrationSet
+from ..checkpoint.safetensors import bytes_of, tensor_places
+from ..config import AwqOffloadConfig
+
+SAMPLE_BYTES = 4096
+
+HOW_NOT_WHAT = (
+    *("dataset", "tokenizer", "text_column", "n_samples", "max_seq_len"),  # the token ids tell
+    *("execution_device", "batch_tokens", "backend", "offload", "prefetch", "max_memory"),
+    *("checkpoint_dir", "report_dir"),
+)
+
+
+def fingerprint(
+    model: PreTrainedModel, recipe: AwqOffloadConfig, calibration: CalibrationSet | None, files: Iterable[Path]
+) -> dict[str, str]:
+    """Part -> what it is, as text."""
+    config = model.config.to_dict()
+    for name in ("quantization_config", "transformers_version", "_name_or_path"):
+        config.pop(name, None)
+    how = {name: value for name, value in recipe.to_dict().items() if name not in HOW_NOT_WHAT}
+    return {
+        "package": version("hf_awq_offload"),
+        "source": _source_digest(files),
+        "model": _text_digest([type(model).__name__, str(model.dtype), config]),
+        "recipe": json.dumps(how, sort_keys=True, default=str),
+        "data": "none" if calibration is None else _data_digest(calibration),
+    }
+
+
+def _source_digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda path: path.name):
+        with file.open("rb") as opened:
+            for name, place in sorted(tensor_places(file).items()):
+                digest.update(repr((file.name, name, place.dtype, place.shape, place.start, place.end)).encode())
+                middle = (place.start + place.end) // 2
+                for start in (place.start, middle, max(place.start, place.end - SAMPLE_BYTES)):
+                    opened.seek(start)
+                    digest.update(opened.read(min(SAMPLE_BYTES, place.end - start)))
+    return digest.hexdigest()
+
+
+def _data_digest(calibration: CalibrationSet) -> str:
+    """Over everything that a calibration set holds but its name."""
+    digest = hashlib.sha256()
+    for field in fields(calibration):
+        if field.name != "name":
+            _add(digest, getattr(calibration, field.name))
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(repr((value.dtype, tuple(value.shape))).encode())
+        digest.update(bytes_of(value.cpu().contiguous()))
+    elif isinstance(value, Mapping):
+        for name in sorted(value):
+            digest.update(repr(name).encode())
+            _add(digest, value[name])
+    elif isinstance(value, list | tuple):
+        digest.update(repr((type(value).__name__, len(value))).encode())
+        for item in value:
+            _add(digest, item)
+    else:
+        digest.update(repr(value).encode())
+
+
+def _text_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,43 @@
+"""What stays in full precision, and why: linears that calibration does not reach, matrices that no linear holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ..model.decoder_layers import candidate_layers
+from ..model.folds import LayerStructure
+from ..model.linears import linears_in, matrices_outside_linears
+from ..report import QuantizationReport
+from .layer_quantization import LayerContext
+
+NEEDS_OTHER_DATA = "did not run in calibration: needs samples with images"
+
+
+def add_layers_left_out(
+    report: QuantizationReport, model: nn.Module, is_quantizable: Callable[[str], bool]
+) -> QuantizationReport:
+    """`report`, and what is said of layers that did not run, and of matrices that are no linears."""
+    ran = {layer.name for layer in report.layers}
+    for name in ran:
+        others = matrices_outside_linears(model.get_submodule(name))
+        report.left_out |= {f"{name}.{part}": reason for part, reason in others.items()}
+    lists = {name.rpartition(".")[0] for name in ran}
+    for name, layer in candidate_layers(model).items():
+        among_others = name.rpartition(".")[0] in lists
+        reason = NEEDS_OTHER_DATA if among_others else "does not run on text alone: not part of the decoder"
+        for part in linears_in(layer) if name not in ran else []:
+            if is_quantizable(f"{name}.{part}"):
+                report.left_out[f"{name}.{part}"] = reason
+    return report
+
+
+def not_reached(context: LayerContext, structure: LayerStructure) -> dict[str, str]:
+    """Linears of the layer that no calibration token reached, and what is said of them."""
+    left = context.quantizable - reached(structure)
+    return {f"{context.name}.{name}": "did not run in calibration" for name in left}
+
+
+def reached(structure: LayerStructure) -> set[str]:
+    return {name for group in structure.groups for name in group.consumers}

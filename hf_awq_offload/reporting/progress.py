@@ -1,0 +1,128 @@
+"""What a run says while it works: a bar on a terminal and in a notebook, a line per layer in a log file.
+
+    terminal, notebook   Quantizing:  38%|███▊      | 12/32 [03:10, ETA 05:17, model.layers.12 search, loss …, peak …]
+    anything else        [12/32] model.layers.11: loss 0.012 → 0.0045, onload 0.2 s, forward 1.1 s, … ETA 05:17
+
+The bar is transformers' own (tqdm, with widgets in Jupyter). Both are silent after transformers'
+`logging.disable_progress_bar()`, and at verbosity "error" and above.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+from transformers.utils import logging
+
+from ..report import LayerReport, MemoryUse
+
+BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+def announce(text: str) -> None:
+    """Say something about the run as a whole, where progress is shown at all."""
+    if is_shown():
+        print(text, file=sys.stderr, flush=True)
+
+
+def is_shown() -> bool:
+    return logging.is_progress_bar_enabled() and logging.get_verbosity() < logging.ERROR
+
+
+def can_redraw() -> bool:
+    """Whether stderr is a terminal or a notebook's output, where a bar can be drawn over itself."""
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
+    shell = get_shell()
+    is_notebook = shell is not None and "IPKernelApp" in shell.config
+    return is_notebook or (sys.stderr.isatty() and _has_room())
+
+
+def _has_room() -> bool:
+    """Some containers' terminals have no columns or no lines; tqdm draws nothing there."""
+    try:
+        return 0 not in os.get_terminal_size(sys.stderr.fileno())
+    except OSError:  # it does not say
+        return True
+
+
+class Progress:
+    """Of one run over decoder layers. A context manager.
+
+    Args:
+        title: what is being done.
+    """
+
+    def __init__(self, title: str = "Quantizing"):
+        self.title = title
+        self.total = 0
+        self.done = 0
+        self._bar: Any = None
+        self._is_plain = False
+        self._layer_seconds: list[float] = []
+        self._since = time.perf_counter()
+        self._last: list[str] = []
+        """What is known of the layer that was finished last."""
+
+    def __enter__(self) -> Progress:
+        if is_shown():
+            self._is_plain = not can_redraw()
+            if not self._is_plain:
+                self._bar = logging.tqdm(
+                    total=0, desc=self.title, unit="layer", bar_format=BAR_FORMAT, dynamic_ncols=True
+                )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def expect(self, layers: int) -> None:
+        """So many layers there are, and the first is about to begin."""
+        self.total = layers
+        self._since = time.perf_counter()
+        if self._bar is not None:
+            self._bar.reset(total=layers)
+
+    def phase(self, name: str, layer: str | None = None) -> None:
+        """What is being done now, and on which layer."""
+        if self._bar is not None:
+            doing = name if layer is None else f"{layer} {name}"
+            self._bar.set_postfix_str(", ".join([*self._eta(), doing, *self._last]))
+
+    def finished(self, report: LayerReport) -> None:
+        """A layer was quantized."""
+        now = time.perf_counter()
+        self._layer_seconds.append(now - self._since)
+        losses = [f"loss {report.loss_nearest:.3g} → {report.loss:.3g}"] if report.loss_nearest > 0 else []
+        peak = [] if report.memory is None else [f"peak {_peak_bytes(report.memory) / 2**30:.2f} GiB"]
+        phases = [f"{phase} {seconds:.1f} s" for phase, seconds in report.phase_seconds.items()]
+        self._last = losses + peak
+        self._advance(report.name, [*losses, *phases, f"{now - self._since:.1f} s in all", *peak])
+
+    def adopted(self, name: str) -> None:
+        """A layer was found in the journal."""
+        self._advance(name, ["quantized by an earlier run"])
+
+    def _advance(self, name: str, facts: list[str]) -> None:
+        self.done += 1
+        self._since = time.perf_counter()
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join([*self._eta(), name, *self._last]), refresh=False)
+            self._bar.update()
+        elif self._is_plain:
+            announce(f"[{self.done}/{self.total}] {name}: {', '.join([*facts, *self._eta()])}")
+
+    def _eta(self) -> list[str]:
+        """From the layers of this run; the first counts only until there is another: it is probed as well."""
+        known = self._layer_seconds[1:] or self._layer_seconds
+        if not known or self.done >= self.total:
+            return []
+        return [f"ETA {tqdm.format_interval((self.total - self.done) * sum(known) / len(known))}"]
+
+
+def _peak_bytes(memory: MemoryUse) -> int:
+    """Of what a layer is processed on."""
+    return memory.accelerator_peak or memory.ram_peak

@@ -1,0 +1,56 @@
+"""Sufficient statistics of a linear's input.
+
+For a weight W (out, in) and inputs X (tokens, in), the mean squared output error of any replacement Ŵ needs X only
+through its gram matrix (docs/design/001-sufficient-statistics.md):
+
+    ‖X (Ŵ - W)ᵀ‖² / tokens = tr( D G Dᵀ ),   D = Ŵ - W,   G = XᵀX / tokens
+
+One forward pass collects G; scale search, clip search and rounding never see an activation again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Second moments and mean magnitudes of one linear input over all counted calibration tokens."""
+
+    gram: Tensor  # (in, in) fp32, XᵀX / tokens
+    mean_abs: Tensor  # (in,) fp32, mean |X| per channel
+    tokens: int
+
+    def divided(
+        self,
+        scale: Tensor,  # (in,)
+    ) -> InputStatistics:
+        """The statistics of X / scale, what a linear sees once `scale` is folded into what produces X."""
+        return InputStatistics(self.gram / torch.outer(scale, scale), self.mean_abs / scale, self.tokens)
+
+    def to(self, device: torch.device) -> InputStatistics:
+        """The same on `device`."""
+        return InputStatistics(self.gram.to(device), self.mean_abs.to(device), self.tokens)
+
+
+def pooled(statistics: Sequence[InputStatistics]) -> InputStatistics:
+    """The statistics over the tokens of all together; of inputs of equal width, not empty."""
+    tokens = sum(each.tokens for each in statistics)
+    gram, mean_abs = torch.zeros_like(statistics[0].gram), torch.zeros_like(statistics[0].mean_abs)
+    for each in statistics:
+        gram += each.gram * (each.tokens / max(tokens, 1))
+        mean_abs += each.mean_abs * (each.tokens / max(tokens, 1))
+    return InputStatistics(gram, mean_abs, tokens)
+
+
+def blended(own: InputStatistics, pool: InputStatistics, min_tokens: int) -> InputStatistics:
+    """`own`, or where it counts fewer than `min_tokens` tokens, filled up to so many from `pool`."""
+    if own.tokens >= min_tokens:
+        return own
+    share = own.tokens / min_tokens
+    gram = own.gram * share + pool.gram * (1 - share)
+    return InputStatistics(gram, own.mean_abs * share + pool.mean_abs * (1 - share), min_tokens)

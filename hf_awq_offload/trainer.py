@@ -1,0 +1,326 @@
+"""A callback of transformers' Trainer that quantizes the model when training ends.
+
+The trained model is not touched. Its weights are saved in full precision to a temporary folder beside the checkpoints,
+loaded from there by `from_pretrained`, calibrated, quantized layer by layer, and saved as an AWQ checkpoint. That costs
+the disk the model once more, for a while, and the accelerator one decoder layer at a time; the alternative, a copy in
+memory, would need the accelerator twice over, and carries along what training has wrapped around the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import unwrap_model
+
+from .calibration.dataset import READ_FACTOR
+from .config import AwqOffloadConfig
+from .errors import CalibrationDataError, ConfigError, ModelStructureError
+from .in_memory import quantize_model
+from .integrations.hub import describe_origin
+from .integrations.saving import meta_of
+from .logs import get_logger
+from .report import QuantizationReport
+from .reporting.files import prepare_folder
+
+logger = get_logger(__name__)
+
+FOLDER = "awq"
+PATIENCE = timedelta(days=7)
+"""How long the other ranks wait for the one that quantizes; NCCL's usual ten minutes are too short."""
+
+
+class AwqQuantizeCallback(TrainerCallback):
+    """Quantizes a full-precision model at the end of training, on the data that it was trained on.
+
+    Adapters (a PeftModel) are merged into a copy first; the trained model keeps them. With `load_best_model_at_end` it
+    is the best model that is quantized. In distributed training, rank 0 quantizes and the others wait; should it fail,
+    all raise.
+
+    Args:
+        config: the recipe. Unless it names a `dataset`, the trainer's own training data calibrates: batches as the
+            collator makes them, chat template and packing included, without padding, whatever the labels count.
+        output_dir: where the checkpoint goes; by default the folder "awq" in the trainer's output_dir.
+        push_to_hub: a repository's name, or True for the trainer's `hub_model_id` with "-AWQ" added, or False; by
+            default, whatever the trainer's own `push_to_hub` says.
+
+    Raises:
+        ConfigError, ModelStructureError: before the first step, if the model can't be quantized at the end.
+    """
+
+    def __init__(
+        self,
+        config: AwqOffloadConfig,
+        output_dir: str | os.PathLike | None = None,
+        push_to_hub: bool | str | None = None,
+    ):
+        if not isinstance(config, AwqOffloadConfig):
+            raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
+        self.config = config
+        self.output_dir = output_dir
+        self.push_to_hub = push_to_hub
+        self.report: QuantizationReport | None = None
+        """Of the quantization, once it is done."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        _require_quantizable(unwrap_model(model), args)
+        prepare_folder(self.config.report_dir)
+
+    def on_train_end(
+        self, args, state, control, model=None, processing_class=None, train_dataloader=None, **kwargs
+    ) -> None:
+        model = unwrap_model(model)
+        recipe = copy.copy(self.config)
+        with _Ranks() as ranks:
+            if recipe.needs_calibration and recipe.dataset == "builtin":
+                recipe.dataset = training_rows(train_dataloader, recipe, ranks.agree)
+            ranks.run_on_first(lambda: self._quantize(model, recipe, args, processing_class, train_dataloader))
+
+    def _quantize(
+        self, model: nn.Module, recipe: AwqOffloadConfig, args: Any, processing_class: Any, train_dataloader: Any
+    ) -> None:
+        target = Path(self.output_dir or Path(args.output_dir) / FOLDER)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}-unfinished-", dir=target.parent))
+        full_precision = scratch / "full-precision"
+        _save_full_precision(model, full_precision)
+        if processing_class is not None:
+            processing_class.save_pretrained(full_precision)
+        try:
+            quantized = _quantized_copy(model, recipe, full_precision, args, processing_class)
+            describe_origin(quantized, _base_model(model, args), processing_class)
+            if self.config.dataset == "builtin" and recipe.needs_calibration:
+                _name_data(quantized, train_dataloader)
+            quantized.save_pretrained(scratch / "quantized")
+            if processing_class is not None:
+                processing_class.save_pretrained(scratch / "quantized")
+        except BaseException:
+            logger.error(
+                f"Quantizing after training failed. The trained model is unchanged in memory, and saved in full "
+                f"precision in {full_precision}: quantize it by from_pretrained(..., quantization_config=...)."
+            )
+            raise
+        _put_in_place(scratch / "quantized", target)
+        shutil.rmtree(scratch)
+        self.report = cast(Any, quantized).hf_quantizer.report
+        logger.info(f"The quantized model is in {target}.")
+        repo_id = self._repo_id(args)
+        if repo_id is not None:
+            cast(Any, quantized).push_to_hub(repo_id, token=args.hub_token, private=args.hub_private_repo)
+
+    def _repo_id(self, args: Any) -> str | None:
+        if isinstance(self.push_to_hub, str):
+            return self.push_to_hub
+        if not (args.push_to_hub if self.push_to_hub is None else self.push_to_hub):
+            return None
+        return f"{args.hub_model_id or Path(args.output_dir).resolve().name}-AWQ"
+
+
+def training_rows(
+    dataloader: Iterable[Any],
+    recipe: AwqOffloadConfig,
+    agree: Callable[[bool], bool],  # on what rank 0 says
+) -> list[list[int]]:
+    """Token ids of training sequences without their padding, as many as a choice for calibration is made from.
+
+    All ranks read in step: a data loader may share its batches, or its random numbers, between them.
+
+    Raises:
+        CalibrationDataError: the batches hold no `input_ids`, or images or sound beside them.
+    """
+    rows: list[list[int]] = []
+    tokens = 0
+    for batch in dataloader:
+        for row in _rows_of_batch(batch):
+            rows.append(row)
+            tokens += min(len(row), recipe.max_seq_len)
+        wanted = READ_FACTOR * recipe.n_samples
+        if agree(len(rows) >= wanted or tokens >= wanted * recipe.max_seq_len):
+            break
+    return rows
+
+
+def _rows_of_batch(batch: Any) -> Iterable[list[int]]:
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise CalibrationDataError(
+            f"A batch of the training data holds {found}; expected input_ids. Set `dataset` of the AwqOffloadConfig."
+        )
+    others = [name for name in batch if name in ("pixel_values", "input_features", "pixel_values_videos")]
+    if others:
+        raise CalibrationDataError(
+            f"The training data holds {others[0]} beside input_ids; the callback calibrates on token ids alone. Set "
+            "`dataset` of the AwqOffloadConfig."
+        )
+    mask = batch.get("attention_mask")
+    is_mask = isinstance(mask, Tensor) and mask.shape == batch["input_ids"].shape  # packed batches have other masks
+    for index, token_ids in enumerate(batch["input_ids"]):
+        yield (token_ids[mask[index].bool()] if is_mask else token_ids).tolist()  # type: ignore[index]
+
+
+def _require_quantizable(model: Any, args: Any) -> None:
+    """Everything that can be known to fail at the end of training fails before its first step."""
+    base = _base(model)
+    if not isinstance(base, PreTrainedModel):
+        raise ModelStructureError(
+            f"AwqQuantizeCallback quantizes a PreTrainedModel or a PeftModel of one; the trainer's model is a "
+            f"{type(model).__name__}."
+        )
+    if getattr(base, "hf_quantizer", None) is not None:
+        raise ModelStructureError(
+            "The model is quantized already, and adapters are trained on it: there is nothing for AwqQuantizeCallback "
+            "to do. Save the adapters, or train on the full-precision model."
+        )
+    if model is base and getattr(base, "_hf_peft_config_loaded", False):
+        raise ModelStructureError(
+            "The model's adapters were put on by add_adapter or load_adapter; AwqQuantizeCallback merges those of a "
+            "PeftModel. Use peft.get_peft_model(model, config)."
+        )
+    prompts = [name for name, each in getattr(model, "peft_config", {}).items() if each.is_prompt_learning]
+    if model is not base and prompts:
+        raise ModelStructureError(
+            f"The adapter {prompts[0]!r} learns a prompt, which no weight can take in; expected one such as LoRA."
+        )
+    if is_deepspeed_zero3_enabled() or getattr(args, "fsdp", None):
+        raise ModelStructureError(
+            "The model's weights are split between ranks (FSDP, or DeepSpeed's ZeRO 3), and AwqQuantizeCallback needs "
+            "them whole on rank 0. Save the model with trainer.save_model, and quantize it after training by "
+            "from_pretrained(..., quantization_config=AwqOffloadConfig(...))."
+        )
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _save_full_precision(model: Any, folder: Path) -> None:
+    """The base's weights under their own names, and the adapters in a folder inside, if there are any."""
+    base = _base(model)
+    if base is model:
+        model.save_pretrained(folder)
+        return
+    base.save_pretrained(folder, state_dict=_weights_without_adapters(base))
+    model.save_pretrained(folder / "adapter")
+
+
+def _weights_without_adapters(base: nn.Module) -> dict[str, Tensor]:
+    """The state dict that `base` had before PEFT wrapped layers of it."""
+    tuners = import_module("peft.tuners.tuners_utils")
+    wrappers = import_module("peft.utils.other")
+    renamed = {}  # prefix of what is wrapped -> its own name
+    inside = []  # prefixes of all that belongs to a wrapper
+    for name, module in base.named_modules():
+        original = None
+        if isinstance(module, tuners.BaseTunerLayer):
+            original = "base_layer"
+        elif isinstance(module, wrappers.AuxiliaryTrainingWrapper):
+            original = "original_module"
+        if original is not None:
+            inside.append(f"{name}.")
+            renamed[f"{name}.{original}."] = f"{name}."
+    state = {}
+    for key, value in base.state_dict().items():
+        prefix = max((each for each in renamed if key.startswith(each)), key=len, default=None)
+        if prefix is not None:
+            state[renamed[prefix] + key.removeprefix(prefix)] = value
+        elif not key.startswith(tuple(inside)):
+            state[key] = value
+    return state
+
+
+def _quantized_copy(
+    model: Any, recipe: AwqOffloadConfig, folder: Path, args: Any, processing_class: Any
+) -> PreTrainedModel:
+    """What is saved in `folder`, on the CPU and quantized; in 16 bits if that is what was trained in."""
+    base = _base(model)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base.dtype
+    if base is model:
+        return type(base).from_pretrained(folder, dtype=dtype, quantization_config=recipe)
+    dense = type(base).from_pretrained(folder, dtype=base.dtype)
+    peft_model = import_module("peft").PeftModel
+    active = list(model.active_adapters)
+    own = folder / "adapter"
+    merged = peft_model.from_pretrained(dense, _adapter_folder(own, active[0]), adapter_name=active[0])
+    for name in active[1:]:
+        merged.load_adapter(_adapter_folder(own, name), adapter_name=name)
+    merged.base_model.set_adapter(active)
+    return quantize_model(merged.merge_and_unload().to(dtype), recipe, processing_class)
+
+
+def _adapter_folder(folder: Path, name: str) -> Path:
+    """PEFT saves the adapter "default" in the folder itself, others in folders of their own."""
+    return folder if name == "default" else folder / name
+
+
+def _base_model(model: Any, args: Any) -> str | None:
+    """What the checkpoint is a quantized version of: the trained model's repository, or what training started from."""
+    if args.push_to_hub and args.hub_model_id and "/" in args.hub_model_id:
+        return args.hub_model_id
+    return _base(model).config.name_or_path
+
+
+def _name_data(model: Any, dataloader: Any) -> None:
+    """The training data's own name, if it has one, beside the hash of what was read."""
+    info = getattr(getattr(dataloader, "dataset", None), "info", None)
+    name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)
+    meta = meta_of(model, model.hf_quantizer.checkpoint)
+    meta["dataset"] = f"{name or 'training data'} ({meta['dataset']})"
+
+
+def _put_in_place(finished: Path, target: Path) -> None:
+    """Rename `finished` to `target`; what was there goes when the new one is there."""
+    old = finished.with_name("replaced")
+    if target.exists():
+        target.rename(old)
+    finished.rename(target)
+
+
+class _Ranks:
+    """The processes of a distributed training, or just this one. A context manager."""
+
+    def __enter__(self) -> _Ranks:
+        is_distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if is_distributed else None
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        if self.group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def run_on_first(self, work: Callable[[], None]) -> None:
+        """Run `work` on rank 0 while the others wait.
+
+        Raises:
+            RuntimeError: on the others, if it failed.
+        """
+        failure: str | None = None
+        try:
+            if self.group is None or dist.get_rank() == 0:
+                work()
+        except BaseException as error:
+            failure = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            failure = self.agree(failure)
+        if failure is not None:
+            raise RuntimeError(f"Rank 0 could not quantize the model. {failure}")

@@ -1,0 +1,81 @@
+"""The documentation's parts that are made from others: pictures, the reference, the table in README.md."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import hf_awq_offload
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+def script(name: str) -> ModuleType:
+    """A module of docs/_site, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / "_site" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pictures_are_what_the_script_draws():
+    pictures = script("pictures").PICTURES
+    assert {path.name for path in (DOCS / "images").iterdir()} == set(pictures)
+    for name, draw in pictures.items():
+        assert (DOCS / "images" / name).read_text(encoding="utf-8") == draw(), (
+            f"run python docs/_site/pictures.py: {name}"
+        )
+
+
+def test_the_chart_shows_every_tool_that_was_measured():
+    tools = [name for name, _, _ in script("pictures").measured()]
+    assert len(tools) == 6
+    assert sum("hf_awq_offload" in name for name in tools) == 2
+
+
+def test_readme_has_the_figures_of_the_comparison():
+    page = (ROOT / "README.md").read_text(encoding="utf-8").split("## Beside other tools")[1]
+    shown = [
+        (float(t), float(kl)) for t, kl in re.findall(r"\| \**([\d.]+)\** \| \**([\d.]+)\** \|$", page, flags=re.M)
+    ]
+    measured = {
+        (time, round(kl, 4)) for name, time, kl in script("pictures").measured() if not name.endswith("nearest")
+    }
+    assert set(shown) == measured
+
+
+def test_formulas_become_mathml():
+    made = script("mathml").on_page_content('a <span class="arithmatex">\\(x &lt; 1\\)</span> b')
+    assert "arithmatex" not in made
+    assert made.startswith('a <math xmlns="http://www.w3.org/1998/Math/MathML" display="inline">')
+    assert "x" in made
+    assert made.endswith("</math> b")
+
+
+@pytest.mark.parametrize("name", hf_awq_offload.__all__)
+def test_every_public_name_is_in_the_reference(name):
+    page = (DOCS / "reference.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^::: (\S+)", page, flags=re.MULTILINE)
+    value = getattr(hf_awq_offload, name)
+    assert f"{value.__module__}.{value.__qualname__}" in shown or value.__module__ in shown
+
+
+def test_what_the_reference_shows_is_there():
+    for shown in re.findall(r"^::: (\S+)", (DOCS / "reference.md").read_text(encoding="utf-8"), flags=re.MULTILINE):
+        module, _, name = shown.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), shown
+
+
+def test_the_links_of_readme_lead_somewhere():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", page) if "://" not in target]
+    assert len(targets) > 15
+    assert [target for target in targets if not (ROOT / target.split("#")[0]).exists()] == []

@@ -1,0 +1,86 @@
+"""The package's modules, what each of them imports, and the order of the packages."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "hf_awq_offload"
+
+LEVELS: list[list[str]] = [
+    ["errors", "logs", "report"],
+    ["formats"],
+    ["checkpoint", "ops", "search"],
+    ["config"],
+    ["nn"],
+    ["model"],
+    ["offload"],
+    ["calibration"],
+    ["reporting"],
+    ["pipeline"],
+    ["integrations"],
+    ["in_memory", "planning"],
+    ["streamed", "trainer"],
+    ["__init__", "cli"],
+    ["__main__"],
+]
+"""Packages and modules of the root, lowest first. Each may import what stands in a line above its own."""
+
+
+def module_name(path: Path) -> str:
+    """search/scale.py is "search.scale", search/__init__.py "search", the package's own "__init__"."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def package_of(module: str) -> str:
+    """The package that a module is in; a module of the root stands for itself."""
+    return module.partition(".")[0]
+
+
+def rank_of(module: str) -> int:
+    """The line of LEVELS that a module's package stands in."""
+    return next(rank for rank, level in enumerate(LEVELS) if package_of(module) in level)
+
+
+def imported_modules(module: str) -> set[str]:
+    """Modules of the package that `module` imports anywhere in its code, function bodies included.
+
+    `import_module` with a literal name counts, too.
+    """
+    path = MODULES[module]
+    folder = path.relative_to(PACKAGE).parent.parts  # the package that relative imports start from
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {_known(name[1:], []) for name in names if name[0] == PACKAGE.name}
+        elif isinstance(node, ast.ImportFrom):
+            start = (node.module or "").split(".") if node.module else []
+            if node.level:
+                start = [*folder[: len(folder) - node.level + 1], *start]
+            elif start[:1] == [PACKAGE.name]:
+                start = start[1:]
+            else:
+                continue
+            found |= {_known(start, [alias.name]) for alias in node.names}
+        elif isinstance(node, ast.Call) and _called(node) == "import_module":
+            name = node.args[0].value if isinstance(node.args[0], ast.Constant) else ""
+            if name.startswith(f"{PACKAGE.name}."):
+                found.add(name.removeprefix(f"{PACKAGE.name}."))
+            elif name.startswith("."):
+                found.add(".".join([*folder, name[1:]]))
+    return found - {module}
+
+
+def _called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def _known(start: list[str], name: list[str]) -> str:
+    """The module that "from start import name" reads: start.name if that is one, else start."""
+    longer = ".".join([*start, *name])
+    return longer if longer in MODULES else ".".join(start) or "__init__"

@@ -1,0 +1,177 @@
+"""What is given is kept to: the micro-batch and the place of the statistics follow from the memory that is allowed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import save_model, tiny_llama, tiny_mixtral, token_batch, token_recipe
+from torch import Tensor, nn
+
+from hf_awq_offload import plan, quantize
+from hf_awq_offload.calibration import statistics_collector
+from hf_awq_offload.calibration.statistics_collector import StatisticsCollector
+from hf_awq_offload.model.experts import unfused
+from hf_awq_offload.pipeline.budget import CPU, CPU_BATCH_TOKENS, PROCESS_BYTES, LayerSizes, budget_for
+
+GPU = torch.device("cuda", 0)
+SIZES = LayerSizes(
+    weights=100, computed_copy=0, statistics=300, largest_gram=120, search=500, activation_bytes_per_token=4
+)
+USUAL = {"prefetch": True, "longest_tokens": 20, "total_tokens": 10_000}
+
+
+def test_sizes_are_those_of_the_layer():
+    sizes = LayerSizes.of(tiny_llama().model.layers, CPU)
+    hidden, intermediate, key_value = 64, 96, 32
+    widths = [(hidden, hidden), (hidden, key_value), (hidden, intermediate), (intermediate, hidden)]
+    assert sizes.weights == sum(p.numel() * 4 for p in tiny_llama().model.layers[0].parameters())
+    assert sizes.computed_copy == 0
+    assert sizes.statistics == sum(4 * width**2 for width, _ in widths)
+    assert sizes.largest_gram == 4 * intermediate**2
+    both = [(hidden, key_value), (hidden, intermediate)]  # k beside v, gate beside up
+    assert sizes.activation_bytes_per_token == 4 * sum(map(sum, [*widths, *both])) + 4 * (hidden + hidden)
+
+
+def test_every_expert_has_statistics_of_its_own():
+    layer = tiny_mixtral().model.layers[0]
+    fused = LayerSizes.of([layer], CPU).statistics
+    experts = next(name for name, _ in layer.named_modules() if name.endswith("experts"))
+    layer.set_submodule(experts, unfused(layer.get_submodule(experts), None))
+    assert LayerSizes.of([layer], CPU).statistics == fused
+    assert fused >= 3 * 4 * (64**2 + 96**2)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+@pytest.mark.parametrize("limit_bytes", [1_080, 1_500, 5_000, 10_000])
+def test_the_micro_batch_takes_what_the_rest_leaves(device, limit_bytes):
+    budget = budget_for(SIZES, device, **USUAL, limit_bytes=limit_bytes)
+    assert budget.statistics_device == device
+    assert budget.peak_bytes <= limit_bytes
+    assert budget.batch_tokens == min(CPU_BATCH_TOKENS, (limit_bytes - 200 - 300) // 4)
+    assert budget.peak_bytes == 200 + 300 + max(500, 4 * budget.batch_tokens)
+
+
+def test_a_micro_batch_that_is_asked_for_is_taken_and_counted():
+    budget = budget_for(SIZES, GPU, **USUAL, batch_tokens=1_000, limit_bytes=2_000)
+    assert (budget.batch_tokens, budget.peak_bytes) == (1_000, 200 + 300 + 4 * 1_000)
+
+
+@pytest.mark.parametrize("total", ["limit_bytes", "total_bytes"])
+def test_statistics_that_an_accelerator_can_not_hold_are_in_RAM(total):
+    enough, short = ({**USUAL, total: each} for each in (1_000, 999))
+    assert budget_for(SIZES, GPU, **enough).statistics_device == GPU
+    in_ram = budget_for(SIZES, GPU, **short)
+    assert in_ram.statistics_device == CPU
+    assert budget_for(SIZES, CPU, **short).statistics_device == CPU
+    assert in_ram.peak_bytes < budget_for(SIZES, GPU, **enough).peak_bytes + 4 * in_ram.batch_tokens
+    long = budget_for(SIZES, GPU, prefetch=True, longest_tokens=200, total_tokens=10_000, limit_bytes=1_200)
+    assert long.statistics_device == CPU, "a single sequence beside the sums is too much"
+    assert long.peak_bytes <= 1_200
+
+
+def test_the_place_of_the_statistics_does_not_depend_on_what_is_free():
+    places = {
+        budget_for(SIZES, GPU, **USUAL, total_bytes=2_000, free_bytes=free).statistics_device for free in (10, 1_900)
+    }
+    assert places == {GPU}
+
+
+def test_without_a_limit_a_share_of_what_is_free_is_taken():
+    assert budget_for(SIZES, GPU, **USUAL, total_bytes=9_000, free_bytes=8_000).batch_tokens == 8_000 // 4 // 4
+    assert budget_for(SIZES, CPU, **USUAL).batch_tokens == CPU_BATCH_TOKENS
+
+
+def test_sums_that_live_elsewhere_are_the_same(monkeypatch):
+    rows = torch.randn(3, 50, 600, generator=torch.Generator().manual_seed(0))
+    found = []
+    for together in (True, False):
+        monkeypatch.setattr(statistics_collector, "_are_together", lambda *tensors, together=together: together)
+        linear = nn.Linear(600, 4)
+        collector = StatisticsCollector({"a": linear}, CPU)
+        with collector.collecting():
+            for batch in rows:
+                linear(batch)
+        found.append(collector.take("a", "layer"))
+    torch.testing.assert_close(found[1].gram, found[0].gram)
+    assert torch.equal(found[1].mean_abs, found[0].mean_abs)
+
+
+# -- a run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """Activations weigh more than weights: 2560 tokens in sequences of 20."""
+    return save_model(tiny_llama(num_hidden_layers=2, intermediate_size=512), tmp_path_factory.mktemp("llama"))
+
+
+RECIPE = {"dataset": token_batch(128, 20).tolist(), "n_samples": 128, "batch_tokens": None}
+
+
+@pytest.mark.parametrize("room_bytes", [500_000, 2_000_000, 10**9])
+def test_a_run_on_the_cpu_takes_no_more_than_it_is_allowed(room_bytes, llama, tmp_path, monkeypatch):
+    """Counted in bytes: weights of the layer and the next, sums, and what goes in and out of all linears at once."""
+    layer = tiny_llama(intermediate_size=512).model.layers[0]
+    layer_bytes = sum(p.numel() * 4 for p in layer.parameters())
+    sizes = LayerSizes.of([layer], CPU)
+    hidden_bytes = 2560 * 64 * 4
+    limit = PROCESS_BYTES + hidden_bytes + 2 * layer_bytes + sizes.statistics + sizes.search + room_bytes
+    recipe = token_recipe(**RECIPE, max_memory={"cpu": limit})
+    batch_tokens = plan(llama, recipe, probe=False).batch_tokens
+    tokens, activation_bytes = [], []
+    forward = nn.Linear.forward
+
+    def watched(self: nn.Linear, x: Tensor) -> Tensor:
+        output = forward(self, x)
+        if x.ndim == 3 and x.shape[0] * x.shape[1] > 32 and self.in_features == 512:  # down_proj, of data
+            tokens.append(x.shape[0] * x.shape[1])
+            activation_bytes.append(tokens[-1] * sizes.activation_bytes_per_token)
+        return output
+
+    monkeypatch.setattr(nn.Linear, "forward", watched)
+    quantize(llama, tmp_path / "out", recipe)
+    assert max(tokens) == min(batch_tokens // 20 * 20, 2560)
+    assert PROCESS_BYTES + hidden_bytes + 2 * layer_bytes + sizes.statistics + max(activation_bytes) <= limit
+    assert (max(tokens) == 2560) == (room_bytes == 10**9)
+
+
+LIMITED = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+from models import token_batch, token_recipe
+from transformers.utils import logging
+logging.disable_progress_bar()
+from hf_awq_offload import quantize, streamed
+from hf_awq_offload.memory import MemoryMeter
+streamed.require_fit = lambda *args: None  # a plan that is wrong
+recipe = token_recipe(dataset=token_batch(400, 100).tolist(), n_samples=400, max_seq_len=100, batch_tokens=40_000)
+meter = MemoryMeter(torch.device("cpu"))
+quantize({source!r}, {target!r}, recipe, max_memory={max_memory!r})
+print("PEAK", meter.peak_bytes()[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux only")
+def test_the_process_does_not_take_more_ram_than_it_is_allowed(llama, tmp_path):
+    """A plan that was wrong: allocating fails at the limit, and that halves the micro-batch."""
+    here = Path(__file__).resolve().parent
+    peaks = {}
+    for name, max_memory in {"limited": {"cpu": 128 << 20}, "free": None}.items():
+        code = LIMITED.format(
+            paths=[str(here), str(here.parent)], source=str(llama), target=str(tmp_path / name), max_memory=max_memory
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks[name] = int(done.stdout.split("PEAK")[1])
+        assert ("going on with micro-batches of" in done.stderr) == (name == "limited"), done.stderr[-2000:]
+    mapped_bytes = 3 * 40_000 * 64 * 4  # hidden states, in files
+    most_bytes = (128 << 20) + PROCESS_BYTES + mapped_bytes  # the limit counts from where modules are imported
+    assert peaks["limited"] < most_bytes < 0.7 * peaks["free"]
