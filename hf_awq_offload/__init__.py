@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from .integrations.registration import use_for_awq, use_for_compressed_tensors
     from .nn.awq_linear import AwqLinear
     from .nn.packed_linear import PackedLinear
-    from .planning import Plan, plan
+    from .planning import plan
+    from .report import Plan
     from .streamed import quantize
 
 __all__ = [
@@ -59,7 +60,7 @@ _HOME = {
     "AwqOffloadConfig": "config",
     "AwqOffloadQuantizer": "integrations.quantizer",
     "PackedLinear": "nn.packed_linear",
-    "Plan": "planning",
+    "Plan": "report",
     "plan": "planning",
     "quantize": "streamed",
     "quantize_model": "in_memory",

@@ -14,7 +14,7 @@ from .config import AwqOffloadConfig
 from .errors import ConfigError, ModelStructureError
 from .integrations.dispatching import dispatch
 from .integrations.quantizer import AwqOffloadQuantizer
-from .pipeline.layer_quantization import Undo
+from .pipeline.layer_context import Undo
 
 
 def quantize_model(
@@ -61,8 +61,8 @@ def quantize_model(
         quantizer.preprocess_model(model)
         remove_hook_from_submodules(model)
         nn.Module.to(model, "cpu")
-        with closing(quantizer.prepare(model)) as place:
-            quantizer.quantize(model, place, undo)
+        with closing(quantizer.prepare(model)) as storage:
+            quantizer.quantize(model, storage, undo)
     except BaseException:
         for step in reversed(undo):
             step()

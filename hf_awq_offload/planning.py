@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,33 +34,11 @@ from .offload.stored_weights import StoredWeights
 from .pipeline.budget import PROCESS_BYTES, LayerSizes, budget_of, hidden_bytes, parameter_bytes
 from .pipeline.loop import quantize_layers
 from .pipeline.run_storage import execution_device, free_ram_bytes
+from .report import Plan
 
 PROBE_LAYERS = 2
 """The first is probed for its structure; the second is like all that follow."""
 PROBE_BATCHES = 2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a quantization takes. Memory is what comes to that of the process before."""
-
-    device: str
-    layers: int
-    tokens: int
-    batch_tokens: int
-    accelerator_peak_bytes: int  # 0 on a CPU
-    ram_peak_bytes: int
-    disk_bytes: int  # the new checkpoint, and the journal at its largest
-    seconds: float | None  # None: not probed
-
-    def __str__(self) -> str:
-        parts = [f"{self.layers} layers on {self.device}, {self.tokens} tokens in micro-batches of {self.batch_tokens}"]
-        if self.accelerator_peak_bytes:
-            parts.append(f"accelerator {self.accelerator_peak_bytes / 2**30:.2f} GiB")
-        parts += [f"RAM {self.ram_peak_bytes / 2**30:.2f} GiB", f"disk {self.disk_bytes / 2**30:.2f} GiB"]
-        if self.seconds is not None:
-            parts.append(f"{self.seconds / 60:.1f} minutes")
-        return ", ".join(parts)
 
 
 def plan(
@@ -112,8 +91,8 @@ def streamed_recipe(config: AwqOffloadConfig, **changes: Any) -> AwqOffloadConfi
 
 def estimate(model: PreTrainedModel) -> Plan:
     """From sizes alone; `model` is on the meta device, its quantizer knows recipe and data."""
-    quantizer = _quantizer(model)
-    recipe, calibration = quantizer.recipe, quantizer.calibration
+    preparation = _quantizer(model).preparation
+    recipe, calibration = preparation.recipe, preparation.calibration
     device = execution_device(recipe)
     layers = candidate_layers(model).values()
     layer_sizes, sizes = LayerSizes.of(layers, device), _Sizes.of(model)
@@ -166,21 +145,15 @@ def require_fit(wanted: Plan, recipe: AwqOffloadConfig, folder: Path) -> None:
 def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratch: Path, start: float) -> Plan:
     """The plan after quantizing the first layers on the first micro-batches; `start` is when planning began."""
     quantizer = _quantizer(model)
-    everything = quantizer.calibration
+    everything = quantizer.preparation.calibration
     part = None if everything is None else _first_batches(everything, first_look.batch_tokens)
-    quantizer.calibration = part
-    quantizer.recipe.checkpoint_dir = scratch / "journal"
-    quantizer.recipe.batch_tokens = first_look.batch_tokens
+    quantizer.restrict(part, checkpoint_dir=scratch / "journal", batch_tokens=first_look.batch_tokens)
     weights = detach_stored_weights(model)
     sizes = _Sizes.of(model)
-    place = quantizer.prepare(model, weights, to_checkpoint_names(model))
-    preparing = time.perf_counter() - start
-    try:
-        report = quantize_layers(
-            model, quantizer.recipe, place, quantizer.quantizable.__contains__, part, most_layers=PROBE_LAYERS
-        )
-    finally:
-        place.close()
+    with closing(quantizer.prepare(model, weights, to_checkpoint_names(model))) as storage:
+        preparing = time.perf_counter() - start
+        is_quantizable = quantizer.preparation.quantizable.__contains__
+        report = quantize_layers(model, quantizer.recipe, storage, is_quantizable, part, most_layers=PROBE_LAYERS)
     ram_bytes, accelerator_bytes = meter.peak_bytes()
     # At the end, tensors outside the layers that are given another dtype are written one by one, from a copy.
     at_the_end = meter.now_bytes() + 2 * _largest_converted_bytes(model, weights)
@@ -250,7 +223,7 @@ class _Sizes:
 
 def _stored_element_bytes(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> float:
     """Of an element in the new checkpoint; experts that are still fused are quantized one by one."""
-    quantizer = _quantizer(model)
+    preparation = _quantizer(model).preparation
     if is_fused_experts(model.get_submodule(name.rpartition(".")[0])) and parameter.ndim == 3:
-        return quantizer.quantized_element_bytes(name, parameter)
-    return quantizer.param_element_size(model, name, parameter)
+        return preparation.quantized_element_bytes(name, parameter)
+    return preparation.element_bytes(name, parameter)

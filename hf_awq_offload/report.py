@@ -75,6 +75,29 @@ class QuantizationReport:
     phase_seconds: dict[str, float] = field(default_factory=dict)  # where the time went, in this process
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a quantization takes. Memory is what comes to that of the process before."""
+
+    device: str
+    layers: int
+    tokens: int
+    batch_tokens: int
+    accelerator_peak_bytes: int  # 0 on a CPU
+    ram_peak_bytes: int
+    disk_bytes: int  # the new checkpoint, and the journal at its largest
+    seconds: float | None  # None: not probed
+
+    def __str__(self) -> str:
+        parts = [f"{self.layers} layers on {self.device}, {self.tokens} tokens in micro-batches of {self.batch_tokens}"]
+        if self.accelerator_peak_bytes:
+            parts.append(f"accelerator {self.accelerator_peak_bytes / 2**30:.2f} GiB")
+        parts += [f"RAM {self.ram_peak_bytes / 2**30:.2f} GiB", f"disk {self.disk_bytes / 2**30:.2f} GiB"]
+        if self.seconds is not None:
+            parts.append(f"{self.seconds / 60:.1f} minutes")
+        return ", ".join(parts)
+
+
 def _group_from_dict(fields: dict[str, Any]) -> GroupReport:
     tuples: dict[str, Any] = {name: tuple(fields[name]) for name in ("consumers", "clip_counts") if name in fields}
     return GroupReport(**{**fields, **tuples})

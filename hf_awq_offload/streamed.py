@@ -105,29 +105,27 @@ def quantize(
         require_fit(planned, recipe, work)
         if probe and not (Path(recipe.checkpoint_dir) / "journal.json").exists():
             planned = plan(src, recipe, model_class=model_class, dtype=dtype, **kwargs)
-        quantizer.planned = planned
         announce(f"Planned: {planned}.")
         weights = detach_stored_weights(model)
         to_checkpoint = to_checkpoint_names(model)
-        place = quantizer.prepare(model, weights, to_checkpoint)
-        assert place.journal is not None
+        storage = quantizer.prepare(model, weights, to_checkpoint)
+        assert storage.journal is not None
         try:
-            quantizer.quantize(model, place=place)
+            report = quantizer.quantize(model, storage, planned=planned)
             assembled = work / "checkpoint"
-            _assemble(assembled, model, place.journal, weights, to_checkpoint, max_shard_size, repo_id)
+            _assemble(assembled, model, storage.journal, weights, to_checkpoint, max_shard_size, repo_id)
             move_into_place(assembled, target, work)
         except KeyboardInterrupt as interrupt:
             if not keeps_journal:
                 raise
             raise KeyboardInterrupt(
-                f"Interrupted with {len(place.commits)} layers finished. They are kept in {place.journal.directory}: "
-                "the same call goes on from there."
+                f"Interrupted with {len(storage.commits)} layers finished. They are kept in "
+                f"{storage.journal.directory}: the same call goes on from there."
             ) from interrupt
         finally:
-            place.close()
-        place.journal.remove()
-        assert quantizer.report is not None
-        return quantizer.report
+            storage.close()
+        storage.journal.remove()
+        return report
 
 
 def _require_size(max_shard_size: int | str) -> None:

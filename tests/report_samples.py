@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from hf_awq_offload.pipeline.layer_quantization import NO_BETTER, NO_PRODUCER
+from hf_awq_offload.pipeline.scaling import NO_BETTER, NO_PRODUCER
 from hf_awq_offload.report import GroupReport, LayerReport, MemoryUse, QuantizationReport
 from hf_awq_offload.reporting.document import RunFacts
 

@@ -241,26 +241,26 @@ def test_one_layer_at_a_time_is_in_memory_whatever_the_depth(n_layers, tmp_path,
     source = save_model(model, tmp_path / "source")
     layer_bytes = bytes_in_memory(model.model.layers[0])
     seen = []
-    forward, take_over = LlamaDecoderLayer.forward, run_storage.Workplace.take_over
+    forward, store_layer = LlamaDecoderLayer.forward, run_storage.RunStorage.store_layer
 
     def watched_forward(self, *args, **kwargs):
         seen.append(bytes_in_memory(running[0]))
         return forward(self, *args, **kwargs)
 
-    def watched_take_over(self, *args, **kwargs):
+    def watched_store_layer(self, *args, **kwargs):
         seen.append(bytes_in_memory(self.onloader.model))
-        take_over(self, *args, **kwargs)
+        store_layer(self, *args, **kwargs)
 
     running: list[nn.Module] = []
-    build = run_storage.Workplace.__init__
+    build = run_storage.RunStorage.__init__
 
     def watched_init(self, onloader, *args, **kwargs):
         running.append(onloader.model)
         build(self, onloader, *args, **kwargs)
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", watched_forward)
-    monkeypatch.setattr(run_storage.Workplace, "take_over", watched_take_over)
-    monkeypatch.setattr(run_storage.Workplace, "__init__", watched_init)
+    monkeypatch.setattr(run_storage.RunStorage, "store_layer", watched_store_layer)
+    monkeypatch.setattr(run_storage.RunStorage, "__init__", watched_init)
     quantize(source, tmp_path / "out", token_recipe())
     embedding_and_norm = bytes_in_memory(model.model.embed_tokens) + bytes_in_memory(model.model.norm)
     assert len(seen) > 4 * n_layers

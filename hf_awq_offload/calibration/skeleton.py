@@ -51,7 +51,7 @@ class Skeleton:
 
 def record_skeleton(
     model: nn.Module,
-    batches: Sequence[ModelInputs],
+    batches: Iterable[ModelInputs],
     layers: Mapping[str, nn.Module] | None = None,  # name -> decoder layer; by default all that may be one
     forward: Callable[[ModelInputs], None] | None = None,
 ) -> Skeleton:

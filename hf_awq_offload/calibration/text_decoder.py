@@ -27,7 +27,7 @@ from ..model.decoder_layers import (
     tensors_in,
 )
 from .forward_pass import ForwardPass, ModelInputs, text_passes, token_ids_of, trial_text
-from .paused_forward import HaltedForward, halted_forwards, hand_on, like_given
+from .paused_forward import like_given, paused_forwards, run_and_resume
 from .skeleton import frozen, record_skeleton
 
 logger = get_logger(__name__)
@@ -119,12 +119,11 @@ def order_of_layers(
         ModelStructureError: none ran.
     """
     order: list[str] = []
-    with halted_forwards(model, layers, [inputs], forward) as passes:
-        each: HaltedForward = passes[0]
-        each.start()
-        while each.at is not None:
-            order.append(each.at)
-            run_layer(each.at, lambda runner: hand_on(each, runner))
+    with paused_forwards(model, layers, [inputs], forward) as (paused,):
+        paused.start()
+        while paused.at is not None:
+            order.append(paused.at)
+            run_layer(paused.at, lambda runner: run_and_resume(paused, runner))
     if not order:
         raise ModelStructureError(
             f"The forward pass of {type(model).__name__} ran none of its candidate decoder layers; expected a causal "
@@ -202,8 +201,9 @@ def towers_on_device(model: nn.Module, decoder: Mapping[str, nn.Module], run_lay
 def _on_device(
     run_layer: RunLayer, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """What a layer's own `forward` returns, computed on its device, with tensors of the kind that it was given."""
-    return run_layer(name, lambda runner: runner.hand_on(LayerCall(args, kwargs), like_given(args, kwargs), forward))
+    """Runs a layer's own `forward` on its device; returns tensors on the device and in the dtype that it was given."""
+    call = LayerCall(args, kwargs)
+    return run_layer(name, lambda runner: runner.run_for_caller(call, like_given(args, kwargs), forward))
 
 
 def _requiring_grad(value: Any) -> Any:

@@ -1,4 +1,8 @@
-"""RAM or disk: where the full-precision weights are while a model is quantized, and the workplace that follows."""
+"""Has transformers build a model without reading its weights, and finds them again when they are needed.
+
+transformers maps all files of a checkpoint into memory while it loads, and reads every tensor, even where all of them
+are to stay on the disk. Inside `only_loading` it is given a reader of safetensors files that opens nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,63 +26,70 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoint.safetensors import TensorPlace, read_tensor, tensor_places
 from ..config import AwqOffloadConfig
 from ..errors import CheckpointError
-from ..logs import get_logger
 from ..offload.stored_weights import StoredWeights
 from ..pipeline.run_storage import ToCheckpoint
-
-logger = get_logger(__name__)
-
-_only_loading: ContextVar[_Loading | None] = ContextVar("only_loading", default=None)
 
 
 @contextmanager
 def only_loading() -> Iterator[None]:
-    """Inside, `from_pretrained` with a recipe prepares the model and leaves quantizing to the caller.
-
-    transformers maps all files of a checkpoint into memory while it loads, and reads every tensor, also where all of
-    them are to stay on the disk. Here it is given, in the place of safetensors' reader, one that opens nothing.
-    """
-    token = _only_loading.set(_Loading())
+    """Lets `from_pretrained` with a recipe prepare a model inside the context, and leave quantizing to the caller."""
+    token = _lazy_reading.set(_LazyReading())
     reader = modeling_utils.safe_open
     modeling_utils.safe_open = _LazyFile  # type: ignore[assignment,misc]
     try:
         yield
     finally:
         modeling_utils.safe_open = reader  # type: ignore[misc]
-        _only_loading.reset(token)
+        _lazy_reading.reset(token)
 
 
 def is_only_loading() -> bool:
-    return _only_loading.get() is not None
+    """Whether this runs inside `only_loading`."""
+    return _lazy_reading.get() is not None
 
 
-def stays_on_disk(model: PreTrainedModel, quantizer: Any) -> None:
-    """If transformers only loads: `model` is what it loads."""
-    loading = _only_loading.get()
-    if loading is None:
-        return
-    conversions = get_model_conversion_mapping(model, None, quantizer)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    state = model.state_dict()
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-
-    def is_as_stored(name: str) -> bool:
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        return pattern is None and renamed in parameters
-
-    loading.is_as_stored = is_as_stored
+def note_what_is_stored(model: PreTrainedModel, quantizer: HfQuantizer) -> None:
+    """Tells the lazy reader, if there is one, which model transformers is about to load."""
+    lazy_reading = _lazy_reading.get()
+    if lazy_reading is not None:
+        lazy_reading.learn(model, quantizer)
 
 
-class _Loading:
-    """What `_LazyFile` has to know of the model."""
+class _LazyReading:
+    """Knows which tensors of a checkpoint need not be read, because nothing is computed from them."""
 
-    is_as_stored: Callable[[str], bool] = staticmethod(lambda name: False)
-    """Whether a tensor of the checkpoint is a parameter of the model, and no buffer, and nothing is converted to it."""
+    def __init__(self) -> None:
+        self._is_as_stored: Callable[[str], bool] = lambda name: False
+
+    def learn(self, model: PreTrainedModel, quantizer: HfQuantizer) -> None:
+        conversions = get_model_conversion_mapping(model, None, quantizer)
+        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        state = model.state_dict()
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+        def is_as_stored(name: str) -> bool:
+            renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            return pattern is None and renamed in parameters
+
+        self._is_as_stored = is_as_stored
+
+    def tensor(self, name: str, place: TensorPlace) -> Tensor:
+        """Returns a tensor to look at; only its shape and dtype are right if it is a parameter of the model as stored.
+
+        transformers drops such tensors. It needs the values of buffers, and of what it converts.
+        """
+        if self._is_as_stored(name):
+            return torch.zeros((), dtype=place.torch_dtype).expand(place.shape)
+        return read_tensor(place)
+
+
+_lazy_reading: ContextVar[_LazyReading | None] = ContextVar("lazy_reading", default=None)
 
 
 class _LazyFile:
@@ -98,22 +109,20 @@ class _LazyFile:
 
 
 class _LazyTensor:
-    """In the place of a tensor; transformers takes it by `[...]`."""
+    """Stands for a tensor of a file until transformers takes it by `[...]`."""
 
     def __init__(self, name: str, place: TensorPlace):
         self.name, self.place = name, place
 
     def __getitem__(self, everything: Any) -> Tensor:
-        loading = _only_loading.get()
-        if loading is not None and loading.is_as_stored(self.name):  # looked at for its shape, and dropped
-            return torch.zeros((), dtype=self.place.torch_dtype).expand(self.place.shape)
-        return read_tensor(self.place)
+        lazy_reading = _lazy_reading.get()
+        return read_tensor(self.place) if lazy_reading is None else lazy_reading.tensor(self.name, self.place)
 
 
 def load_on_meta(
     src: str | os.PathLike[str], recipe: AwqOffloadConfig, model_class: Any, dtype: Any, folder: Path, kwargs: Any
 ) -> PreTrainedModel:
-    """As transformers builds it, its weights left in the files; those that transformers converts go to `folder`."""
+    """Returns the model with its weights left in the files; weights that transformers converts go to `folder`."""
     with only_loading():
         return model_class.from_pretrained(
             src, quantization_config=recipe, dtype=dtype, offload_folder=str(folder), **kwargs
@@ -121,7 +130,7 @@ def load_on_meta(
 
 
 def to_checkpoint_names(model: PreTrainedModel) -> ToCheckpoint:
-    """What `save_pretrained` makes of names and tensors."""
+    """Returns a function that converts names and tensors as `save_pretrained` does."""
     state = dict(model.state_dict())
     kept = remove_tied_weights_from_state_dict(dict(state), model)
     left_out = (state.keys() - kept.keys()) | set(model._keys_to_ignore_on_save or ())
@@ -133,7 +142,11 @@ def to_checkpoint_names(model: PreTrainedModel) -> ToCheckpoint:
 
 
 def detach_stored_weights(model: PreTrainedModel) -> StoredWeights:
-    """Where the weights of a model are that transformers left on the disk; its hooks, which would read them, go."""
+    """Returns where transformers has left a model's weights on the disk, and removes the hooks that would read them.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a weight of the model.
+    """
     loader = next(
         loader
         for part in model.modules()
@@ -160,7 +173,7 @@ def detach_stored_weights(model: PreTrainedModel) -> StoredWeights:
 
 
 def _keep_in_fp32(model: PreTrainedModel) -> None:
-    """Give parameters that a model wants in fp32 that dtype; transformers does so only for what it loads itself."""
+    """Casts the parameters that a model wants in fp32; transformers does so only for those that it loads itself."""
     plan = model._get_dtype_plan(model.dtype)
     if not plan:
         return

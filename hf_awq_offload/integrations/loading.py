@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,16 @@ def to_gemm_converter(version: str, quantizer: Any) -> WeightConverter:
             f"The checkpoint's AWQ version is {version!r}, which transformers {transformers_version} can't convert "
             "while it loads; expected 'gemm', or transformers 5.23 (known to do it). Upgrade transformers."
         ) from error
+
+
+def keep_gemm(model: PreTrainedModel) -> None:
+    """Drops the converters to GEMM once they have done their work: the model is saved in the layout that it has now."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    cast(Any, model)._weight_conversions = [
+        entry
+        for entry in conversions
+        if not any(isinstance(operation, ToGemm) for operation in getattr(entry, "operations", []))
+    ]
 
 
 class ToGemm(ConversionOps):

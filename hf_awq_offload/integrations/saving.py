@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
+from ..calibration.dataset import CalibrationSet
 from ..checkpoint.renaming import Renaming
 from ..config import AwqOffloadConfig
 from ..formats.awq_config import AwqCheckpointConfig
@@ -63,6 +65,28 @@ def meta_of(model: PreTrainedModel, config: AwqCheckpointConfig | PackedCheckpoi
     if isinstance(config, AwqCheckpointConfig):
         return config.meta
     return getattr(model.config, META_ATTRIBUTE, None) or {}
+
+
+def meta_of_run(recipe: AwqOffloadConfig, calibration: CalibrationSet | None, unfused_experts: bool) -> dict[str, Any]:
+    """Returns how a checkpoint is made; the data set by name or hash, never its text.
+
+    Args:
+        recipe: how the model is quantized.
+        calibration: on which data, if any.
+        unfused_experts: experts are loaded one by one, also where the original holds them fused.
+    """
+    meta: dict[str, Any] = {"quantizer": [f"hf_awq_offload:{version('hf_awq_offload')}"], "seed": recipe.seed}
+    if calibration is not None:
+        meta |= {
+            "dataset": calibration.name,
+            "n_samples": len(calibration),
+            "max_seq_len": recipe.max_seq_len,
+            "calibration_tokens": calibration.tokens,
+        }
+    if unfused_experts:
+        meta["unfused_experts"] = True
+    search = {name: getattr(recipe, name) for name in ("n_grid", "duo_scaling", "clip", "rounding", "propagate")}
+    return meta | search
 
 
 def dense_in_spite(

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelStructureError
 from ..nn.quantized_linear import packed_tensors
+from ..ops.blocks import matmul_dtype
 
 
 class _Hidden:
@@ -206,11 +207,11 @@ class LayerRunner:
         return [tensor for tensor in tensors_in(yielded) if tensor.is_floating_point()]
 
     @torch.no_grad()
-    def hand_on(self, call: LayerCall, like: Tensor | None, forward: Callable[..., Any] | None = None) -> Any:
-        """Whatever the layer returns, its tensors on `like`'s device and, if they are not integers, in its dtype.
+    def run_for_caller(self, call: LayerCall, like: Tensor | None, forward: Callable[..., Any] | None = None) -> Any:
+        """Runs the layer in its caller's stead; returns whatever it returns, on the device and in the dtype of `like`.
 
-        State among the call's arguments is written to. With `forward`, the layer's own, the layer is not called as a
-        module: whoever calls this stands in its forward, and hooks are run around that already.
+        Integers keep their dtype. State among the call's arguments is written to. With `forward`, which is the layer's
+        own, the layer is not called as a module: this runs inside the module's call, whose hooks run already.
         """
         bound = call.bind(torch.empty(0), self._move, share_state=True)
         output = self.run(bound) if forward is None else self._run_inside(forward, bound)
@@ -242,6 +243,15 @@ class LayerRunner:
     def _move(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if tensor.is_floating_point() else None
         return tensor.to(device=self.device, dtype=dtype, non_blocking=True)
+
+
+def runner_on(layer: nn.Module, device: torch.device) -> LayerRunner:
+    """Returns a runner of a layer that is on `device`, in the dtype that this device multiplies fast in."""
+    packed = packed_tensors(layer)
+    dtypes = (parameter.dtype for name, parameter in layer.named_parameters() if name not in packed)
+    dtype = next(dtypes, torch.float32)
+    computed = matmul_dtype(device.type, dtype)
+    return LayerRunner(layer, device, None if computed == dtype else computed)
 
 
 def output_hidden(output: Any) -> Tensor:

@@ -21,7 +21,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
+
+from ..errors import ModelStructureError
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 
@@ -128,6 +131,42 @@ def unfused(module: nn.Module, names: Projections | None = None) -> UnfusedExper
     for expert in range(result.experts_total):
         result.add_module(str(expert), _one_expert(module, expert, names))
     return result
+
+
+def take_experts_apart(model: nn.Module, all_kinds: bool) -> dict[str, nn.Module]:
+    """Replaces fused experts by one linear for each expert and projection, in place; after an error, none is replaced.
+
+    Args:
+        model: a transformers model, its weights loaded or not.
+        all_kinds: take experts apart that the checkpoint holds fused, too, not only those that it holds one by one.
+
+    Returns:
+        The modules that were replaced, by name.
+
+    Raises:
+        ModelStructureError: experts share their weights with another layer.
+    """
+    conversions = get_model_conversion_mapping(cast(Any, model), add_legacy=False)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    fused = {name: module for name, module in model.named_modules() if is_fused_experts(module)}
+    for name, module in fused.items():
+        if any(f"{name}.{parameter}" in (*tied, *tied.values()) for parameter in fused_names(module)):
+            raise ModelStructureError(
+                f"{name} of {type(model).__name__} shares its experts with other layers; supported are experts "
+                "of a single layer."
+            )
+    replaced: dict[str, nn.Module] = {}
+    try:
+        for name, module in fused.items():
+            projections = original_projections(name, module, conversions)
+            if projections is not None or all_kinds:
+                model.set_submodule(name, unfused(module, projections))
+                replaced[name] = module
+    except BaseException:
+        for name, module in replaced.items():
+            model.set_submodule(name, module)
+        raise
+    return replaced
 
 
 def _one_expert(module: nn.Module, expert: int, names: Projections) -> nn.Module:

@@ -1,17 +1,18 @@
-"""One decoder layer at a time on the execution device, moved by accelerate's hooks; the rest in RAM or on the disk.
+"""Brings one decoder layer at a time to the execution device with accelerate's hooks; the rest is in RAM or on disk.
 
     offload="cpu"    the model is in RAM; a layer goes to the device and comes back
-    offload="disk"   the model is on the meta device; a layer is read from the checkpoint's own files, and let go of
+    offload="disk"   the model is on the meta device; a layer is read from the checkpoint's own files and released again
 
-On a CUDA device the layer that comes next is copied meanwhile, from pinned memory on a stream of its own; from the
-disk, a thread reads it. Both only shorten the waiting: what is computed is the same to the bit.
+Meanwhile the next layer is prefetched: a thread reads it, and on a CUDA device copies it from pinned memory on a stream
+of its own. That only shortens the wait. The results are the same to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -20,18 +21,18 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
-from ..model.decoder_layers import candidate_layers, shadowed_forward
+from ..model.decoder_layers import LayerRunner, candidate_layers, runner_on, shadowed_forward
 from .stored_weights import ReadAhead, StoredWeights, Tensors
 
 ALIGNMENT_BYTES = 64
-"""Of what torch allocates on a CPU."""
+"""torch aligns what it allocates on a CPU to this many bytes."""
 
 
 @contextmanager
 def onloaded(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """`layer` on `device` inside the context, back on the CPU after it, whatever happens inside.
+    """Yields the layer on the device; on exit it returns to the CPU, after an error as well.
 
-    Modules that are put into `layer` inside the context travel back with it.
+    Modules that were put into the layer meanwhile go to the CPU with it.
     """
     had_own_forward = "forward" in vars(layer)
     _, handle = cpu_offload_with_hook(layer, device)
@@ -48,10 +49,10 @@ def onloaded(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
 
 
 def _align(module: nn.Module) -> None:
-    """Have every parameter begin where torch's allocator would let it begin.
+    """Copies each parameter that does not start at a multiple of ALIGNMENT_BYTES.
 
-    Those that transformers has mapped from a file begin anywhere. The order of sums in some kernels depends on that,
-    and the same layer read from the disk would differ from it in the last bit.
+    Parameters that transformers has mapped from a file start anywhere. Some kernels sum in an order that depends on
+    it, so that a layer read from the disk would differ in the last bit from the same layer in RAM.
     """
     for parameter in module.parameters():
         if parameter.data_ptr() % ALIGNMENT_BYTES:
@@ -59,9 +60,28 @@ def _align(module: nn.Module) -> None:
 
 
 def move_hook(old: nn.Module, new: nn.Module) -> None:
-    """Where accelerate has put a hook on `old` (a model on several devices), give it to `new` as well."""
+    """Gives `new` the hook that accelerate has put on `old`, if any (models on several devices have them)."""
     if hasattr(old, "_hf_hook"):
         add_hook_to_module(new, old._hf_hook)
+
+
+class Fate(Enum):
+    """What becomes of a module's tensors when it leaves the device."""
+
+    RESTORE = auto()
+    """The module is on the meta device again, as it was."""
+    KEEP = auto()
+    """The module goes to RAM as it is now."""
+    RELEASE = auto()
+    """The module as it is now goes to the meta device: only shapes and dtypes are left."""
+
+
+@dataclass
+class FilledModule:
+    """A module that `filled` has given its tensors; set `fate` to decide what becomes of them."""
+
+    module: nn.Module
+    fate: Fate = Fate.RESTORE
 
 
 @contextmanager
@@ -69,11 +89,8 @@ def filled(
     module: nn.Module,  # its parameters on the meta device
     tensors: Tensors,  # by names within the module
     device: torch.device,
-) -> Iterator[list[Callable[[], None]]]:
-    """`module` with `tensors` for parameters, on `device`; afterwards it is as it was, on the meta device.
-
-    What is put into the list that is given runs at the end instead of that.
-    """
+) -> Iterator[FilledModule]:
+    """Puts `tensors` into the module, on the device; on exit the module meets the fate that was chosen meanwhile."""
     parameters = [
         (part, name, parameter)
         for part in module.modules()
@@ -82,26 +99,28 @@ def filled(
     ]
     buffers = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
     hook = AlignDevicesHook(execution_device=device, offload=True, weights_map=tensors, place_submodules=True)
-    instead: list[Callable[[], None]] = []
+    filled_module = FilledModule(module)
     try:
         hook.init_hook(module)
         hook.pre_forward(module)
         tensors.clear()
         _tie(module, parameters)
-        yield instead
+        yield filled_module
     finally:
-        if instead:
-            for step in instead:
-                step()
-        else:
-            for part, name, parameter in parameters:
-                part._parameters[name] = parameter  # the very objects, so that shared parameters stay shared
-            for part, name, buffer in buffers:
-                part._buffers[name] = buffer
+        match filled_module.fate:
+            case Fate.RESTORE:
+                for part, name, parameter in parameters:
+                    part._parameters[name] = parameter  # the very objects, so that shared parameters stay shared
+                for part, name, buffer in buffers:
+                    part._buffers[name] = buffer
+            case Fate.KEEP:
+                module.to("cpu")
+            case Fate.RELEASE:
+                to_meta(module)
 
 
 def _tie(module: nn.Module, parameters: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
-    """accelerate fills a parameter that two modules share once; let both have it."""
+    """Gives both owners of a shared parameter its tensor; accelerate fills only one of them."""
     filled_with: dict[int, nn.Parameter] = {}
     for part, name, parameter in parameters:
         now = part._parameters[name]
@@ -113,13 +132,13 @@ def _tie(module: nn.Module, parameters: list[tuple[nn.Module, str, nn.Parameter]
 
 
 class Onloader:
-    """Has one decoder layer at a time on the execution device.
+    """Brings the decoder layers of a model to the execution device, one at a time.
 
     Args:
-        model: on the CPU, or, with `weights`, on the meta device.
+        model: on the CPU, or on the meta device if `weights` is given.
         device: the execution device.
-        weights: where the weights of a model on the meta device are.
-        prefetch: read the layer that comes next while one is at work.
+        weights: the stored weights of a model on the meta device.
+        prefetch: read the next layer while one is at work.
     """
 
     def __init__(
@@ -131,22 +150,26 @@ class Onloader:
         self.prefetch = prefetch
         self._staging = torch.cuda.Stream(device) if device.type == "cuda" and prefetch else None
         self._ahead = ReadAhead(self._read, ())
+        self._filled: dict[str, FilledModule] = {}
         self._in_ram: set[str] = set()
-        self._gone: set[str] = set()
+        self._released: set[str] = set()
         self._outputs: dict[type, Any] = {}
 
     def expect(self, names: Sequence[str]) -> None:
-        """The layers that come next, in their order."""
+        """Says which layers come next, in this order, so that they can be prefetched."""
         self._ahead.close()
         self._ahead = ReadAhead(self._read, names if self.prefetch else ())
 
     def close(self) -> None:
-        """Let go of what was read ahead."""
+        """Drops what was prefetched."""
         self._ahead.close()
 
     @contextmanager
     def onloaded(self, name: str) -> Iterator[nn.Module]:
-        """The decoder layer `name` on the device inside; then where it was, unless `keep` or `let_go` was called."""
+        """Yields the decoder layer on the device; on exit it returns to where it was.
+
+        `keep` and `release`, called inside, let it go to RAM or nowhere instead.
+        """
         layer = self.model.get_submodule(name)
         if self.weights is None or name in self._in_ram:
             if self._staging is not None:
@@ -154,41 +177,49 @@ class Onloader:
             with onloaded(layer, self.device):
                 yield layer
             return
-        with filled(layer, self._take(name), self.device) as self._instead:
-            yield layer
+        try:
+            with filled(layer, self._take(name), self.device) as self._filled[name]:
+                yield layer
+        finally:
+            self._filled.pop(name, None)
+
+    def run_layer(self, name: str, use: Callable[[LayerRunner], Any]) -> Any:
+        """Returns what `use` returns for a runner of the layer, which is on the device meanwhile."""
+        with self.onloaded(name) as layer:
+            return use(runner_on(layer, self.device))
 
     def keep(self, name: str) -> None:
-        """From now on have this layer, which is onloaded, in RAM."""
-        if self.weights is None:
-            return
-        self._in_ram.add(name)
-        layer = self.model.get_submodule(name)
-        self._instead.append(partial(_to_cpu, layer))
-
-    def is_in_ram(self, name: str) -> None:
-        """This layer's weights were put into the model."""
-        self._in_ram.add(name)
-
-    def let_go(self, name: str) -> None:
-        """Free what this layer, which is onloaded, holds, whatever became of it."""
+        """Lets this layer, which is onloaded, stay in RAM from here on."""
         if self.weights is not None:
-            self._gone.add(name)
-            self._instead.append(partial(to_meta, self.model.get_submodule(name)))
+            self._in_ram.add(name)
+            self._filled[name].fate = Fate.KEEP
+
+    def mark_in_ram(self, name: str) -> None:
+        """Notes that this layer's weights were put into the model: it need not be read."""
+        self._in_ram.add(name)
+
+    def release(self, name: str) -> None:
+        """Frees the memory of this layer, which is onloaded, once it leaves the device."""
+        if self.weights is not None:
+            self._released.add(name)
+            self._filled[name].fate = Fate.RELEASE
 
     @contextmanager
     def on_demand(self) -> Iterator[None]:
-        """Inside, a layer on the meta device that the model itself runs (the skeleton pass does, once for each kind of
-        layer) is read for that, on the CPU."""
+        """Reads a layer on the meta device to the CPU whenever the model itself runs it inside the context.
+
+        The skeleton pass does so once for each class of layer. A released layer returns what its class returned before.
+        """
 
         def running(layer: nn.Module, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 if not any(parameter.is_meta for parameter in layer.parameters()):
                     return forward(*args, **kwargs)
                 assert self.weights is not None
-                if name not in self._gone:
+                if name not in self._released:
                     with filled(layer, self.weights.of(name, layer), torch.device("cpu")):
                         self._outputs[type(layer)] = forward(*args, **kwargs)
-                return self._outputs[type(layer)]  # of a layer that is gone, what it looked like
+                return self._outputs[type(layer)]
 
             return run
 
@@ -198,8 +229,8 @@ class Onloader:
             yield
 
     @contextmanager
-    def rest(self) -> Iterator[None]:
-        """What the model runs beside its decoder layers, in RAM: the embeddings, final norms; the head not."""
+    def non_layer_weights_loaded(self) -> Iterator[None]:
+        """Keeps what the model runs beside its decoder layers in RAM: embeddings and norms, without the head."""
         if self.weights is None:
             yield
             return
@@ -220,12 +251,12 @@ class Onloader:
             for part, key, parameter in originals:
                 part._parameters[key] = parameter
 
-    def load_rest(self, stays: Callable[[str], bool] = lambda name: False) -> None:
-        """Read everything that is still on the meta device, to stay in RAM, but for parameters that `stays` names."""
+    def load_remaining(self, except_for: Callable[[str], bool] = lambda name: False) -> None:
+        """Reads all parameters that are still on the meta device into RAM, except those that `except_for` names."""
         if self.weights is None:
             return
         for name, parameter in list(self.model.named_parameters()):
-            if parameter.is_meta and not stays(name):
+            if parameter.is_meta and not except_for(name):
                 set_module_tensor_to_device(self.model, name, "cpu", value=self.weights.read(name))
         self.model.tie_weights()  # type: ignore[operator]
 
@@ -238,7 +269,7 @@ class Onloader:
         return dict(tensors)
 
     def _read(self, name: str) -> tuple[Tensors, Any]:
-        """A layer's weights, on the device if they can be copied beside its work, and what says that they are there."""
+        """Returns a layer's weights and, if they are copied to the device meanwhile, the event that ends the copy."""
         layer = self.model.get_submodule(name)
         if self.weights is None:
             tensors = {key: parameter.detach() for key, parameter in layer.named_parameters()}
@@ -256,7 +287,7 @@ class Onloader:
 
 
 def _put(layer: nn.Module, staged: tuple[Tensors, Any], stream: torch.cuda.Stream) -> None:
-    """Let the parameters of a layer in RAM have their copies on the device; the objects stay the same."""
+    """Gives the parameters of a layer in RAM their copies on the device; the Parameter objects stay the same."""
     tensors, ready = staged
     current = torch.cuda.current_stream(stream.device)
     current.wait_event(ready)
@@ -265,12 +296,8 @@ def _put(layer: nn.Module, staged: tuple[Tensors, Any], stream: torch.cuda.Strea
         parameter.data = tensors[name]
 
 
-def _to_cpu(module: nn.Module) -> None:
-    module.to("cpu")
-
-
 def to_meta(module: nn.Module) -> None:
-    """Let go of every parameter; shapes and dtypes stay."""
+    """Replaces every parameter by one on the meta device, of the same shape and dtype."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and not parameter.is_meta:

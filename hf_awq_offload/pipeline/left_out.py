@@ -10,7 +10,7 @@ from ..model.decoder_layers import candidate_layers
 from ..model.folds import LayerStructure
 from ..model.linears import linears_in, matrices_outside_linears
 from ..report import QuantizationReport
-from .layer_quantization import LayerContext
+from .layer_context import LayerContext
 
 NEEDS_OTHER_DATA = "did not run in calibration: needs samples with images"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..config import AwqOffloadConfig
-from ..report import LayerReport, QuantizationReport
+from ..report import LayerReport, Plan, QuantizationReport
 from ..search.clip import STEP, STEPS
 from .families import Family
 
@@ -38,7 +38,7 @@ def facts_of(
     device: torch.device,
     recipe: AwqOffloadConfig,
     meta: Mapping[str, Any],  # what the checkpoint says of how it was made
-    plan: Any = None,  # a `Plan`
+    plan: Plan | None = None,
 ) -> RunFacts:
     """What is known of a run; of a path its last part only."""
     source = source or "a model"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig
-from hf_awq_offload.pipeline import layer_quantization
+from hf_awq_offload.integrations import quantizer
+from hf_awq_offload.pipeline.layer_context import LayerContext
+from hf_awq_offload.pipeline.loop import quantize_layers
+from hf_awq_offload.pipeline.stack_rounding import RoundingData, Stack, StackOutcome
 
 GROUP_SIZE = 32
 SAME_WEIGHTS_TOLERANCE = 1e-5
@@ -73,26 +78,20 @@ def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:
 
 @contextmanager
 def no_rounding() -> Iterator[None]:
-    """The identity quantizer: scales are folded as ever, but linears stay dense."""
+    """Folds scales as usual inside the context, but leaves linears dense: the identity is the rounder."""
 
-    def keep_dense(
-        context: Any,
-        names: tuple[str, ...],
-        channel_scale: Tensor | None,
-        row_scales: Mapping[str, Tensor],
-        *args: Any,
-    ) -> layer_quantization.StackOutcome:
-        for name in names:
-            linear, row_scale = context.linear(name), row_scales.get(name)
-            if channel_scale is not None:
-                linear.weight.data.mul_(channel_scale)
-            if row_scale is not None:
-                linear.weight.data.div_(row_scale.unsqueeze(1))
-                if linear.bias is not None:
-                    linear.bias.data.div_(row_scale)
-        return layer_quantization.StackOutcome()
+    def keep_dense(context: LayerContext, stack: Stack, data: RoundingData) -> tuple[list[nn.Linear], StackOutcome]:
+        linears = []
+        for scaled in stack:
+            linear = copy.copy(context.linear(scaled.name))
+            own = {"weight": scaled.weight.to(linear.weight.dtype), "bias": scaled.bias}
+            linear._parameters = {
+                name: None if value is None else nn.Parameter(value, requires_grad=False) for name, value in own.items()
+            }
+            linears.append(linear)
+        return linears, StackOutcome()
 
-    with mock.patch.object(layer_quantization, "quantize_stack", keep_dense):
+    with mock.patch.object(quantizer, "quantize_layers", partial(quantize_layers, rounder=keep_dense)):
         yield
 
 

@@ -6,6 +6,8 @@ features that are added between layers, cross-attention to the image.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,53 +16,65 @@ from images import image_inputs
 from shrink import text_ids, tiny_image_text
 from torch import Tensor, nn
 
-from hf_awq_offload.calibration.layer_inputs import PROBES, HaltedFeed, SkeletonFeed, open_feed
+from hf_awq_offload.calibration.batches import Batches
+from hf_awq_offload.calibration.chain_inputs import ChainInputs
+from hf_awq_offload.calibration.opened_inputs import open_layer_inputs
+from hf_awq_offload.calibration.paused_inputs import PausedInputs
 from hf_awq_offload.calibration.text_decoder import find_decoder
 from hf_awq_offload.model.decoder_layers import LayerRunner, tensors_in
 
 MODEL_TYPES = {
-    "aria": SkeletonFeed,
-    "deepseek_vl": SkeletonFeed,
-    "gemma3": SkeletonFeed,
-    "glm4v": SkeletonFeed,
-    "idefics": SkeletonFeed,
-    "idefics3": SkeletonFeed,
-    "instructblip": SkeletonFeed,
-    "internvl": SkeletonFeed,
-    "llama4": SkeletonFeed,
-    "llava": SkeletonFeed,
-    "mistral3": SkeletonFeed,
-    "mllama": SkeletonFeed,
-    "paligemma": SkeletonFeed,
-    "qwen2_5_vl": SkeletonFeed,
-    "qwen2_vl": SkeletonFeed,
-    "qwen3_5": SkeletonFeed,
-    "qwen3_vl": HaltedFeed,  # it adds visual features behind its first layers
-    "qwen3_vl_moe": HaltedFeed,
-    "smolvlm": SkeletonFeed,
+    "aria": ChainInputs,
+    "deepseek_vl": ChainInputs,
+    "gemma3": ChainInputs,
+    "glm4v": ChainInputs,
+    "idefics": ChainInputs,
+    "idefics3": ChainInputs,
+    "instructblip": ChainInputs,
+    "internvl": ChainInputs,
+    "llama4": ChainInputs,
+    "llava": ChainInputs,
+    "mistral3": ChainInputs,
+    "mllama": ChainInputs,
+    "paligemma": ChainInputs,
+    "qwen2_5_vl": ChainInputs,
+    "qwen2_vl": ChainInputs,
+    "qwen3_5": ChainInputs,
+    "qwen3_vl": PausedInputs,  # it adds visual features behind its first layers
+    "qwen3_vl_moe": PausedInputs,
+    "smolvlm": ChainInputs,
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-def given(layers: dict[str, nn.Module], run) -> list[tuple[str, list[Tensor]]]:
-    """Layers in the order of their calls, with every floating-point tensor that each is given."""
-    seen: list[tuple[str, list[Tensor]]] = []
+class Watcher:
+    """Remembers batch by batch which layers run, in order, and every floating-point tensor that each is given."""
 
-    def remember(name: str):
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]):
+        self.layers = layers
+        self.seen: list[list[tuple[str, list[Tensor]]]] = []
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        handles = [
+            layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in self.layers.items()
+        ]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def set_counted_tokens(self, counted: Tensor | None) -> None:
+        self.seen.append([])
+
+    def _hook(self, name: str):
+        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.current_thread() is not threading.main_thread():
-                return  # a halted pass has come to the layer; it runs in this thread
+                return  # a paused pass has come to the layer; the layer itself runs in this thread
             tensors = [tensor.clone() for tensor in tensors_in((args, dict(sorted(kwargs.items()))))]
-            seen.append((name, tensors))
+            self.seen[-1].append((name, tensors))
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(remember(name), with_kwargs=True) for name, layer in layers.items()]
-    run()
-    for handle in handles:
-        handle.remove()
-    return seen
+        return remember
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -71,28 +85,26 @@ def test_every_decoder_layer_is_given_what_the_model_gives_it(model_type):
     samples = [image_inputs(model, seed) for seed in (1, 2)]
     run_layer = lambda name, use: use(LayerRunner(model.get_submodule(name), torch.device("cpu")))  # noqa: E731
     decoder, runs_on_text = find_decoder(model, samples, run_layer, needs_text=False)
-    probes = [text_ids(1, 16), text_ids(1, 1)] if runs_on_text else [samples[0]] * PROBES
-    texts = [text_ids(2, 20, seed=4)] if runs_on_text else []
-    batches = [*probes, *texts, *samples]
-    expected = {
-        index: given(decoder.layers, lambda batch=batch: decoder.forward(batch))
-        for index, batch in enumerate(batches)
-        if index >= PROBES
-    }
-    seen: dict[int, list[tuple[str, list[Tensor]]]] = {index: [] for index in expected}
-    with open_feed(model, batches, run_layer, decoder) as feed:
-        assert isinstance(feed, MODEL_TYPES[model_type])
-        for visit in feed.visits():
-            runner = LayerRunner(model.get_submodule(visit.name), torch.device("cpu"))
-            feed.run_probes(runner)
-            for index in expected:
-                seen[index] += given(
-                    decoder.layers,
-                    lambda index=index, visit=visit, runner=runner: feed.run(runner, visit.name, index),
-                )
-    for index, calls in expected.items():
-        assert [name for name, _ in seen[index]] == [name for name, _ in calls]
-        for (name, tensors), (_, others) in zip(seen[index], calls, strict=True):
+    probes = (text_ids(1, 16), text_ids(1, 1)) if runs_on_text else (samples[0], samples[0])
+    data = [text_ids(2, 20, seed=4), *samples] if runs_on_text else samples
+    whole = Watcher(decoder.layers)
+    with whole.collecting():
+        for batch in data:
+            whole.set_counted_tokens(None)
+            decoder.forward(batch)
+    seen: list[list[tuple[str, list[Tensor]]]] = [[] for _ in data]
+    cut = lambda batch_tokens: Batches(probes, data, [None] * len(data), batch_tokens)  # noqa: E731
+    with open_layer_inputs(model, cut, 40, run_layer, decoder) as inputs:
+        assert isinstance(inputs, MODEL_TYPES[model_type])
+        for turn in inputs.turns():
+            watcher, outputs = Watcher(decoder.layers), inputs.next_writer()
+            inputs.run(LayerRunner(model.get_submodule(turn.name), torch.device("cpu")), watcher, outputs)
+            inputs.advance(outputs)
+            for of_batch, more in zip(seen, watcher.seen, strict=True):
+                of_batch += more
+    for of_batch, calls in zip(seen, whole.seen, strict=True):
+        assert [name for name, _ in of_batch] == [name for name, _ in calls]
+        for (name, tensors), (_, others) in zip(of_batch, calls, strict=True):
             torch.testing.assert_close(
                 tensors, others, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
@@ -104,8 +116,10 @@ def test_layers_that_only_images_reach_take_their_place_among_the_others():
     sample = image_inputs(model)
     run_layer = lambda name, use: use(LayerRunner(model.get_submodule(name), torch.device("cpu")))  # noqa: E731
     decoder, _ = find_decoder(model, [sample], run_layer, needs_text=True)
-    with open_feed(model, [text_ids(1, 8), text_ids(1, 1), text_ids(1, 12), sample], run_layer, decoder) as feed:
-        assert [name.rpartition(".")[2] for name in feed.layer_names] == ["0", "1"]
-        crossing = feed.layer_names[1]
-        assert set(feed.skeleton.calls[crossing]) == {3}
-        assert feed.probes(crossing)[0].several == feed.probes(crossing)[0].single
+    batches = Batches((text_ids(1, 8), text_ids(1, 1)), [text_ids(1, 12), sample], [None, None], tokens=12)
+    with open_layer_inputs(model, lambda batch_tokens: batches, 12, run_layer, decoder) as inputs:
+        assert [name.rpartition(".")[2] for name in inputs.layer_names] == ["0", "1"]
+        crossing = inputs.layer_names[1]
+        assert isinstance(inputs, ChainInputs)
+        assert set(inputs.calls[crossing]) == {3}
+        assert inputs.probe_calls(crossing)[0].several == inputs.probe_calls(crossing)[0].single

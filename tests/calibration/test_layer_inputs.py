@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_awq_offload.calibration.layer_inputs import PROBES, HaltedFeed, SkeletonFeed, layers_that_run, open_feed
-from hf_awq_offload.calibration.paused_forward import halted_forwards
+from hf_awq_offload.calibration.batches import Batches
+from hf_awq_offload.calibration.chain_inputs import ChainInputs
+from hf_awq_offload.calibration.opened_inputs import layers_that_run, open_layer_inputs
+from hf_awq_offload.calibration.paused_forward import paused_forwards
+from hf_awq_offload.calibration.paused_inputs import PausedInputs
 from hf_awq_offload.errors import ModelStructureError
 from hf_awq_offload.model.decoder_layers import LayerRunner, candidate_layers
 
@@ -78,77 +83,84 @@ class Model(nn.Module):
 
 
 WAYS = {
-    "a chain": SkeletonFeed,
-    "the embedding": SkeletonFeed,
-    "something between": HaltedFeed,
-    "a layer twice": HaltedFeed,
-    "an earlier output": HaltedFeed,
-    "state": HaltedFeed,
+    "a chain": ChainInputs,
+    "the embedding": ChainInputs,
+    "something between": PausedInputs,
+    "a layer twice": PausedInputs,
+    "an earlier output": PausedInputs,
+    "state": PausedInputs,
 }
 
 
-def batches(count: int = 3) -> list[Tensor]:
+def batches(batch_tokens: int = 10) -> Batches:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, 6), (1, 1), *[(2, 5)] * count]
-    return [torch.randint(0, 32, shape, generator=generator) for shape in shapes]
+    shapes = [(1, 6), (1, 1), *[(2, 5)] * 3]
+    several, single, *data = (torch.randint(0, 32, shape, generator=generator) for shape in shapes)
+    return Batches((several, single), data, [None] * len(data), batch_tokens)
 
 
 def run_layer(model: nn.Module):
     return lambda name, use: use(LayerRunner(model.get_submodule(name), CPU))
 
 
-def inputs_of_linears(model: nn.Module, run) -> list[Tensor]:
-    """What the linears receive while `run` runs."""
-    seen: list[Tensor] = []
-    handles = [
-        layer.fc.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-        for layer in candidate_layers(model).values()
-    ]
-    run()
-    for handle in handles:
-        handle.remove()
-    return seen
+class Watcher:
+    """Remembers what the linears of a model receive, batch by batch."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.seen: list[list[Tensor]] = []
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        handles = [
+            layer.fc.register_forward_pre_hook(lambda module, args: self.seen[-1].append(args[0].clone()))
+            for layer in candidate_layers(self.model).values()
+        ]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def set_counted_tokens(self, counted: Tensor | None) -> None:
+        assert counted is None
+        self.seen.append([])
 
 
 @pytest.mark.parametrize("how", WAYS)
 @torch.no_grad()
 def test_every_layer_is_run_on_what_the_model_gives_it(how):
     model = Model(how).eval()
-    data = batches()
-    expected = [
-        inputs_of_linears(model, lambda batch=batch: model(input_ids=batch, use_cache=False)) for batch in data[PROBES:]
-    ]
-    with open_feed(model, data, run_layer(model)) as feed:
-        assert isinstance(feed, WAYS[how])
-        for step, visit in enumerate(feed.visits()):
-            runner = LayerRunner(model.get_submodule(visit.name), CPU)
-            feed.run_probes(runner)
-            for index in range(PROBES, len(data)):
-                seen = inputs_of_linears(model, lambda index=index: feed.run(runner, visit.name, index))  # noqa: B023
-                torch.testing.assert_close(seen, [expected[index - PROBES][step]])
-        assert step + 1 == len(expected[0])
+    whole = Watcher(model)
+    with whole.collecting():
+        for batch in batches().data:
+            whole.set_counted_tokens(None)
+            model(input_ids=batch, use_cache=False)
+    with open_layer_inputs(model, batches, 10, run_layer(model)) as inputs:
+        assert isinstance(inputs, WAYS[how])
+        for step, turn in enumerate(inputs.turns()):
+            watcher, outputs = Watcher(model), inputs.next_writer()
+            inputs.run(LayerRunner(model.get_submodule(turn.name), CPU), watcher, outputs)
+            inputs.advance(outputs)
+            torch.testing.assert_close(watcher.seen, [[of_batch[step]] for of_batch in whole.seen])
+        assert step + 1 == len(whole.seen[0])
 
 
-def test_only_the_last_of_several_visits_may_change_a_layer():
+def test_only_the_last_of_several_turns_may_change_a_layer():
     model = Model("a layer twice").eval()
-    with open_feed(model, batches(), run_layer(model)) as feed:
-        assert feed.layer_names == ["layers.0", "layers.1"]
-        visits = []
-        for visit in feed.visits():
-            visits.append((visit.name, visit.is_last))
-            runner = LayerRunner(model.get_submodule(visit.name), CPU)
-            feed.run_probes(runner)
-            for index in range(PROBES, PROBES + 3):
-                feed.run(runner, visit.name, index)
-    assert visits == [("layers.0", False), ("layers.1", False), ("layers.0", True), ("layers.1", True)]
+    with open_layer_inputs(model, batches, 10, run_layer(model)) as inputs:
+        assert inputs.layer_names == ["layers.0", "layers.1"]
+        turns = []
+        for turn in inputs.turns():
+            turns.append((turn.name, turn.is_last))
+            inputs.run(LayerRunner(model.get_submodule(turn.name), CPU))
+    assert turns == [("layers.0", False), ("layers.1", False), ("layers.0", True), ("layers.1", True)]
 
 
 @pytest.mark.parametrize("how", WAYS)
 def test_the_model_is_left_as_it_was_and_no_thread_stays(how):
     model = Model(how).train()
     before = threading.active_count()
-    with open_feed(model, batches(), run_layer(model)) as feed:
-        next(feed.visits())
+    with open_layer_inputs(model, batches, 10, run_layer(model)) as inputs:
+        next(inputs.turns())
     assert threading.active_count() == before
     assert model.training
     assert not any("forward" in vars(module) for module in model.modules())
@@ -157,16 +169,19 @@ def test_the_model_is_left_as_it_was_and_no_thread_stays(how):
 
 def test_probing_a_layer_leaves_no_trace_in_shared_state():
     model = Model("state").eval()
-    with open_feed(model, batches(), run_layer(model)) as feed:
-        visit = next(feed.visits())
-        call, hidden = feed.probes(visit.name)[0].several
-        LayerRunner(model.get_submodule(visit.name), CPU, torch.float32).observe(call, hidden)
+    with open_layer_inputs(model, batches, 10, run_layer(model)) as inputs:
+        turn = next(inputs.turns())
+        call, hidden = inputs.probe_calls(turn.name)[0].several
+        LayerRunner(model.get_submodule(turn.name), CPU, torch.float32).observe(call, hidden)
         assert call.kwargs["state"] == {}
 
 
 def test_an_error_between_the_layers_reaches_the_caller():
     model = Model("failing").eval()
-    with pytest.raises(KeyError, match="between the layers"), open_feed(model, batches(), run_layer(model)):
+    with (
+        pytest.raises(KeyError, match="between the layers"),
+        open_layer_inputs(model, batches, 10, run_layer(model)),
+    ):
         pass
 
 
@@ -174,16 +189,16 @@ def test_layers_that_are_skipped_at_random_are_refused():
     model = Model("skipped").eval()
     with (
         pytest.raises(ModelStructureError, match="switched off for calibration"),
-        open_feed(model, batches(), run_layer(model)) as feed,
+        open_layer_inputs(model, batches, 10, run_layer(model)) as inputs,
     ):
-        next(feed.visits())
+        next(inputs.turns())
 
 
 def test_a_model_that_changes_its_own_weights_is_refused():
     model = Model("rescaling").eval()
     with (
         pytest.raises(ModelStructureError, match=r"changes its own weights in place \(layers.1.fc.weight\)"),
-        open_feed(model, batches(), run_layer(model)),
+        open_layer_inputs(model, batches, 10, run_layer(model)),
     ):
         pass
 
@@ -195,8 +210,35 @@ def test_layers_that_run_are_found_without_data():
 
 def test_a_pass_that_is_given_up_ends():
     model = Model("a chain").eval()
-    with halted_forwards(model, candidate_layers(model), batches()) as passes:
-        for each in passes:
-            each.start()
-        assert {each.at for each in passes} == {"layers.0"}
-    assert not any(each._thread.is_alive() for each in passes)
+    with paused_forwards(model, candidate_layers(model), list(batches())) as passes:
+        for paused in passes:
+            paused.start()
+        assert {paused.at for paused in passes} == {"layers.0"}
+    assert not any(paused._thread.is_alive() for paused in passes)
+
+
+@torch.no_grad()
+def test_a_chain_comes_back_to_an_earlier_layer_in_other_micro_batches():
+    model = Model("a chain").eval()
+
+    def cut(batch_tokens: int) -> Batches:
+        whole = batches()
+        sequences = torch.cat(whole.data).split(batch_tokens // 5)
+        return Batches(whole.probes, list(sequences), [None] * len(sequences), batch_tokens)
+
+    def inputs_of(inputs: ChainInputs, name: str) -> Tensor:
+        watcher = Watcher(model)
+        inputs.rewind_to(name)
+        inputs.run(LayerRunner(model.get_submodule(name), CPU), watcher)
+        return torch.cat([tensor for of_batch in watcher.seen for tensor in of_batch])
+
+    with open_layer_inputs(model, cut, 30, run_layer(model)) as inputs:
+        assert isinstance(inputs, ChainInputs)
+        expected = {name: inputs_of(inputs, name) for name in inputs.layer_names}
+        for name in reversed(inputs.layer_names):
+            torch.testing.assert_close(inputs_of(inputs, name), expected[name], rtol=0, atol=0)
+        inputs.rewind_to("layers.1")
+        inputs.rebatch(10)
+        assert inputs.batch_tokens == 10
+        for name in ("layers.1", "layers.2", "layers.0"):
+            torch.testing.assert_close(inputs_of(inputs, name), expected[name])

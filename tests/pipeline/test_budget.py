@@ -149,7 +149,7 @@ from models import token_batch, token_recipe
 from transformers.utils import logging
 logging.disable_progress_bar()
 from hf_awq_offload import quantize, streamed
-from hf_awq_offload.memory import MemoryMeter
+from hf_awq_offload.offload.memory import MemoryMeter
 streamed.require_fit = lambda *args: None  # a plan that is wrong
 recipe = token_recipe(dataset=token_batch(400, 100).tolist(), n_samples=400, max_seq_len=100, batch_tokens=40_000)
 meter = MemoryMeter(torch.device("cpu"))
@@ -162,7 +162,7 @@ print("PEAK", meter.peak_bytes()[0])
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux only")
 def test_the_process_does_not_take_more_ram_than_it_is_allowed(llama, tmp_path):
     """A plan that was wrong: allocating fails at the limit, and that halves the micro-batch."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     peaks = {}
     for name, max_memory in {"limited": {"cpu": 128 << 20}, "free": None}.items():
         code = LIMITED.format(

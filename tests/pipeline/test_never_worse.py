@@ -24,7 +24,8 @@ from hf_awq_offload.calibration.layer_statistics import LayerStatistics
 from hf_awq_offload.formats.grid import quantize_dequantize
 from hf_awq_offload.model.folds import Fold, InputGroup, LayerStructure, ProducerKind
 from hf_awq_offload.nn.quantized_linear import QuantizedLinear
-from hf_awq_offload.pipeline.layer_quantization import LayerContext, quantize_with_statistics
+from hf_awq_offload.pipeline.layer_context import LayerContext
+from hf_awq_offload.pipeline.layer_quantization import quantize_with_statistics
 
 IN, OUT, GROUP = 64, 24, 32
 ROUNDINGS = pytest.mark.parametrize("rounding", ["nearest", "error_feedback"])

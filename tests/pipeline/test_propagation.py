@@ -23,10 +23,10 @@ def gram_of_last_layer(monkeypatch, model: nn.Module, propagate: str) -> Tensor:
     found = {}
     original = loop.quantize_with_statistics
 
-    def watched(context, structure, statistics):
+    def watched(context, structure, statistics, rounder):
         group = next(group for group in structure.groups if "self_attn.q_proj" in group.consumers)
         found[context.name] = statistics.of_group(group).gram.clone()
-        return original(context, structure, statistics)
+        return original(context, structure, statistics, rounder)
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "quantize_with_statistics", watched)

@@ -17,7 +17,8 @@ from hf_awq_offload.formats.grid import Grid, group_range
 from hf_awq_offload.offload.journal import Journal
 from hf_awq_offload.offload.memory import MemoryWatch
 from hf_awq_offload.pipeline import layer_quantization
-from hf_awq_offload.pipeline.layer_quantization import NO_BETTER, NO_DATA, NO_PRODUCER, NOT_STORABLE, SEARCH_OFF
+from hf_awq_offload.pipeline.layer_quantization import NO_DATA
+from hf_awq_offload.pipeline.scaling import NO_BETTER, NO_PRODUCER, NOT_STORABLE, SEARCH_OFF
 from hf_awq_offload.report import GroupReport, LayerReport, MemoryUse, QuantizationReport
 from hf_awq_offload.search.clip import STEP, STEPS, clipped_range, search_clip
 from hf_awq_offload.search.rounding import feedback_order, round_weight
@@ -104,7 +105,7 @@ def test_why_a_group_has_no_scale(monkeypatch):
     assert all(group.rows_nearest == group.rows > 0 for layer in without_data.layers for group in layer.groups)
     experts = [group for group in report_of(tiny_gpt_oss()).layers[0].groups if "down_proj" in group.consumers[0]]
     assert {group.unscaled for group in experts} == {NO_PRODUCER}
-    monkeypatch.setattr("hf_awq_offload.pipeline.layer_quantization.storable_scale", lambda *args: None)
+    monkeypatch.setattr("hf_awq_offload.pipeline.scaling.storable_scale", lambda *args: None)
     assert {group.unscaled for group in report_of(tiny_llama()).layers[0].groups} == {NOT_STORABLE}
 
 
@@ -164,7 +165,7 @@ def test_what_a_group_kept_of_its_range_is_what_the_search_found():
 
 OWN_PROCESS = """
 import json, torch
-from hf_awq_offload.memory import MemoryWatch
+from hf_awq_offload.offload.memory import MemoryWatch
 before = torch.ones(2**23)  # 32 MiB that are not the run's
 watch = MemoryWatch(torch.device("cpu"))
 start = watch.now()

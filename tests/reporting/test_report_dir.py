@@ -135,7 +135,7 @@ def refused(call: Any, error: type[Exception], message: str, llama: Path, folder
     def fail(*args, **kwargs):
         raise AssertionError("calibration data were loaded")
 
-    monkeypatch.setattr("hf_awq_offload.integrations.quantizer.load_calibration_set", fail)
+    monkeypatch.setattr("hf_awq_offload.integrations.preparation.load_calibration_set", fail)
     with pytest.raises(error, match=message):
         call(llama, folder.parent / "out", token_recipe(report_dir=folder))
     assert not (folder.parent / "out").exists()

@@ -1,4 +1,4 @@
-"""Models that are run by halted forward passes go on after a kill, to the same bits, too."""
+"""Models whose forward passes are paused resume after a kill, to the same bits, too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from killing import Run, commit_and_end, digests, run_to_the_end, steps_of
 from shrink import text_ids, tiny_causal_lm
 
 from hf_awq_offload import AwqOffloadConfig, quantize
-from hf_awq_offload.calibration import layer_inputs
+from hf_awq_offload.calibration import paused_inputs
 from hf_awq_offload.offload import journal
 from hf_awq_offload.pipeline import loop
 
@@ -45,14 +45,14 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(source, tmp_path_factory) -> dict[str, str]:
     built = []
-    build = layer_inputs.HaltedFeed.__init__
+    build = paused_inputs.PausedInputs.__init__
 
     def watched(self, *args, **kwargs):
         built.append(self)
         build(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(layer_inputs.HaltedFeed, "__init__", watched)
+        patched.setattr(paused_inputs.PausedInputs, "__init__", watched)
         target = tmp_path_factory.mktemp("undisturbed") / "out"
         quantize(source, target, AwqOffloadConfig(**RECIPE))
     assert len(built) == 1

@@ -1,0 +1,147 @@
+"""Inputs of decoder layers that form a chain: each layer is given its predecessor's hidden states and nothing else new.
+
+The skeleton pass has recorded every call, less its hidden states. These wait in RAM or in a file, so that a layer can
+run again, in other micro-batches too, and a run can resume where an earlier one stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+
+from torch import Tensor
+
+from ..logs import get_logger
+from ..model.decoder_layers import LayerCall, LayerRunner, ProbeCalls
+from ..offload.hidden_states import HiddenStates, HiddenWriter
+from ..offload.hidden_storage import HiddenStorage
+from .batches import Batches
+from .forward_pass import ModelInputs
+from .layer_inputs import Collector, LayerTurn, probe_calls_among
+from .skeleton import Skeleton
+from .text_decoder import RunLayer
+
+logger = get_logger(__name__)
+
+
+class ChainInputs:
+    """Keeps the contract of `LayerInputs` for decoder layers that form a chain.
+
+    Args:
+        skeleton: what the skeleton pass recorded on `batches`.
+        batches: probes and data.
+        record: makes the skeleton of other batches.
+        cut: makes batches of at most so many tokens.
+        storage: keeps the hidden states.
+        run_layer: brings a layer to its device to run it.
+    """
+
+    can_run_again = True
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        batches: Batches,
+        record: Callable[[Iterable[ModelInputs]], Skeleton],
+        cut: Callable[[int], Batches],
+        storage: HiddenStorage,
+        run_layer: RunLayer,
+    ):
+        self.layer_names = skeleton.layer_names
+        self._record, self._cut, self._storage, self._run_layer = record, cut, storage, run_layer
+        self._start(skeleton, batches)
+
+    def _start(self, skeleton: Skeleton, batches: Batches) -> None:
+        """Begins at the first layer."""
+        n_probes = len(batches.probes)
+        self.calls: dict[str, dict[int, LayerCall]] = skeleton.calls
+        """Layer -> index of a batch that reaches it, probes counted -> the recorded call."""
+        self._batches = batches
+        self._hidden_of_probes = skeleton.hidden[:n_probes]
+        self._hidden = self._storage.keep_first(HiddenStates(skeleton.hidden[n_probes:]))
+        self._position = 0
+        """Index of the layer that `_hidden` enters."""
+
+    @property
+    def batch_tokens(self) -> int:
+        return self._batches.tokens
+
+    def turns(self) -> Iterator[LayerTurn]:
+        for name in self.layer_names:
+            yield LayerTurn(name, is_last=True)
+
+    def probe_calls(self, name: str) -> list[ProbeCalls]:
+        """The probes' hidden states are those that enter the first layer: folds do not depend on them."""
+        hidden: list[Tensor] = [*self._hidden_of_probes, *self._hidden.batches]
+        calls = {index: (call, hidden[index]) for index, call in self.calls[name].items()}
+        return probe_calls_among(calls, self._batches.samples)
+
+    def run(self, runner: LayerRunner, collector: Collector | None = None, into: HiddenWriter | None = None) -> None:
+        calls = self.calls[self.layer_names[self._position]]
+        first = len(self._batches.probes)
+        with nullcontext() if collector is None else collector.collecting():
+            batches = zip(self._hidden.batches, self._batches.counted, strict=True)
+            for index, (hidden, counted) in enumerate(batches, start=first):
+                if collector is not None:
+                    collector.set_counted_tokens(counted)
+                call = calls.get(index)  # None: this batch passes the layer by
+                output = hidden if call is None else runner(call, hidden)
+                if into is not None:
+                    into.append(output.to(device=hidden.device, dtype=hidden.dtype))
+
+    def next_writer(self) -> HiddenWriter | None:
+        following = self._position + 1
+        return self._storage.writer(following) if following < len(self.layer_names) else None
+
+    def advance(self, outputs: HiddenWriter | None) -> None:
+        if outputs is not None:
+            self._hidden = self._storage.written(self._position + 1, outputs)
+            self._position += 1
+
+    # -- resuming, and starting over ---------------------------------------------------------------------------------
+
+    def rewind_to(self, name: str) -> None:
+        """Takes the hidden states from the journal, or runs the layers before this one as they are."""
+        index = self.layer_names.index(name)
+        if self._position == index:
+            return
+        start = self._storage.last_committed(index)
+        if self._position <= index:
+            start = max(start, self._position)
+        if start != self._position:
+            self._take_committed(start)
+        for earlier in range(start, index):
+            self._pass_through(self.layer_names[earlier])
+
+    def rebatch(self, batch_tokens: int) -> None:
+        """Cuts the data into other micro-batches; the hidden states still enter the layer that they entered."""
+        hidden, position = self._hidden, self._position
+        self._restart(batch_tokens)
+        if position:
+            self._hidden, self._position = hidden.regrouped(self._batches.sequences), position
+
+    def _restart(self, batch_tokens: int) -> None:
+        batches = self._cut(batch_tokens)
+        self._start(self._record(batches), batches)
+
+    def _take_committed(self, start: int) -> None:
+        """Goes to the layer of this index, the first or one whose hidden states the journal has."""
+        earlier = self._storage.batch_tokens_of(self.layer_names[start - 1]) if start else None
+        batch_tokens = self.batch_tokens if earlier is None else earlier
+        if not start or batch_tokens != self.batch_tokens:
+            self._restart(batch_tokens)
+        if start:
+            hidden = self._storage.committed(start)
+            assert hidden is not None
+            self._hidden, self._position = hidden.regrouped(self._batches.sequences), start
+
+    def _pass_through(self, name: str) -> None:
+        """Runs a layer that is finished, in the micro-batches that it had then, for its outputs alone."""
+        logger.info("Forward pass through %s: the journal no longer has its outputs.", name)
+        batch_tokens = self._storage.batch_tokens_of(name)
+        if batch_tokens is not None and batch_tokens != self.batch_tokens:
+            self.rebatch(batch_tokens)
+        outputs = self._storage.scratch_writer(self._position + 1)
+        self._run_layer(name, lambda runner: self.run(runner, into=outputs))
+        self._hidden = outputs.finish()
+        self._position += 1

@@ -1,0 +1,76 @@
+"""Which linears of a model are quantized, and why the others stay in full precision."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..checkpoint.renaming import Renaming
+from ..config import AwqOffloadConfig
+from ..model.decoder_layers import candidate_layers
+from ..model.experts import conversions_without_merging, router_linears
+from ..model.linears import is_linear, linears_in
+from ..nn.registry import linear_class
+
+
+def linears_in_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Returns every linear inside the model's decoder layers by its full name."""
+    return {
+        f"{layer_name}.{name}": linear
+        for layer_name, layer in candidate_layers(model).items()
+        for name, linear in linears_in(layer).items()
+    }
+
+
+def linears_left_out(model: PreTrainedModel, recipe: AwqOffloadConfig) -> dict[str, str]:
+    """Returns every linear of the model that stays in full precision -> why."""
+    in_layers = linears_in_layers(model)
+    skipped = modules_not_converted(model, recipe.modules_to_not_convert)
+    chosen = recipe.modules_to_not_convert or []
+    routers = {
+        f"{layer_name}.{name}"
+        for layer_name, layer in candidate_layers(model).items()
+        for name in router_linears(layer)
+    }
+    renaming = renaming_of(model)
+    linear_type = linear_class(recipe.checkpoint_format)
+    left_out = {}
+    for name, linear in model.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        group_size = recipe.choice(name).group_size
+        unpackable = linear_type.unpackable_reason(linear.in_features, linear.out_features, group_size)
+        if not should_convert_module(name, chosen):
+            left_out[name] = "named in modules_to_not_convert"
+        elif name in routers:
+            left_out[name] = "chooses experts"
+        elif not is_linear(linear):
+            left_out[name] = f"a {type(linear).__name__}, which computes more than a product"
+        elif name not in in_layers:
+            left_out[name] = "outside the decoder layers"
+        elif not renaming.keeps(name, linear_type.TENSORS):
+            left_out[name] = "its name does not survive transformers' renaming of weights"
+        elif not should_convert_module(name, skipped):
+            left_out[name] = "tied, last, or kept in fp32 by the model"
+        elif unpackable is not None:
+            left_out[name] = unpackable
+    return left_out
+
+
+def modules_not_converted(model: PreTrainedModel, chosen: list[str] | None) -> list[str]:
+    """Returns the name patterns that transformers' own AWQ loader leaves in full precision, `chosen` among them."""
+    return HfQuantizer.get_modules_to_not_convert(
+        model,
+        chosen,
+        getattr(model, "_keep_in_fp32_modules", None),
+        add_default_skips=True,
+    )
+
+
+def renaming_of(model: PreTrainedModel) -> Renaming:
+    """Returns how transformers renames the model's weights between memory and checkpoint, experts one by one."""
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    return Renaming(conversions_without_merging(conversions, model))

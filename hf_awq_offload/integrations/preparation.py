@@ -1,0 +1,117 @@
+"""What is settled about a model before it is quantized: the recipe, the data, and which linears it concerns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
+
+from ..calibration.dataset import CalibrationSet, load_calibration_set
+from ..calibration.forward_pass import forward_arguments, placeholder_ids
+from ..config import AwqOffloadConfig
+from ..errors import CalibrationDataError, ModelStructureError
+from ..formats.grid_choice import check_that_all_match
+from ..logs import get_logger
+from ..model.experts import is_fused_experts
+from .linear_choice import linears_in_layers, linears_left_out
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What of a model is quantized, how, and on which data."""
+
+    recipe: AwqOffloadConfig
+    calibration: CalibrationSet | None
+    """None where the recipe needs no data."""
+    quantizable: frozenset[str]
+    """Full names of linears."""
+    left_out: dict[str, str]
+    """Linear that stays in full precision -> why."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, recipe: AwqOffloadConfig) -> Preparation:
+        """Chooses linears and loads the data for a model whose weights need not be loaded yet.
+
+        Raises:
+            ModelStructureError: no linear can be quantized.
+            CalibrationDataError: the data cannot be used.
+        """
+        chosen = cls(recipe, None, frozenset(), {}).rechosen(model)
+        if not chosen.quantizable and not _has_fused_experts(model):
+            raise ModelStructureError(
+                f"No linear of {type(model).__name__} can be quantized with this config. Left out: "
+                f"{_listed(chosen.left_out)}. Try another group_size, or fewer modules_to_not_convert."
+            )
+        return replace(chosen, calibration=_calibration_set(model, recipe) if recipe.needs_calibration else None)
+
+    def rechosen(self, model: PreTrainedModel) -> Preparation:
+        """Returns the same with the linears that the model has now: experts may have been taken apart."""
+        left_out = linears_left_out(model, self.recipe)
+        quantizable = frozenset(name for name in linears_in_layers(model) if name not in left_out)
+        if not _has_fused_experts(model):  # else there are linears to come
+            check_that_all_match(self.recipe.overrides or {}, quantizable, left_out)
+        return replace(self, quantizable=quantizable, left_out=left_out)
+
+    def element_bytes(self, parameter_name: str, parameter: Tensor) -> float:
+        """Returns the bytes that an element of a parameter takes once the model is quantized."""
+        module_name, _, name = parameter_name.rpartition(".")
+        if name != "weight" or module_name not in self.quantizable:
+            return parameter.element_size()
+        return self.quantized_element_bytes(module_name, parameter)
+
+    def quantized_element_bytes(
+        self,
+        module_name: str,
+        weight: Tensor,  # (..., in)
+    ) -> float:
+        """Returns the bytes that an element of a weight takes once quantized, with scales and zero points."""
+        grid = self.recipe.grid(module_name, weight.shape[-1], weight.dtype)
+        bits_of_group = 16 + grid.bits  # scale and zero point
+        return (grid.bits + bits_of_group / grid.group_size) / 8
+
+    def warn_of_unpackable(self) -> None:
+        """Warns of linears that the format cannot hold."""
+        unpackable = {name: reason for name, reason in self.left_out.items() if "multiple of" in reason}
+        if unpackable:
+            logger.warning(
+                f"{len(unpackable)} linears stay in full precision because their shape does not fit the layout: "
+                f"{_listed(unpackable)}."
+            )
+
+
+def _calibration_set(model: PreTrainedModel, recipe: AwqOffloadConfig) -> CalibrationSet:
+    vocab_size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    with torch.device("cpu"):  # transformers builds the model, and calls this, under the meta device
+        return load_calibration_set(
+            recipe,
+            load_tokenizer=lambda: AutoTokenizer.from_pretrained(_source(model, "tokenizer")),
+            load_processor=lambda: AutoProcessor.from_pretrained(_source(model, "processor")),
+            vocab_size=vocab_size,
+            accepts=forward_arguments(model),
+            placeholders=placeholder_ids(model),
+        )
+
+
+def _source(model: PreTrainedModel, what: str) -> str:
+    """Returns where the model comes from, and so its tokenizer or processor."""
+    source = model.config.name_or_path
+    if not source:
+        raise CalibrationDataError(
+            f"A {what} is needed for the calibration data and the model does not say where its own is; pass "
+            "tokenizer=..., or a dataset of token ids or of a processor's outputs."
+        )
+    return source
+
+
+def _has_fused_experts(model: nn.Module) -> bool:
+    return any(map(is_fused_experts, model.modules()))
+
+
+def _listed(left_out: dict[str, str], most: int = 8) -> str:
+    shown = [f"{name} ({reason})" for name, reason in list(left_out.items())[:most]]
+    return ", ".join(shown) + (f" and {len(left_out) - most} more" if len(left_out) > most else "")

@@ -1,0 +1,62 @@
+"""What a run notes while it works: its report, its progress, and how long each phase took."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from ..offload.journal import LayerCommit
+from ..offload.memory import MemoryWatch
+from ..report import GroupReport, LayerReport, QuantizationReport
+from ..reporting.progress import Progress
+
+
+class RunRecord:
+    """Fills the report of one run and shows its progress.
+
+    Args:
+        title: what the run does, for the progress bar.
+        device: the execution device, whose memory is watched.
+    """
+
+    def __init__(self, title: str, device: torch.device):
+        self.report = QuantizationReport()
+        self.progress = Progress(title)
+        self._memory = MemoryWatch(device)
+        self._layer_seconds: dict[str, dict[str, float]] = defaultdict(dict)
+        """Layer -> phase -> seconds."""
+
+    @property
+    def finished_layers(self) -> int:
+        return len(self.report.layers)
+
+    @contextmanager
+    def timed(self, phase: str, layer: str | None = None) -> Iterator[None]:
+        """Shows the phase while it lasts, and adds its seconds to those of the run and of the layer."""
+        self.progress.phase(phase, layer)
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        for sums in (self.report.phase_seconds, self._layer_seconds[layer] if layer is not None else {}):
+            sums[phase] = sums.get(phase, 0.0) + seconds
+
+    def layer_report(
+        self, name: str, groups: Sequence[GroupReport], seconds: float, starved: dict[str, int] | None = None
+    ) -> LayerReport:
+        """Returns the report of a layer that has just been quantized; `seconds` is how long that took."""
+        phases = dict(self._layer_seconds[name])
+        return LayerReport(name, tuple(groups), seconds, starved or {}, phases, self._memory.now())
+
+    def add(self, layer: LayerReport, left_out: dict[str, str]) -> None:
+        """Adds a layer to the report; `left_out` says which of its linears stay in full precision, and why."""
+        self.report.layers.append(layer)
+        self.report.left_out |= left_out
+
+    def adopt(self, commit: LayerCommit) -> None:
+        """Adds a layer that an earlier run has quantized."""
+        self.add(LayerReport.from_dict(commit.report["layer"]), commit.report["left_out"])
+        self.progress.adopted(commit.name)
