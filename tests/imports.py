@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_awq_offload"
@@ -74,6 +75,26 @@ def imported_modules(module: str) -> set[str]:
             elif name.startswith("."):
                 found.add(".".join([*folder, name[1:]]))
     return found - {module}
+
+
+def package_imports() -> Counter[tuple[str, str]]:
+    """(importing package, imported package) -> number of imports between their modules."""
+    return Counter(
+        (package_of(module), package_of(name))
+        for module in MODULES
+        for name in imported_modules(module)
+        if package_of(module) != package_of(name)
+    )
+
+
+def ideas() -> dict[str, str]:
+    """Package, or module of the root -> the first sentence of its docstring."""
+    found = {}
+    for module, path in MODULES.items():
+        if package_of(module) == module:
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            found[module] = " ".join(text.split("\n\n")[0].split())
+    return found
 
 
 def _called(node: ast.Call) -> str:

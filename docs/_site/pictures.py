@@ -1,16 +1,21 @@
 """Draws the pictures of the documentation: `python docs/_site/pictures.py` writes them to docs/images.
 
 memory.svg is a diagram. comparison.svg shows the table "Time and divergence" of docs/comparison.md, where the command
-stands that printed it. Colours are readable on white and on black: an image on GitHub does not know the page's theme.
+stands that printed it. packages.svg shows the imports of the code (tests/imports.py). Colours are readable on white and on black: an image on GitHub does not know the page's theme.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
+import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent.parent
+sys.path.append(str(DOCS.parent / "tests"))
+
+imports = importlib.import_module("imports")
 TEXT = "#768390"
 FULL, PACKED, WORK, OTHERS = "#6e7781", "#3b82f6", "#c9660f", "#8b949e"
 LABEL_AT = {"llm-compressor": (-11, 5, "end"), "gptqmodel": (0, -13, "middle")}
@@ -112,7 +117,32 @@ def comparison() -> str:
     return svg(720, 306, "KL divergence over the time of quantizing, for several tools on one small Llama", parts)
 
 
-PICTURES = {"memory.svg": memory, "comparison.svg": comparison}
+def packages() -> str:
+    """Draws which package imports which, from the code's own imports: a dot in row r and column c says r imports c."""
+    levels, used = imports.LEVELS, imports.package_imports()
+    names = [name for level in levels for name in level]
+    cell, left, top = 26, 130, 96
+    side = cell * len(names)
+    middle = {name: cell * index + cell / 2 for index, name in enumerate(names)}
+    parts = []
+    start = 0
+    for level in levels:
+        size = cell * len(level)
+        shade = f'fill="{OTHERS}" fill-opacity="0.25"'
+        parts.append(f'<rect x="{left + start}" y="{top + start}" width="{size}" height="{size}" {shade}/>')
+        start += size
+    for name in names:
+        x, y = left + middle[name], top + middle[name]
+        parts.append(text(left - 8, y + 5, name, "end"))
+        parts.append(text(0, 0, name, transform=f"translate({x + 5:g} {top - 8}) rotate(-60)"))
+        parts.append(f'<path d="M{left} {y:g}H{x:g}" stroke="{TEXT}" stroke-opacity="0.2"/>')
+    for (importer, imported), count in sorted(used.items()):
+        x, y = left + middle[imported], top + middle[importer]
+        parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="{min(3 + count**0.5, 11):.1f}" fill="{PACKED}"/>')
+    return svg(left + side + 60, top + side + 10, "Which package imports which: all imports go to the left", parts)
+
+
+PICTURES = {"memory.svg": memory, "comparison.svg": comparison, "packages.svg": packages}
 
 if __name__ == "__main__":
     for file_name, draw in PICTURES.items():

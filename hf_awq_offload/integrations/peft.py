@@ -37,6 +37,13 @@ OFFLOADED = (
 )
 
 
+def require_onloaded(model: nn.Module) -> None:
+    """Raises ModelStructureError if a quantized linear is offloaded: its adapters cannot be trained."""
+    for name, linear in model.named_modules():
+        if isinstance(linear, QuantizedLinear) and linear.is_offloaded:
+            raise ModelStructureError(OFFLOADED.format(name=name))
+
+
 def register() -> None:
     """Have PEFT, where it is installed, put LoRA on quantized linears by `AwqLoraLinear`. Calling it again is free."""
     if find_spec("peft") is not None:

@@ -84,6 +84,15 @@ class Preparation:
             )
 
 
+def require_decoder_only(model: PreTrainedModel) -> None:
+    """Raises ModelStructureError for a model with an encoder, before anything else is done."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelStructureError(
+            f"{type(model).__name__} is an encoder-decoder model; supported are decoder-only models "
+            "(AutoModelForCausalLM, AutoModelForImageTextToText)."
+        )
+
+
 def _calibration_set(model: PreTrainedModel, recipe: AwqOffloadConfig) -> CalibrationSet:
     vocab_size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     with torch.device("cpu"):  # transformers builds the model, and calls this, under the meta device

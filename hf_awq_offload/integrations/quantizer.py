@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..calibration.dataset import CalibrationSet
 from ..checkpoint.layout_checks import read_headers
 from ..config import AwqOffloadConfig
-from ..errors import CheckpointError, ModelStructureError
+from ..errors import CheckpointError
 from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
 from ..model.experts import conversions_without_merging, take_experts_apart
@@ -45,7 +45,7 @@ from .lazy_loading import detach_stored_weights, is_only_loading, note_what_is_s
 from .linear_choice import modules_not_converted, renaming_of
 from .loading import keep_gemm, replace_linears, to_gemm_converter
 from .placement import Placement
-from .preparation import Preparation
+from .preparation import Preparation, require_decoder_only
 from .saving import checkpoint_config, config_of_result, dense_in_spite, meta_of, meta_of_run
 
 
@@ -115,11 +115,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             if isinstance(self.checkpoint, PackedCheckpointConfig):
                 model.config.quantization_config = self.checkpoint  # as saved, not as the library parses it
             return
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ModelStructureError(
-                f"{type(model).__name__} is an encoder-decoder model; supported are decoder-only models "
-                "(AutoModelForCausalLM, AutoModelForImageTextToText)."
-            )
+        require_decoder_only(model)
         prepare_folder(self.recipe.report_dir)
         self.placement.choose(kwargs.get("device_map"), kwargs.get("checkpoint_files"))
         self._take_experts_apart(model, all_kinds=False)
@@ -247,12 +243,7 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters can be trained; the Trainer asks before it starts.
-
-        Raises:
-            ModelStructureError: they cannot, because linears are offloaded.
-        """
-        for name, linear in () if self.model is None else self.model.named_modules():
-            if isinstance(linear, QuantizedLinear) and linear.is_offloaded:
-                raise ModelStructureError(peft.OFFLOADED.format(name=name))
+        """Whether adapters can be trained; the Trainer asks before it starts. Errors: `peft.require_onloaded`."""
+        if self.model is not None:
+            peft.require_onloaded(self.model)
         return True

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_awq_offload import AwqOffloadConfig, quantize_model
-from hf_awq_offload.pipeline import loop
+from hf_awq_offload.pipeline.structures import Structures
 
 HIDDEN, INTERMEDIATE, LAYERS, TOKENS = 1024, 2816, 4, 16384
 
@@ -24,7 +24,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(0, 1000, (TOKENS // 512, 512), generator=generator).tolist()
     seconds = []
-    structure_of = loop._structure_of
+    structure_of = Structures.of
 
     def timed(*args):
         start = time.perf_counter()
@@ -32,7 +32,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
         return result
 
-    with mock.patch.object(loop, "_structure_of", timed):
+    with mock.patch.object(Structures, "of", timed):
         start = time.perf_counter()
         quantize_model(model, AwqOffloadConfig(dataset=data, n_samples=len(data)))
         total = time.perf_counter() - start
