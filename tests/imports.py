@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_awq_offload"
 
 LEVELS: list[list[str]] = [
     ["errors", "logs", "report"],
-    ["formats"],
+    ["config_checks", "formats", "recipe_fields"],
     ["checkpoint", "ops", "search"],
     ["config"],
     ["nn"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
 import re
@@ -16,6 +17,8 @@ from transformers import AwqConfig
 from hf_awq_offload.config import AwqOffloadConfig
 from hf_awq_offload.errors import AwqOffloadError, CheckpointError, ConfigError
 from hf_awq_offload.formats.awq_config import AwqCheckpointConfig
+from hf_awq_offload.integrations.saving import config_of_result
+from hf_awq_offload.recipe_fields import RecipeFields
 
 NO_INTEGER = [True, 4.0, "4", None, [4], torch.tensor(4)]
 NO_FLAG = [0, 1, None, "true", "False", 1.0, [True]]
@@ -100,6 +103,18 @@ def cases(values: dict[str, list]) -> list:
 def field_names() -> list[str]:
     parameters = inspect.signature(AwqOffloadConfig.__init__).parameters.values()
     return [p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD]
+
+
+def test_fields_are_keyword_only():
+    with pytest.raises(TypeError, match="positional"):
+        AwqOffloadConfig(4, 128)
+
+
+def test_help_shows_every_field_with_its_default_and_its_meaning():
+    shown = " ".join(inspect.getdoc(AwqOffloadConfig).split())
+    for field in dataclasses.fields(RecipeFields):
+        assert f" {field.name}: {field.metadata['help']} " in shown
+        assert inspect.signature(AwqOffloadConfig).parameters[field.name].default == field.default
 
 
 def test_these_cases_cover_every_field():
@@ -236,7 +251,7 @@ def test_to_dict_is_json_and_never_spells_out_data(fields):
     assert json.loads(text) == config.to_dict()
     assert json.loads(config.to_json_string()) == config.to_dict()
     assert "private text" not in repr(config)
-    assert set(config.to_dict()) == {"quant_method", *field_names()}
+    assert list(config.to_dict()) == ["quant_method", *field_names()]
 
 
 def test_to_dict_keeps_paths_and_devices_by_their_text():
@@ -371,7 +386,8 @@ def test_a_checkpoint_config_shares_nothing_with_its_dict():
 
 def test_a_checkpoint_config_takes_nothing_of_the_recipe_but_the_format():
     recipe = AwqOffloadConfig(group_size=32, zero_point=False, dataset=["private text"], seed=7)
-    config = AwqCheckpointConfig.from_recipe(recipe, ["lm_head"], {"seed": 7})
+    model = renaming = None  # an AWQ checkpoint's config does not depend on them
+    config = config_of_result(model, recipe, renaming, ["lm_head"], {"seed": 7})
     assert config.to_dict() == {
         **AwqCheckpointConfig().to_dict(),
         "group_size": 32,
@@ -379,7 +395,7 @@ def test_a_checkpoint_config_takes_nothing_of_the_recipe_but_the_format():
         "modules_to_not_convert": ["lm_head"],
         "meta": {"seed": 7},
     }
-    assert AwqCheckpointConfig.from_recipe(recipe, [], {}).modules_to_not_convert is None
+    assert config_of_result(model, recipe, renaming, [], {}).modules_to_not_convert is None
 
 
 @pytest.mark.parametrize("group_size", [-1, 16, 32, 64, 128, 512])

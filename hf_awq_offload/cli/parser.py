@@ -81,9 +81,7 @@ def add_quantize_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--plan", action="store_true", help="print what it will take, and stop")
     run.add_argument("--resume", action="store_true", help="go on with the journal that an earlier run has left")
     run.add_argument("--overwrite", action="store_true", help="put the result in the place of OUT, if that is there")
-    run.add_argument(
-        "--config", metavar="FILE", help="recipe as YAML or JSON; options on the command line go before it"
-    )
+    run.add_argument("--config", metavar="FILE", help="recipe as YAML or JSON; command-line options override the file")
     add_loading_options(run)
     run.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="of the safetensors files [50GB]")
     run.add_argument("--push-to-hub", metavar="ID", help="push the result to this repository")

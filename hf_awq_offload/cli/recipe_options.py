@@ -1,21 +1,17 @@
-"""An option for every field of `AwqOffloadConfig`, read from the source of config.py.
+"""A command-line option for every field of the recipe, made from the table in recipe_fields.py.
 
-Importing that module imports torch, which takes seconds; its text tells names, annotations, defaults and, in the
-docstring of the class, meanings. A new field has its option without a change here.
+A new field gets its option without a change here.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
+import dataclasses
 import json
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).parent.parent / "config.py"
-CLASS = "AwqOffloadConfig"
+from ..recipe_fields import RecipeFields
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Field:
 
     @property
     def kind(self) -> str:
-        """How its option is written: "flag", "integer", "list", "limits", "json" or "text"."""
+        """How users write its value: "flag", "integer", "list", "limits", "json" or "text"."""
         if self.annotation in ("bool", "int"):
             return {"bool": "flag", "int": "integer"}[self.annotation]
         if self.annotation.startswith("list["):
@@ -44,32 +40,21 @@ class Field:
 
 
 def recipe_fields() -> dict[str, Field]:
-    """Name -> field, in the order of the constructor."""
-    tree = ast.parse(SOURCE.read_text(encoding="utf-8"))
-    (definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == CLASS)
-    (init,) = (node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-    arguments = init.args.args[1:]
-    assert len(arguments) == len(init.args.defaults), "every field has a default"
-    meanings = _meanings(ast.get_docstring(definition) or "")
-    fields = {}
-    for argument, default in zip(arguments, init.args.defaults, strict=True):
-        assert argument.annotation is not None
-        annotation = ast.unparse(argument.annotation).removesuffix(" | None")
-        meaning = meanings.get(argument.arg, "")
-        fields[argument.arg] = Field(argument.arg, annotation, ast.literal_eval(default), meaning)
-    return fields
-
-
-def _meanings(docstring: str) -> dict[str, str]:
-    """Field -> what the docstring's "Args:" says of it, on one line."""
-    block = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", docstring, flags=re.DOTALL | re.MULTILINE)
-    entries = re.split(r"^    (?=\w+: )", block[1] if block else "", flags=re.MULTILINE)
-    pairs = (entry.partition(": ") for entry in entries if entry)
-    return {name: " ".join(meaning.split()) for name, _, meaning in pairs}
+    """Name -> field, in the order of the recipe."""
+    return {
+        field.name: Field(
+            field.name,
+            str(field.type).removesuffix(" | None"),
+            field.default,
+            field.metadata["help"],
+        )
+        for field in dataclasses.fields(RecipeFields)
+    }
 
 
 def add_recipe_options(parser: argparse._ActionsContainer) -> None:
-    """Options that are not given leave no trace in what is parsed: then the config file, or the default, holds."""
+    """Add all options. One that the user leaves out is absent from the namespace, so that the config file or the
+    default decides."""
     for field in recipe_fields().values():
         default = "none" if field.default is None else str(field.default).lower()
         arguments: dict[str, Any] = {
@@ -95,12 +80,12 @@ def _arguments(field: Field) -> dict[str, Any]:
 
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields that the command line names."""
+    """The fields that the command line sets."""
     return {name: getattr(options, name) for name in recipe_fields() if hasattr(options, name)}
 
 
 class _Merge(argparse.Action):
-    """An option that may be repeated, each time with more entries of one dict."""
+    """An option that users may repeat: each use adds entries to one dict."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, getattr(namespace, self.dest, {}) | values)

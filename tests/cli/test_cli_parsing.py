@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from hf_awq_offload.cli.main import main
 from hf_awq_offload.cli.parser import build_parser, parse
 from hf_awq_offload.cli.preflight import check
 from hf_awq_offload.cli.recipe_options import given_fields, recipe_fields
+from hf_awq_offload.recipe_fields import RecipeFields
 
 # What is wrong -> the exit code, and a word of the message. {model}, {empty} and {file} are paths; of a command's
 # positional arguments there is always a good set.
@@ -236,12 +238,12 @@ def test_wrong_paths_are_told_before_anything_is_loaded(command, source, out, me
 def test_every_field_of_the_recipe_is_an_option_with_its_default_and_its_meaning():
     parameters = [p for p in inspect.signature(AwqOffloadConfig.__init__).parameters.values() if p.name != "self"]
     assert {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD} == {
-        name: field.default for name, field in recipe_fields().items()
+        name: option.default for name, option in recipe_fields().items()
     }
     help_text = " ".join(build_parser()[1]["quantize"].format_help().split())
-    for field in recipe_fields().values():
-        assert len(field.meaning) > 10, field.name
-        assert field.option in help_text
+    for option in recipe_fields().values():
+        assert len(option.meaning) > 10, option.name
+        assert option.option in help_text
 
 
 def test_options_make_the_recipe_that_python_makes():
@@ -264,20 +266,18 @@ def test_options_make_the_recipe_that_python_makes():
     assert AwqOffloadConfig(**fields).max_memory == {"cpu": 2**33, "cuda:0": 1000}
 
 
-def test_a_new_field_is_an_option_without_more(tmp_path, monkeypatch):
-    source = Path(inspect.getfile(AwqOffloadConfig)).read_text(encoding="utf-8")
-    source = source.replace(
-        "        seed: int = 0,\n", "        seed: int = 0,\n        patience: int | None = None,\n"
-    )
-    source = source.replace("        seed: seed of", "        patience: how long to wait.\n        seed: seed of")
-    (tmp_path / "config.py").write_text(source, encoding="utf-8")
-    monkeypatch.setattr(recipe_options, "SOURCE", tmp_path / "config.py")
-    field = recipe_fields()["patience"]
-    assert (field.option, field.kind, field.meaning) == ("--patience", "integer", "how long to wait.")
+def test_a_new_field_is_an_option_without_more(monkeypatch):
+    @dataclass(kw_only=True)
+    class PatientFields(RecipeFields):
+        patience: int | None = field(default=None, metadata={"help": "how long to wait."})
+
+    monkeypatch.setattr(recipe_options, "RecipeFields", PatientFields)
+    patience = recipe_fields()["patience"]
+    assert (patience.option, patience.kind, patience.meaning) == ("--patience", "integer", "how long to wait.")
     assert given_fields(parse(["quantize", "a", "b", "--patience", "3"])) == {"patience": 3}
 
 
-def test_the_command_line_goes_before_the_file(tmp_path, tiny_llama_dir):
+def test_command_line_options_override_the_file(tmp_path, tiny_llama_dir):
     (tmp_path / "recipe.yaml").write_text("bits: 8\ngroup_size: 64\noverrides: {down_proj$: {bits: 4}}\n")
     line = ["quantize", str(tiny_llama_dir), str(tmp_path / "out"), "--config", str(tmp_path / "recipe.yaml")]
     options = parse([*line, "--bits", "4"])

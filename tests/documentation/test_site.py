@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import sys
+from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 import hf_awq_offload
+from hf_awq_offload.recipe_fields import RecipeFields
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -58,6 +61,18 @@ def test_formulas_become_mathml():
     assert made.startswith('a <math xmlns="http://www.w3.org/1998/Math/MathML" display="inline">')
     assert "x" in made
     assert made.endswith("</math> b")
+
+
+def test_the_reference_describes_every_field_of_the_recipe(monkeypatch):
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object))
+    config = "hf_awq_offload.config.AwqOffloadConfig"
+    read = SimpleNamespace(path=config, docstring=SimpleNamespace(value="The recipe.\n\nRaises:\n    ConfigError: no."))
+    script("recipe_fields").DescribeRecipeFields().on_class(cls=read)
+    described = " ".join(read.docstring.value.split())
+    assert described.startswith("The recipe. Args: bits: ")
+    assert described.endswith(" Raises: ConfigError: no.")
+    for field in fields(RecipeFields):
+        assert f" {field.name}: {field.metadata['help']} " in described
 
 
 @pytest.mark.parametrize("name", hf_awq_offload.__all__)
