@@ -1,7 +1,8 @@
 """Draws the pictures of the documentation: `python docs/_site/pictures.py` writes them to docs/images.
 
 memory.svg is a diagram. comparison.svg shows the table "Time and divergence" of docs/comparison.md, where the command
-stands that printed it. packages.svg shows the imports of the code (tests/imports.py). Colours are readable on white and on black: an image on GitHub does not know the page's theme.
+stands that printed it. packages.svg shows the imports of the code (tests/imports.py). Colours are readable on white and
+on black: an image on GitHub does not know the page's theme.
 """
 
 from __future__ import annotations
