@@ -257,7 +257,7 @@ class _Conversion:
         return found
 
     def _model(self) -> tuple[PreTrainedModel | None, Any]:
-        """The model on the meta device and its renaming, for its linears' names; None if transformers can't build it."""
+        """The model on the meta device, or None if transformers can't build it, and its renaming."""
         if not hasattr(self, "_built"):
             self._built: tuple[PreTrainedModel | None, Any] = (None, None)
             try:

@@ -147,7 +147,9 @@ class ToGemm(ConversionOps):
         linear = kwargs["model"].get_submodule(name.rpartition(".")[0])
         found = find_tensors(self.version, input_dict)
         if len(found) < len(AWQ_NAMES.all):
-            raise CheckpointError(f"Of the linear of {name} only {sorted(input_dict)} are in the checkpoint.")
+            raise CheckpointError(
+                f"The linear of {name} has only {sorted(input_dict)} in the checkpoint; download it again."
+            )
         stored = PackedWeight(**{name: input_dict[pattern][0] for name, pattern in found.items()})
         converted = to_gemm(self.version, stored, linear.scales.shape[0])
         return {pattern: [tensor] for pattern, tensor in converted._asdict().items()}
