@@ -1,1 +1,1 @@
-"""Checkpoints on the disk: reading headers, checking layouts, writing files that survive a crash."""
+"""Checkpoints on disk: reads headers, checks layouts, writes files that survive a crash."""

@@ -1,10 +1,10 @@
-"""A quantized checkpoint of 4 bits in another format, exactly: file by file, one linear in memory at a time.
+"""Converts a 4-bit checkpoint to another format, exactly: file by file, with one linear in memory at a time.
 
     gemm, gemv, gemv_fast, llm-awq, compressed-tensors  ->  gemm, gemv, compressed-tensors
 
-Integers, zero points and scales stay what they are; what the other format can't hold is refused before anything is
-written, except scales that lose bits in its dtype: those are found on the way, and nothing of the result is left. All
-other tensors are copied byte by byte, all other files as they are.
+Integers, zero points and scales keep their values. What the other format can't hold is refused before anything is
+written. The exception: only the conversion itself finds scales that lose bits in the new dtype; it then leaves nothing
+behind. All other tensors are copied byte by byte, and all other files unchanged.
 """
 
 from __future__ import annotations
@@ -27,23 +27,26 @@ from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.awq_variants import gemv_words, to_gemm, to_gemv
 from ..formats.compressed_tensors_config import META_ATTRIBUTE, PackedCheckpointConfig, may_be_taken_for_a_linear
 from ..formats.conversion import exact, to_awq, to_pack_quantized
-from ..formats.pack_quantized import PackQuantizedWeight, words_for
+from ..formats.grid import SCALE_DTYPE, Grid
+from ..formats.layouts import AWQ_FORMATS, COMPRESSED_TENSORS, GEMM, GEMV, names_in, tensors_of
+from ..formats.pack_quantized import PackQuantizedWeight
 from ..logs import get_logger
 from .inspection import inspect_checkpoint
-from .opened import COMPRESSED_TENSORS, CONFIG_NAME, Checkpoint, open_checkpoint
+from .layout_checks import FLOAT_DTYPES
+from .opened import CONFIG_NAME, Checkpoint, open_checkpoint
 from .renaming import Renaming
-from .safetensors import INDEX_NAME, tensor_places, writing
+from .safetensors import ALL_DTYPES, INDEX_NAME, tensor_places, writing
 from .work_folder import move_into_place, refuse_existing, work_folder
 
 logger = get_logger(__name__)
 
-TARGETS = ("gemm", "gemv", COMPRESSED_TENSORS)
-SPELLED = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+TARGETS = (GEMM, GEMV, COMPRESSED_TENSORS)
+DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was done."""
+    """The result of a conversion."""
 
     source_format: str
     format: str
@@ -59,17 +62,17 @@ def convert_checkpoint(
     scale_dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Converted:
-    """Write the checkpoint in `source` to `out_dir` in another format.
+    """Writes the checkpoint in `source` to `out_dir` in another format.
 
     Args:
         source: folder of a quantized checkpoint.
-        out_dir: appears when it is complete.
+        out_dir: the new folder, which appears once it is complete.
         to: "gemm", "gemv" or "compressed-tensors".
-        scale_dtype: of the scales in compressed-tensors; by default that of the model.
-        overwrite: put the result in the place of a folder that exists.
+        scale_dtype: dtype of the scales in compressed-tensors; by default the model's.
+        overwrite: replace an existing folder.
 
     Raises:
-        CheckpointError: `source` is damaged or not of 4 bits, or the other format can't hold exactly what it says.
+        CheckpointError: `source` is damaged or not 4-bit, or the other format can't hold it exactly.
         ConfigError: `out_dir` exists and is not empty.
         StorageError: a file can't be written.
     """
@@ -91,14 +94,14 @@ def convert_checkpoint(
 
 
 class _Conversion:
-    """One conversion; its constructor refuses what can be refused by headers."""
+    """One conversion. The constructor refuses what the headers show to be impossible."""
 
     def __init__(self, checkpoint: Checkpoint, to: str, scale_dtype: torch.dtype | None):
         self.checkpoint, self.to = checkpoint, to
         if not checkpoint.linears:
             raise CheckpointError(
-                f"{checkpoint.folder} is a checkpoint of the format {checkpoint.format!r} without packed linears; "
-                f"expected one of gemm, gemv, gemv_fast, llm-awq, {COMPRESSED_TENSORS}."
+                f"{checkpoint.folder} is a checkpoint in the format {checkpoint.format!r} without packed linears; "
+                f"expected one of {', '.join(AWQ_FORMATS)}, {COMPRESSED_TENSORS}."
             )
         if checkpoint.format == to:
             raise CheckpointError(f"{checkpoint.folder} is in the format {to} already; nothing was written.")
@@ -109,17 +112,17 @@ class _Conversion:
         self.facts = {facts.name: facts for facts in sound.linears}
         self.choice = self._one_grid()
         model_dtype = _model_dtype(checkpoint)
-        self.scale_dtype = (scale_dtype or model_dtype) if to == COMPRESSED_TENSORS else torch.float16
+        self.scale_dtype = (scale_dtype or model_dtype) if to == COMPRESSED_TENSORS else SCALE_DTYPE
         self._require_shapes()
 
     def _one_grid(self) -> Any:
-        """Of all linears."""
+        """The grid of all linears."""
         choices = {self.checkpoint.choice(linear) for linear in self.checkpoint.linears}
         if any(choice is None or choice.bits != BITS for choice in choices) or len(choices) > 1:
             bits = sorted({choice.bits for choice in choices if choice is not None})
             raise CheckpointError(
-                f"{self.checkpoint.folder} has {len(choices)} grids, of {' and '.join(map(str, bits))} bits; AWQ "
-                "checkpoints hold 4 bits, the same for all linears. It can't be converted exactly."
+                f"{self.checkpoint.folder} has {len(choices)} grids, with {' and '.join(map(str, bits))} bits; AWQ "
+                "checkpoints hold one grid of 4 bits for all linears. It can't be converted exactly."
             )
         return choices.pop()
 
@@ -130,16 +133,17 @@ class _Conversion:
                     f"{facts.name} has {facts.out_features} output channels; the AWQ layouts hold multiples of "
                     f"{COLUMNS_PER_WORD}. It can't be converted exactly."
                 )
-            if self.to == "gemv":
+            if self.to == GEMV:
                 gemv_words(facts.in_features, facts.group_size)
 
     # -- tensors -------------------------------------------------------------------------------------------------------
 
     def write(self, folder: Path) -> None:
-        """All files of tensors, the index and config.json."""
+        """Writes all safetensors files, the index and config.json."""
         places = self.checkpoint.places
         consumed = {name for linear in self.facts for name in self.checkpoint.tensors_of(linear).values()}
-        home = {linear: places[self._main_tensor(linear)].file for linear in self.facts}
+        integers = names_in(self.checkpoint.format).integers
+        home = {linear: places[f"{linear}.{integers}"].file for linear in self.facts}
         weight_map: dict[str, str] = {}
         for file in sorted({place.file for place in places.values()}):
             kept = {name: place for name, place in places.items() if place.file == file and name not in consumed}
@@ -158,55 +162,35 @@ class _Conversion:
         config = json.dumps(self._config(), indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
 
-    def _main_tensor(self, linear: str) -> str:
-        return next(iter(self.checkpoint.tensors_of(linear).values()))
-
     def _announced(self, linear: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtypes and shapes of the linear's new tensors."""
-        facts, scales = self.facts[linear], SPELLED[self.scale_dtype]
-        n = facts.in_features // facts.group_size
-        if self.to == COMPRESSED_TENSORS:
-            found: dict[str, tuple[str, tuple[int, ...]]] = {
-                "weight_packed": ("I32", (facts.out_features, words_for(facts.in_features, BITS))),
-                "weight_scale": (scales, (facts.out_features, n)),
-                "weight_shape": ("I64", (2,)),
-            }
-            if facts.zero_point:
-                found["weight_zero_point"] = ("I32", (words_for(facts.out_features, BITS), n))
-        elif self.to == "gemm":
-            words = facts.out_features // COLUMNS_PER_WORD
-            found = {
-                "qweight": ("I32", (facts.in_features, words)),
-                "qzeros": ("I32", (n, words)),
-                "scales": (scales, (n, facts.out_features)),
-            }
-        else:
-            words = gemv_words(facts.in_features, facts.group_size)
-            found = {
-                "qweight": ("I32", (facts.out_features, facts.in_features // COLUMNS_PER_WORD)),
-                "qzeros": ("I32", (facts.out_features, words)),
-                "scales": (scales, (facts.out_features, words * COLUMNS_PER_WORD)),
-            }
-        return {f"{linear}.{name}": tensor for name, tensor in found.items()}
+        """The dtypes and shapes of the linear's new tensors, by their names in the file."""
+        facts = self.facts[linear]
+        padded_groups = None
+        if self.to == GEMV:
+            padded_groups = gemv_words(facts.in_features, facts.group_size) * COLUMNS_PER_WORD
+        grid = Grid(facts.bits, facts.group_size, facts.zero_point)
+        tensors = tensors_of(
+            self.to, facts.in_features, facts.out_features, grid, self.scale_dtype, padded_groups=padded_groups
+        )
+        return {f"{linear}.{name}": (DTYPE_NAMES[layout.dtype], layout.shape) for name, layout in tensors.items()}
 
     def _converted(self, linear: str) -> dict[str, Tensor]:
         facts, config = self.facts[linear], self.checkpoint.quantization
         stored = {name: self.checkpoint.read(tensor) for name, tensor in self.checkpoint.tensors_of(linear).items()}
         try:
             if isinstance(config, AwqCheckpointConfig):
-                packed = PackedWeight(stored["qweight"], stored["qzeros"], stored["scales"])
-                gemm = to_gemm(config.version, packed, facts.in_features // facts.group_size)
+                gemm = to_gemm(config.version, PackedWeight(**stored), facts.in_features // facts.group_size)
                 if self.to != COMPRESSED_TENSORS:
                     gemm = gemm._replace(scales=exact(gemm.scales, self.scale_dtype))
             else:
                 gemm = to_awq(PackQuantizedWeight(**({"weight_zero_point": None} | stored)))
-            new: Any = gemm if self.to == "gemm" else to_gemv(gemm) if self.to == "gemv" else None
+            new: Any = gemm if self.to == GEMM else to_gemv(gemm) if self.to == GEMV else None
             if new is None:
                 new = to_pack_quantized(gemm, facts.zero_point, self.scale_dtype)
         except CheckpointError as error:
             hint = ""
             if self.to == COMPRESSED_TENSORS and self.scale_dtype == torch.bfloat16:
-                hint = " Or have the scales in another dtype than the model: float16 (--scale-dtype float16)."
+                hint = " Or store the scales in another dtype than the model's: float16 (--scale-dtype float16)."
             raise CheckpointError(f"{linear}: {error}{hint}") from error
         return {f"{linear}.{name}": value for name, value in new._asdict().items() if value is not None}
 
@@ -229,7 +213,7 @@ class _Conversion:
         config = {name: value for name, value in self.checkpoint.config.items() if name != "compression_config"}
         found = self.checkpoint.quantization
         if isinstance(found, AwqCheckpointConfig) and self.to != COMPRESSED_TENSORS:
-            fields = dict(config["quantization_config"])  # another tool's words stay
+            fields = dict(config["quantization_config"])  # fields that another tool has added stay
             changed = {name: self.to for name in ("format", "checkpoint_format") if name in fields}
             return config | {"quantization_config": fields | changed | {"version": self.to}}
         if isinstance(found, AwqCheckpointConfig):
@@ -254,7 +238,7 @@ class _Conversion:
         return PackedCheckpointConfig.of_linears(grids, self._dense(matrices=True) - grids.keys())
 
     def _dense(self, matrices: bool) -> set[str]:
-        """Names of the linears in full precision; with `matrices` those in the checkpoint too, and routers."""
+        """Names of the linears in full precision; with `matrices` also their names in the checkpoint, and routers."""
         model, renaming = self._model()
         if model is None:
             places = self.checkpoint.places.items()
@@ -273,7 +257,7 @@ class _Conversion:
         return found
 
     def _model(self) -> tuple[PreTrainedModel | None, Any]:
-        """On the meta device, for the names of its linears; None where transformers does not know it."""
+        """The model on the meta device, or None if transformers can't build it, and its renaming."""
         if not hasattr(self, "_built"):
             self._built: tuple[PreTrainedModel | None, Any] = (None, None)
             try:
@@ -285,14 +269,14 @@ class _Conversion:
                 self._built = (model, Renaming(get_model_conversion_mapping(model, add_legacy=False)))
             except (AttributeError, ValueError, KeyError, ImportError, OSError) as error:
                 logger.warning(
-                    f"transformers can't build the model ({error}); the linears in full precision are taken from the "
-                    "names in the files."
+                    f"transformers can't build the model ({error}); the names in the files tell which linears are in "
+                    "full precision."
                 )
         return self._built
 
 
 def _model_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """As config.json has it."""
+    """The model's dtype in config.json; fp16 if it is missing or no dtype for scales."""
     text = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
     found = getattr(torch, str(text).removeprefix("torch."), None)
-    return found if found in SPELLED else torch.float16
+    return found if found in FLOAT_DTYPES else torch.float16

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside, flushed to the disk, renamed."""
+"""Writes files whole or not at all: to a second file, which is flushed to the disk and renamed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PARTIAL_SUFFIX = ".partial"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; on leaving it is flushed and takes its name, in one step.
+    """Gives a path beside `path` to write to; on exit flushes that file and renames it to `path`, in one step.
 
-    After an error inside, `path` is as it was and the other one gone.
+    After an error inside, `path` is unchanged and the other file is gone.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
@@ -32,24 +32,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush_directory(directory: Path) -> None:
-    """Make renames in it last; systems that can't open directories need no such step."""
+    """Makes renames in a directory durable; systems that can't open directories need no such step."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError:
         return
     try:
         os.fsync(descriptor)
-    except OSError:  # some network file systems refuse; the rename itself is done
+    except OSError:  # some network file systems refuse; the rename itself has succeeded
         pass
     finally:
         os.close(descriptor)
 
 
 def locked(path: Path) -> Any:
-    """An open file that this process alone has locked until it is closed; None on systems without such locks.
+    """Opens a file and locks it for this process until it is closed; returns None on systems without such locks.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process holds the lock.
     """
     try:
         import fcntl
@@ -65,7 +65,7 @@ def locked(path: Path) -> Any:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex digits."""
+    """The SHA-256 of a file's bytes, as hex digits."""
     digest: Any = hashlib.sha256()
     with path.open("rb") as opened:
         while block := opened.read(READ_BYTES):

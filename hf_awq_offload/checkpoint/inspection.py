@@ -1,8 +1,8 @@
-"""What a checkpoint holds, and whether it is sound: by its files, tensor by tensor, without building the model.
+"""Reports what a checkpoint holds and whether it is sound, from its files, tensor by tensor, without the model.
 
-Damage is what makes a reader fail or compute nonsense: files that are cut off or missing, shapes that contradict
-config.json, numbers that are not finite, a scale of zero under integers that differ. All else that is worth a look is a
-warning.
+Damage makes a reader fail or compute nonsense: truncated or missing files, shapes that contradict config.json, numbers
+that are not finite, a scale of zero in a group whose integers are not all its zero point. Everything else worth a look
+is a warning.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..formats.awq import COLUMNS_PER_WORD, PackedWeight, unpack_columns
+from ..formats.awq import PackedWeight, unpack_columns
 from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.awq_variants import to_gemm
 from ..formats.grid import Grid, resolve_group_size
+from ..formats.layouts import features_of
 from ..formats.pack_quantized import unpack_stream, unpack_zeros
-from .layout_checks import LinearShape, check_linear, check_packed_linear
+from .layout_checks import LinearFeatures, check_linear
 from .opened import (
     CONFIG_NAME,
     Checkpoint,
@@ -35,16 +36,16 @@ from .safetensors import TensorPlace, tensor_places
 
 FP16_MAX = torch.finfo(torch.float16).max
 SATURATED_SHARE = 0.75
-"""A group is saturated if at least this share of its integers is at the ends of the grid: its range is too narrow."""
+"""A group is saturated, its range too narrow, if at least this share of its integers is at the ends of the grid."""
 PIECE_ELEMENTS = 1 << 24
-"""Integers that are unpacked at once."""
+"""The number of integers to unpack at once."""
 LAYER = re.compile(r"^(.*?\.\d+)\.")
-"""The beginning of a tensor's name up to the first number: a decoder layer's name."""
+"""Matches a decoder layer's name: the start of a tensor's name up to its first number."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know about a checkpoint."""
+    """Damage or a warning."""
 
     is_damage: bool
     where: str  # a tensor, a linear or a file
@@ -53,7 +54,7 @@ class Finding:
 
 @dataclass
 class LinearFacts:
-    """A packed linear."""
+    """Facts about a packed linear."""
 
     name: str
     bits: int
@@ -62,7 +63,7 @@ class LinearFacts:
     in_features: int
     out_features: int
     groups: int = 0
-    zero_scales: int = 0  # of those, groups whose integers differ from the zero point are damage
+    zero_scales: int = 0  # damage where the group's integers differ from its zero point
     non_finite_scales: int = 0
     saturated_groups: int = 0
     largest_weight: float = 0.0  # the largest absolute value, of finite scales
@@ -70,7 +71,7 @@ class LinearFacts:
 
 @dataclass
 class Inspection:
-    """A whole checkpoint."""
+    """Facts about a whole checkpoint."""
 
     format: str
     files: int
@@ -86,10 +87,10 @@ class Inspection:
 
 
 def inspect_checkpoint(folder: Path, headers_only: bool = False) -> Inspection:
-    """Look at the checkpoint in `folder`; with `headers_only` no tensor is read.
+    """Inspects the checkpoint in `folder`; with `headers_only` it reads no tensor.
 
     Raises:
-        CheckpointError: there is no config.json or no safetensors file to look at.
+        CheckpointError: there is no config.json or no safetensors file.
     """
     config = read_json(folder / CONFIG_NAME)
     files = weight_files(folder)
@@ -151,7 +152,7 @@ def _layer_bytes(places: dict[str, TensorPlace]) -> dict[str, int]:
 
 
 def _shape_of(checkpoint: Checkpoint, linear: str, findings: list[Finding]) -> LinearFacts | None:
-    """A packed linear by its headers; a finding and None if they contradict each other or config.json."""
+    """A packed linear's facts from its headers; adds a finding and returns None if they contradict config.json."""
     choice = checkpoint.choice(linear)
     if choice is None:
         findings.append(Finding(True, linear, "it is packed, and config.json does not say so"))
@@ -162,11 +163,8 @@ def _shape_of(checkpoint: Checkpoint, linear: str, findings: list[Finding]) -> L
         if in_features % group_size:
             raise CheckpointError(f"{in_features} input channels are no multiple of the group size {group_size}")
         grid = Grid(choice.bits, group_size, choice.zero_point)
-        shape = LinearShape(in_features, out_features, bias=False)
-        if isinstance(checkpoint.quantization, AwqCheckpointConfig):
-            check_linear(linear, shape, checkpoint.headers, checkpoint.quantization.version, group_size)
-        else:
-            check_packed_linear(linear, shape, checkpoint.headers, grid)
+        features = LinearFeatures(in_features, out_features, bias=False)
+        check_linear(linear, features, checkpoint.headers, checkpoint.format, grid)
     except CheckpointError as error:
         findings.append(Finding(True, linear, str(error)))
         return None
@@ -174,7 +172,7 @@ def _shape_of(checkpoint: Checkpoint, linear: str, findings: list[Finding]) -> L
 
 
 def _features(checkpoint: Checkpoint, linear: str) -> tuple[int, int]:
-    """(in, out), from the tensor that tells."""
+    """(in, out) of a packed linear, from `weight_shape` or from the shape of `qweight`."""
     config = checkpoint.quantization
     if not isinstance(config, AwqCheckpointConfig):
         name = f"{linear}.weight_shape"
@@ -185,15 +183,12 @@ def _features(checkpoint: Checkpoint, linear: str) -> tuple[int, int]:
     shape = checkpoint.places[f"{linear}.qweight"].shape
     if len(shape) != 2:
         raise CheckpointError(f"{linear}.qweight has the shape {shape}; expected two dimensions")
-    rows, columns = shape
-    if config.version == "gemm":
-        return rows, columns * COLUMNS_PER_WORD
-    return (columns * COLUMNS_PER_WORD, rows) if config.version == "gemv" else (columns, rows * 4)
+    return features_of(config.version, (shape[0], shape[1]))
 
 
 def _look_at_linear(checkpoint: Checkpoint, facts: LinearFacts) -> Iterator[Finding]:
-    """Fills in what the tensors tell."""
-    worthless = 0  # groups with a scale of zero, of which the integers say something
+    """Fills `facts` in from the tensors and yields the findings."""
+    worthless = 0  # groups with a scale of zero whose integers differ from the zero point
     levels = 2**facts.bits - 1
     for codes, zeros, scales in _pieces(checkpoint, facts):
         finite = scales.isfinite()
@@ -226,13 +221,12 @@ def _look_at_linear(checkpoint: Checkpoint, facts: LinearFacts) -> Iterator[Find
 
 
 def _pieces(checkpoint: Checkpoint, facts: LinearFacts) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Codes (a, b, group_size) uint8, zero points (a, b) and scales (a, b) fp32, of some groups at a time."""
+    """Yields a few groups at a time: codes (a, b, group_size) uint8, zero points (a, b) and scales (a, b) fp32."""
     names = checkpoint.tensors_of(facts.name)
     stored = {name: checkpoint.read(tensor) for name, tensor in names.items()}
     n = facts.in_features // facts.group_size
     if isinstance(checkpoint.quantization, AwqCheckpointConfig):
-        packed = PackedWeight(stored["qweight"], stored["qzeros"], stored["scales"])
-        packed = to_gemm(checkpoint.quantization.version, packed, n)
+        packed = to_gemm(checkpoint.quantization.version, PackedWeight(**stored), n)
         zeros, scales = unpack_columns(packed.qzeros), packed.scales.float()
         step = max(1, PIECE_ELEMENTS // (facts.group_size * facts.out_features))
         for first in range(0, n, step):
@@ -263,7 +257,7 @@ def _look_at_dense(checkpoint: Checkpoint, name: str) -> Iterator[Finding]:
         return
     if not tensor.is_floating_point() or tensor.element_size() == 1 or not tensor.numel():
         return
-    low, high = (value.item() for value in torch.aminmax(tensor))  # NaN, if one is there, comes through
+    low, high = (value.item() for value in torch.aminmax(tensor))  # any NaN comes through
     if not (low > -torch.inf and high < torch.inf):
         count = int((~tensor.isfinite()).sum())
         yield Finding(True, name, f"{count} of {tensor.numel()} numbers are not finite")

@@ -1,17 +1,16 @@
-"""What a checkpoint's files hold, by their headers: no tensor is read, nothing of it reaches a kernel unchecked."""
+"""Checks the headers of a checkpoint's files, so that no tensor reaches a kernel unchecked. Reads no tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from ..formats.awq_variants import FLOAT_DTYPES, ZEROS_NAMES, StoredTensor, padded_minimum, stored_tensors
 from ..formats.grid import Grid
-from ..formats.pack_quantized import words_for
+from ..formats.layouts import COMPRESSED_TENSORS, TensorLayout, find_tensors, names_in, tensors_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -25,9 +24,12 @@ DTYPES = {
     "U8": torch.uint8,
 }
 
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Dtypes of scales that readers accept."""
+
 
 class TensorHeader(NamedTuple):
-    """A tensor of a file: `dtype` as torch's if torch has it, else as the file spells it."""
+    """A tensor in a file. `dtype` is torch's where DTYPES has it, else the file's spelling."""
 
     dtype: torch.dtype | str
     shape: tuple[int, ...]
@@ -36,8 +38,8 @@ class TensorHeader(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
 
 
-class LinearShape(NamedTuple):
-    """A linear of the model."""
+class LinearFeatures(NamedTuple):
+    """The features of a linear, and whether it has a bias."""
 
     in_features: int
     out_features: int
@@ -47,7 +49,7 @@ class LinearShape(NamedTuple):
 def read_headers(
     files: Iterable[str] | None,
 ) -> dict[str, TensorHeader] | None:
-    """Name -> header of every tensor in safetensors files; None where there are none, or one is not safetensors.
+    """Name -> header of every tensor in safetensors files; None if there are no files or one has another format.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -58,7 +60,7 @@ def read_headers(
             return None
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # it is no mapping
+                for name in opened.keys():  # noqa: SIM118  # not a mapping
                     tensor = opened.get_slice(name)
                     dtype = tensor.get_dtype()
                     headers[name] = TensorHeader(DTYPES.get(dtype, dtype), tuple(tensor.get_shape()))
@@ -69,106 +71,82 @@ def read_headers(
 
 def packed_prefixes(
     headers: Iterable[str],
-    tensor: str,  # name of the tensor that holds the integers
+    tensor: str,  # name within the linear, as of the tensor that holds the integers
 ) -> list[str]:
-    """Names of the linears that are stored packed."""
+    """Names of the linears that hold a tensor of this name."""
     return [name.removesuffix(f".{tensor}") for name in headers if name.endswith(f".{tensor}")]
-
-
-def check_packed_linear(
-    prefix: str,  # the linear's name in the checkpoint
-    linear: LinearShape,
-    headers: dict[str, TensorHeader],
-    grid: Grid,
-) -> torch.dtype:
-    """As `check_linear`, of the pack-quantized layout."""
-    if f"{prefix}.weight_g_idx" in headers:
-        raise CheckpointError(
-            f"{prefix}.weight_g_idx is in the checkpoint: its input channels are permuted (actorder 'group'), which "
-            "this package does not load. Install compressed-tensors and leave loading to transformers."
-        )
-    n = linear.in_features // grid.group_size
-    expected = {
-        "weight_packed": StoredTensor((torch.int32,), (linear.out_features, words_for(linear.in_features, grid.bits))),
-        "weight_scale": StoredTensor(FLOAT_DTYPES, (linear.out_features, n)),
-        "weight_zero_point": StoredTensor((torch.int32,), (words_for(linear.out_features, grid.bits), n)),
-        "weight_shape": StoredTensor((torch.int64, torch.int32), (2,)),
-    }
-    if not grid.zero_point:
-        del expected["weight_zero_point"]
-    for name, tensor in expected.items():
-        stored = f"{prefix}.{name}"
-        if stored not in headers:
-            raise CheckpointError(
-                f"{stored} is missing in the checkpoint; a linear of {grid.bits} bits has {', '.join(expected)}. Check "
-                "that the download is complete, and the config_groups in config.json."
-            )
-        _check_tensor(stored, headers[stored], tensor, 0, f"{grid.bits} bits and group size {grid.group_size}")
-    _check_bias(prefix, linear, headers)
-    return _dtype_of(headers[f"{prefix}.weight_scale"])
 
 
 def check_linear(
     prefix: str,  # the linear's name in the checkpoint
-    linear: LinearShape,
+    features: LinearFeatures,
     headers: dict[str, TensorHeader],
-    version: str,
-    group_size: int,  # resolved
+    format: str,  # as in formats/layouts.py
+    grid: Grid,
 ) -> torch.dtype:
-    """Returns the dtype of the linear's scales.
+    """Checks the tensors of one linear and returns the dtype of its scales.
 
     Raises:
         CheckpointError: a tensor of the linear is missing, or its dtype or shape contradicts config.json.
     """
-    if f"{prefix}.g_idx" in headers:
-        raise CheckpointError(
-            f"{prefix}.g_idx is in the checkpoint: its input channels are permuted (GPTQ's desc_act), which the AWQ "
-            "format does not have. Load it with the tool that made it."
-        )
-    n = linear.in_features // group_size
-    for name, expected in stored_tensors(version, linear.in_features, linear.out_features, group_size).items():
-        names = ZEROS_NAMES if name == "qzeros" else (name,)
-        stored = next((f"{prefix}.{name}" for name in names if f"{prefix}.{name}" in headers), None)
-        if stored is None:
+    _refuse_permuted(prefix, headers, format)
+    expected = tensors_of(format, features.in_features, features.out_features, grid)
+    found = find_tensors(format, headers, f"{prefix}.")
+    for name, layout in expected.items():
+        if name not in found:
             raise CheckpointError(
-                f"{prefix}.{name} is missing in the checkpoint; a quantized linear of version {version!r} has qweight, "
-                "qzeros and scales. Check that the download is complete, and the version in config.json."
+                f"{prefix}.{name} is missing in the checkpoint; a linear in the format {format!r} has "
+                f"{', '.join(expected)}. Check that the download is complete, and the quantization_config in "
+                "config.json."
             )
-        described = f"version {version!r} and group size {group_size}"
-        _check_tensor(stored, headers[stored], expected, padded_minimum(name, version, n), described)
-    _check_bias(prefix, linear, headers)
-    return _dtype_of(headers[f"{prefix}.scales"])
+        described = f"the format {format!r}, {grid.bits} bits and group size {grid.group_size}"
+        _check_tensor(found[name], headers[found[name]], layout, described)
+    _check_bias(prefix, features, headers)
+    return cast(torch.dtype, headers[f"{prefix}.{names_in(format).scales}"].dtype)
 
 
-def _check_bias(prefix: str, linear: LinearShape, headers: dict[str, TensorHeader]) -> None:
+def _refuse_permuted(prefix: str, headers: dict[str, TensorHeader], format: str) -> None:
+    if format == COMPRESSED_TENSORS:
+        name, origin = f"{prefix}.weight_g_idx", "actorder 'group'), which this package does not load"
+        remedy = "Install compressed-tensors and leave loading to transformers."
+    else:
+        name, origin = f"{prefix}.g_idx", "GPTQ's desc_act), which the AWQ format does not have"
+        remedy = "Load it with the tool that made it."
+    if name in headers:
+        raise CheckpointError(f"{name} is in the checkpoint: its input channels are permuted ({origin}. {remedy}")
+
+
+def _check_bias(prefix: str, features: LinearFeatures, headers: dict[str, TensorHeader]) -> None:
     bias = f"{prefix}.bias"
-    if linear.bias and bias not in headers:
+    if features.bias and bias not in headers:
         raise CheckpointError(f"{bias} is missing in the checkpoint; the model's linear has one.")
-    if linear.bias and headers[bias].shape != (linear.out_features,):
-        raise CheckpointError(f"{bias} is {headers[bias]}; expected the shape ({linear.out_features},).")
-
-
-def _dtype_of(header: TensorHeader) -> torch.dtype:
-    assert isinstance(header.dtype, torch.dtype)
-    return header.dtype
+    if features.bias and headers[bias].shape != (features.out_features,):
+        raise CheckpointError(f"{bias} is {headers[bias]}; expected the shape ({features.out_features},).")
 
 
 def _check_tensor(
     name: str,
     found: TensorHeader,
-    expected: StoredTensor,
-    at_least: int,
+    expected: TensorLayout,
     described: str,  # what config.json says
 ) -> None:
-    """CheckpointError unless dtype and shape fit; a padded size (None) is `at_least` as said."""
+    """Raises CheckpointError unless dtype and shape fit; a padded dimension may be larger."""
     fits = len(found.shape) == len(expected.shape) and all(
-        size >= at_least if wanted is None else size == wanted
-        for size, wanted in zip(found.shape, expected.shape, strict=True)
+        size >= wanted if dimension == expected.padded else size == wanted
+        for dimension, (size, wanted) in enumerate(zip(found.shape, expected.shape, strict=True))
     )
-    if found.dtype not in expected.dtypes or not fits:
-        sizes = ", ".join(f"≥ {at_least}" if size is None else str(size) for size in expected.shape)
-        dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in expected.dtypes)
+    accepted = _accepted_dtypes(expected.dtype)
+    if found.dtype not in accepted or not fits:
+        sizes = ", ".join(f"≥ {size}" if i == expected.padded else str(size) for i, size in enumerate(expected.shape))
+        dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         raise CheckpointError(
             f"{name} is {found}; expected {dtypes} ({sizes}) for {described}. "
             "config.json and the tensors contradict each other: correct config.json, or download the checkpoint again."
         )
+
+
+def _accepted_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes that readers accept for a tensor that the format stores in `dtype`."""
+    if dtype.is_floating_point:
+        return FLOAT_DTYPES
+    return (torch.int64, torch.int32) if dtype == torch.int64 else (dtype,)

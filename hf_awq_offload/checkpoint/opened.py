@@ -1,6 +1,6 @@
-"""A quantized checkpoint as its files have it: where each tensor is, which linears are packed, on which grid.
+"""Opens a quantized checkpoint: where each tensor is, which linears are packed, on which grid.
 
-No model is built. Names are those of the checkpoint.
+No model is built. Names are those in the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from torch import nn
 from transformers.utils.quantization_config import AwqConfig
 
 from ..errors import CheckpointError
-from ..formats.awq import PackedWeight
 from ..formats.awq_config import AwqCheckpointConfig
-from ..formats.awq_variants import ZEROS_NAMES
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
 from ..formats.grid_choice import GridChoice
+from ..formats.layouts import COMPRESSED_TENSORS, find_tensors, names_in
 from .layout_checks import TensorHeader, packed_prefixes
 from .safetensors import ALL_DTYPES, INDEX_NAME, TensorPlace, read_tensor, tensor_places
 
 CONFIG_NAME = "config.json"
-AWQ, COMPRESSED_TENSORS = "awq", "compressed-tensors"
+AWQ = "awq"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the files of a folder say."""
+    """A folder's config.json and the headers of its files."""
 
     folder: Path
     config: dict[str, Any]  # config.json
@@ -40,10 +39,8 @@ class Checkpoint:
     @property
     def format(self) -> str:
         """ "gemm", "gemv", "gemv_fast", "llm-awq", "compressed-tensors", "full precision", or another quant_method."""
-        if isinstance(self.quantization, AwqCheckpointConfig):
-            return self.quantization.version
-        if isinstance(self.quantization, PackedCheckpointConfig):
-            return COMPRESSED_TENSORS
+        if self.quantization is not None:
+            return self.quantization.layout
         fields = quantization_fields(self.config)
         return "full precision" if fields is None else str(fields.get("quant_method"))
 
@@ -59,24 +56,14 @@ class Checkpoint:
         """Names of the packed linears."""
         if self.quantization is None:
             return []
-        packed = "qweight" if isinstance(self.quantization, AwqCheckpointConfig) else "weight_packed"
-        return sorted(packed_prefixes(self.places, packed))
+        return sorted(packed_prefixes(self.places, names_in(self.format).integers))
 
     def tensors_of(self, linear: str) -> dict[str, str]:
-        """Of a packed linear, name as in its layout -> name of the tensor in the files, as far as they are there."""
-        if isinstance(self.quantization, AwqCheckpointConfig):
-            names = {name: (name,) for name in PackedWeight._fields} | {"qzeros": ZEROS_NAMES}
-        else:
-            names = {name: (name,) for name in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")}
-        found = {}
-        for name, spellings in names.items():
-            stored = next((f"{linear}.{each}" for each in spellings if f"{linear}.{each}" in self.places), None)
-            if stored is not None:
-                found[name] = stored
-        return found
+        """Name in the linear's layout -> name in the files, for each tensor of a packed linear that is there."""
+        return find_tensors(self.format, self.places, f"{linear}.")
 
     def choice(self, linear: str) -> GridChoice | None:
-        """The grid of a packed linear as config.json has it; None if that does not say that it is packed."""
+        """The grid of a packed linear according to config.json; None if config.json leaves the linear out."""
         if isinstance(self.quantization, AwqCheckpointConfig):
             return self.quantization.choice
         assert self.quantization is not None
@@ -87,10 +74,10 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read config.json and the headers of all files.
+    """Reads config.json and the headers of all files.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or config.json says what no reader understands.
+        CheckpointError: a file is missing or damaged, or this package can't read the quantization config.
     """
     config = read_json(folder / CONFIG_NAME)
     places: dict[str, TensorPlace] = {}
@@ -112,10 +99,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file.
+    """Reads a JSON object.
 
     Raises:
-        CheckpointError: it is not there, or none.
+        CheckpointError: the file can't be read, or holds no JSON object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -127,16 +114,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def quantization_fields(config: dict[str, Any]) -> dict[str, Any] | None:
-    """What config.json says of quantization; older tools wrote it as compression_config."""
+    """The quantization config in config.json; older tools called it compression_config."""
     found = config.get("quantization_config") or config.get("compression_config")
     return found if isinstance(found, dict) else None
 
 
 def parsed_quantization(config: dict[str, Any]) -> AwqCheckpointConfig | PackedCheckpointConfig | None:
-    """None where the checkpoint is in full precision, or quantized by another method.
+    """The quantization config; None if the checkpoint is in full precision or quantized by another method.
 
     Raises:
-        CheckpointError: it is of a known method, and one that this package can't read.
+        CheckpointError: the method is known, but this package can't read the rest.
     """
     fields = quantization_fields(config) or {}
     method = fields.get("quant_method")
@@ -150,7 +137,7 @@ def parsed_quantization(config: dict[str, Any]) -> AwqCheckpointConfig | PackedC
 
 
 def index_problems(folder: Path) -> Iterator[str]:
-    """What is wrong between the index of the shards, if there is one, and the files."""
+    """Contradictions between the index of the shards, if there is one, and the files."""
     path = folder / INDEX_NAME
     files = {file.name: file for file in folder.glob("*.safetensors")}
     if not path.exists():
@@ -167,7 +154,7 @@ def index_problems(folder: Path) -> Iterator[str]:
         try:
             held[name] = set(tensor_places(file))
         except CheckpointError:
-            held[name] = set()  # it is reported by whoever opens it
+            held[name] = set()  # opening it reports the damage
     wanted: dict[str, set[str]] = {}
     for tensor, file_name in entries:
         wanted.setdefault(file_name, set()).add(tensor)

@@ -1,7 +1,7 @@
-"""Whether the names of packed tensors survive transformers' renaming of weights between checkpoint and model.
+"""Finds out whether the names of packed tensors survive transformers' renaming between checkpoint and model.
 
-The rules are regular expressions written for `….weight`; some are so loose that they change `….qweight` on saving and
-do not bring it back on loading. A linear of such a name has to stay in full precision.
+The rules are regular expressions written for `….weight`. Some are so loose that they rename `….qweight` on saving and
+do not restore it on loading. A linear with such a name has to stay in full precision.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Renaming:
     """The renaming rules of one model, in both directions.
 
     Args:
-        conversions: as transformers' `get_model_conversion_mapping` gives them.
+        conversions: what transformers' `get_model_conversion_mapping` returns.
     """
 
     def __init__(self, conversions: Sequence[Any]):
@@ -26,9 +26,9 @@ class Renaming:
     def keeps(
         self,
         name: str,  # of a linear in the model
-        tensors: Sequence[str],  # what the checkpoint holds in the place of its `weight`
+        tensors: Sequence[str],  # what the checkpoint holds instead of its `weight`
     ) -> bool:
-        """Whether these tensors of a linear go, on saving and loading, where its `weight` goes."""
+        """Whether saving and loading rename these tensors of a linear as they rename its `weight`."""
         weight, back = self._there_and_back(f"{name}.weight")
         return all(self._goes_along(f"{name}.{tensor}", tensor, weight, back) for tensor in tensors)
 
@@ -36,7 +36,7 @@ class Renaming:
         self,
         name: str,  # of a module in the model
     ) -> str:
-        """What the module is called in checkpoints."""
+        """The module's name in checkpoints."""
         return _renamed(f"{name}.weight", self.on_saving).removesuffix(".weight")
 
     def _goes_along(self, key: str, tensor: str, weight: str, back: str) -> bool:
@@ -52,7 +52,7 @@ class Renaming:
 
 
 def _with_last(key: str, tensor: str) -> str:
-    """`key` of a weight with another tensor's name in its place."""
+    """`key` with its last part replaced by another tensor's name."""
     return f"{key.rpartition('.')[0]}.{tensor}"
 
 

@@ -1,10 +1,10 @@
-"""safetensors files at the level of bytes: tensors read one by one, and whole files joined to shards.
+"""Reads safetensors files tensor by tensor, and writes tensors into new files, all at the level of bytes.
 
 The format (huggingface.co/docs/safetensors): 8 bytes with the header's length (little endian), the header as JSON
 ({name: {"dtype", "shape", "data_offsets": [start, end]}} and "__metadata__"), then the tensors without gaps.
 
-The library's own reader maps whole files into memory; a checkpoint then counts against a limit on address space. And
-it holds the interpreter's lock while it copies, so that reading ahead in a thread would stop everything else.
+The library's own reader maps whole files into memory, so a checkpoint counts against a limit on address space. It also
+holds the interpreter's lock while it copies, so reading ahead in a thread would stop everything else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..errors import CheckpointError
 from .layout_checks import DTYPES
 
 MAX_HEADER_BYTES = 100_000_000
-"""As in the library: more is not a header."""
+"""The library's limit, too; a longer header means that this is another kind of file."""
 COPY_BYTES = 1 << 22
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -42,7 +42,7 @@ WIDEST_FIRST = [
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor's bytes are."""
+    """The position of a tensor's bytes in a file."""
 
     file: Path
     dtype: str  # as the format spells it
@@ -56,10 +56,10 @@ class TensorPlace(NamedTuple):
 
 
 def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
-    """Every tensor of a safetensors file by its name.
+    """Name -> place of every tensor in a safetensors file.
 
     Raises:
-        CheckpointError: the file is no safetensors file, or shorter than its header says.
+        CheckpointError: the file is not a safetensors file, or is shorter than its header says.
     """
     path = Path(file)
     try:
@@ -76,17 +76,17 @@ def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
                 places[name] = TensorPlace(path, entry["dtype"], tuple(entry["shape"]), first + start, first + end)
         needed = max([first, *(place.end for place in places.values())])
         if path.stat().st_size < needed:
-            raise ValueError(f"{path.stat().st_size} bytes, where the header speaks of {needed}")
+            raise ValueError(f"{path.stat().st_size} bytes, where the header says {needed}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); get it again.") from error
     return places
 
 
 def read_tensor(place: TensorPlace, pin_memory: bool = False) -> Tensor:
-    """A tensor of its own memory, not mapped; the interpreter's lock is free meanwhile.
+    """Reads a tensor into memory of its own, without mapping the file or holding the interpreter's lock.
 
     Raises:
-        CheckpointError: the file has become shorter, or has a dtype that torch lacks.
+        CheckpointError: the file has become shorter, or torch lacks the tensor's dtype.
     """
     if place.dtype not in ALL_DTYPES:
         raise CheckpointError(f"{place.file} holds a tensor of dtype {place.dtype}, which this package can't read.")
@@ -106,19 +106,19 @@ def read_tensor(place: TensorPlace, pin_memory: bool = False) -> Tensor:
 def bytes_of(
     tensor: Tensor,  # contiguous, on the CPU
 ) -> memoryview:
-    """The memory of a tensor; no copy."""
+    """A view of a tensor's memory."""
     return memoryview(cast(Any, tensor.detach().reshape(-1).view(torch.uint8).numpy()))
 
 
 def write_shards(
     directory: Path,
-    places: Mapping[str, TensorPlace],  # name -> where its bytes are now
+    places: Mapping[str, TensorPlace],  # by the tensors' names
     max_shard_size: str | int,
     total_parameters: int,
 ) -> None:
-    """Join tensors to the files that `save_pretrained` would write, byte by byte, with an index if several.
+    """Copies tensors byte by byte into the files that `save_pretrained` would write, with an index if several.
 
-    Nothing is held in memory.
+    It holds no tensor in memory.
     """
     named = {name: torch.empty(places[name].shape, dtype=places[name].torch_dtype, device="meta") for name in places}
     split = split_torch_state_dict_into_shards(
@@ -138,14 +138,14 @@ def write_shards(
 
 
 def _join(target: Path, places: Mapping[str, TensorPlace]) -> None:
-    """One file; tensors in the order of the library: wide dtypes first, so that all are aligned, then by name."""
+    """Writes one file, in the library's order: wide dtypes first, so that all tensors are aligned, then by name."""
     with writing(target, {name: (place.dtype, place.shape) for name, place in places.items()}) as file:
         for name in file.names:
             file.copy(name, places[name])
 
 
 class TensorFile:
-    """A safetensors file whose header is written, and whose tensors are put in their places one by one."""
+    """A safetensors file that is being written: the header on construction, then the tensors in any order."""
 
     def __init__(self, opened: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
         def order(name: str) -> tuple[int, str]:
@@ -167,7 +167,7 @@ class TensorFile:
         self._ranges = {name: tuple(first + at for at in header[name]["data_offsets"]) for name in self.names}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """A tensor of the dtype and shape that were announced."""
+        """Writes a tensor with the dtype and shape that were announced."""
         start, end = self._ranges[name]
         data = bytes_of(tensor.contiguous())
         assert len(data) == end - start, name
@@ -175,7 +175,7 @@ class TensorFile:
         self._opened.write(data)
 
     def copy(self, name: str, place: TensorPlace) -> None:
-        """A tensor of another file, byte by byte."""
+        """Copies a tensor from another file, byte by byte."""
         self._opened.seek(self._ranges[name][0])
         with place.file.open("rb") as source:
             source.seek(place.start)
@@ -193,7 +193,7 @@ def writing(
     target: Path,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],  # name -> dtype as the format spells it, shape
 ) -> Iterator[TensorFile]:
-    """Write a file of these tensors, all of them written or copied inside; flushed to the disk at the end."""
+    """Opens a file for these tensors and flushes it to the disk on exit; write or copy all of them inside."""
     with target.open("wb") as opened:
         yield TensorFile(opened, tensors)
         opened.flush()
@@ -201,5 +201,5 @@ def writing(
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts layer 2 before layer 10."""
+    """A sort key that puts layer 2 before layer 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -1,4 +1,4 @@
-"""The folder beside a new checkpoint in which it comes to be; a rename puts it in its place."""
+"""Builds a new checkpoint in a folder beside its target; a rename then puts it in place."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .durable import flush_directory, locked
 
 LOCK_NAME = "lock"
 REPLACED_NAME = "replaced"
-"""What was in the new checkpoint's place."""
+"""Name, within the work folder, of the folder that the new checkpoint replaces."""
 
 
 @contextmanager
 def work_folder(target: Path) -> Iterator[Path]:
-    """An empty folder for a run that makes `target`, gone afterwards; one run at a time has it.
+    """Gives an empty folder to a run that makes `target`, to one run at a time, and removes it afterwards.
 
-    What a run that was killed has left is removed. What it had moved aside for the new checkpoint, and put nothing in
-    the place of, comes back first.
+    It first removes what a killed run has left. If that run moved the old `target` aside and put nothing in its place,
+    the old `target` comes back.
 
     Raises:
-        ConfigError: another process makes the same `target`.
+        ConfigError: another process is making the same `target`.
         StorageError: the folder can't be made.
     """
     work = target.with_name(f".{target.name}.work")
@@ -45,7 +45,7 @@ def work_folder(target: Path) -> Iterator[Path]:
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """ConfigError if there is a file, or unless `overwrite` a folder with something in it."""
+    """Raises ConfigError if `target` is a file or, unless `overwrite` is set, a folder that is not empty."""
     if target.exists() and not target.is_dir():
         raise ConfigError(f"out_dir {target} is a file; name a folder.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -56,7 +56,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 
 
 def move_into_place(assembled: Path, target: Path, work: Path) -> None:
-    """Give the finished checkpoint its name; what is there is moved aside first, and gone only after that."""
+    """Renames the finished checkpoint to `target`; first moves what is there into `work`, which is removed later."""
     try:
         if target.is_dir():
             os.replace(target, work / REPLACED_NAME)

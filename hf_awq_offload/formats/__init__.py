@@ -1,1 +1,1 @@
-"""What packed integers, words and config entries mean. Pure functions and records; no file, no module."""
+"""What packed integers, words and config entries mean: pure functions and records, no files and no modules."""

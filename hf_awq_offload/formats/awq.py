@@ -1,16 +1,14 @@
-"""The AWQ GEMM layout: 4-bit integers in int32 words. Pure functions.
+"""How the AWQ GEMM format packs 4-bit integers into int32 words. Pure functions.
 
-Format (llm-awq / AutoAWQ `WQLinear_GEMM`, read by vLLM, SGLang, TGI and transformers):
+Format: llm-awq / AutoAWQ `WQLinear_GEMM`, read by vLLM, SGLang, TGI and transformers; shapes in layouts.py.
 
-    qweight (in, out / 8) int32      qzeros (n, out / 8) int32      scales (n, out) fp16
-
-Word c of a row holds eight neighbouring output columns 8c … 8c+7, four bits each, in an order that suits the
-CUDA kernels that unpack two halves at once. Position in the word (bits 4i … 4i+3) → column:
+Word c of a row holds the eight output columns 8c … 8c+7, four bits each, in an order that suits CUDA kernels which
+unpack two halves at once. Position in the word (bits 4i … 4i+3) → column:
 
     i      0 1 2 3 4 5 6 7
     column 0 2 4 6 1 3 5 7
 
-Weights are stored transposed, (in, out). Zero points are stored as they are (no "minus one" as in GPTQ's v1).
+Weights are stored transposed, (in, out). Zero points are stored unchanged (GPTQ's v1 stores them minus one).
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ class PackedWeight(NamedTuple):
 def pack_columns(
     codes: Tensor,  # (rows, columns), integers 0 … 15 in any dtype, columns % 8 == 0
 ) -> Tensor:
-    """Eight columns to an int32 word, (rows, columns / 8)."""
+    """Packs eight columns into each int32 word: (rows, columns / 8)."""
     by_position = codes.to(torch.int32).unflatten(-1, (-1, COLUMNS_PER_WORD))[..., list(COLUMN_AT_POSITION)]
     words = torch.zeros(by_position.shape[:-1], dtype=torch.int32, device=codes.device)
     for position in range(COLUMNS_PER_WORD):
@@ -52,7 +50,7 @@ def unpack_columns(
 ) -> Tensor:
     """Inverse of `pack_columns`: (rows, columns) uint8, values 0 … 15."""
     shifts = torch.tensor(_POSITION_OF_COLUMN, dtype=torch.int32, device=words.device) * BITS
-    # `>>` on int32 copies the sign bit in from the left; the mask removes it again.
+    # `>>` on int32 fills with the sign bit from the left; the mask clears it.
     return ((words.unsqueeze(-1) >> shifts) & 0xF).to(torch.uint8).flatten(-2)
 
 
@@ -60,7 +58,7 @@ def pack_weight(
     codes: Tensor,  # (out, in) integers 0 … 15
     parameters: GroupParameters,  # (out, n)
 ) -> PackedWeight:
-    """The checkpoint tensors of one linear, contiguous."""
+    """Packs one linear; the tensors are contiguous."""
     return PackedWeight(
         pack_columns(codes.t()),
         pack_columns(parameters.zero.t()),

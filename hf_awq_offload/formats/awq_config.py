@@ -1,4 +1,4 @@
-"""What config.json says of an AWQ checkpoint: the interchange standard that other tools read."""
+"""The quantization config of an AWQ checkpoint, as other tools read it in config.json."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from ..errors import CheckpointError
-from .awq_variants import VERSIONS
 from .grid_choice import GridChoice
+from .layouts import AWQ_FORMATS
 
 
 @dataclass(kw_only=True)
 class AwqCheckpointConfig(QuantizationConfigMixin):
-    """What config.json says of a quantized checkpoint: the interchange standard, and nothing of the recipe.
+    """The quantization config of an AWQ checkpoint: the standard's fields and nothing of the recipe.
 
-    `meta` is where the standard leaves room for the tool that made the checkpoint.
+    `meta` is the standard's place for what the tool that made the checkpoint wants to record.
     """
 
     bits: int = 4
@@ -28,19 +28,17 @@ class AwqCheckpointConfig(QuantizationConfigMixin):
     meta: dict[str, Any] = field(default_factory=dict)
     quant_method: QuantizationMethod = QuantizationMethod.AWQ
 
-    SUPPORTED_VERSIONS = VERSIONS
-
     @classmethod
     def from_awq_config(cls, config: Any) -> AwqCheckpointConfig:
-        """From transformers' own `AwqConfig`, which is what it parses an AWQ checkpoint's config.json to.
+        """Converts transformers' own `AwqConfig`, to which it parses the config.json of an AWQ checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint is of a kind that this package can't load.
+            CheckpointError: this package can't load such a checkpoint.
         """
         version = str(getattr(config.format, "value", config.format))
-        if version not in cls.SUPPORTED_VERSIONS:
+        if version not in AWQ_FORMATS:
             raise CheckpointError(
-                f"The checkpoint's AWQ version is {version!r}; supported: {', '.join(cls.SUPPORTED_VERSIONS)}. "
+                f"The checkpoint's AWQ version is {version!r}; supported: {', '.join(AWQ_FORMATS)}. "
                 "Load it with the tool that made it, or correct config.json."
             )
         if config.bits != 4:
@@ -60,17 +58,22 @@ class AwqCheckpointConfig(QuantizationConfigMixin):
         )
 
     @property
+    def layout(self) -> str:
+        """The checkpoint format (formats/layouts.py)."""
+        return self.version
+
+    @property
     def choice(self) -> GridChoice:
         """The one grid of all quantized linears."""
         return GridChoice(self.bits, self.group_size, self.zero_point)
 
     def leave_out(self, names: list[str]) -> None:
-        """Linears that are dense by now are no longer said to be quantized."""
+        """Takes linears that are dense by now out of the quantized ones."""
         if names:
             self.modules_to_not_convert = [*(self.modules_to_not_convert or []), *names]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of the standard; `desc_act` and `lm_head` are there because vLLM and TGI read them."""
+        """The standard's fields, with `desc_act` and `lm_head`, which vLLM and TGI read."""
         return {
             "quant_method": self.quant_method.value,
             "bits": self.bits,

@@ -1,19 +1,16 @@
-"""Layouts of AWQ checkpoints other than GEMM, converted to GEMM, and one of them back. Pure functions.
+"""AWQ formats other than GEMM: converts each to GEMM, and GEMM to GEMV. Pure functions.
 
-    gemm       qweight (in, out / 8) int32      qzeros (n, out / 8) int32    scales (n, out)       awq.py
-    gemv       qweight (out, in / 8) int32      qzeros (out, p / 8) int32    scales (out, p)
-    gemv_fast  qweight (out / 4, in) int16      qzeros (p, out) fp16         scales (p, out)
-    llm-awq    as gemv_fast; the zero points may be called scaled_zeros
+    gemv                 a word holds eight input channels, the first in the lowest bits
+    gemv_fast, llm-awq   input and output channels are interleaved (`_unpack_fast`); a zero point is stored as -z · Δ
 
-p is n padded so that a kernel reads whole vectors; the padding is never used. In gemv, values ascend from the low bits
-of a word, along in. In the last two, zero points are stored as -z · Δ. Sources: AutoAWQ 0.2.9
-`WQLinear_GEMV.from_linear` and `WQLinear_GEMVFast.from_linear` with `pack_intweight`; llm-awq `qmodule.py`.
+layouts.py has the shapes. n is the number of groups in a row, p that number padded so that a kernel reads whole
+vectors; nothing uses the padding. Sources: AutoAWQ 0.2.9 `WQLinear_GEMV.from_linear` and
+`WQLinear_GEMVFast.from_linear` with `pack_intweight`; llm-awq `qmodule.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,65 +18,16 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .awq import BITS, COLUMNS_PER_WORD, PackedWeight, pack_columns, unpack_columns
 
-VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq")
-
 FAST_ROWS = 4  # output channels interleaved in one int16
 FAST_COLUMNS = 64  # input channels over which they are interleaved
-ZEROS_NAMES = ("qzeros", "scaled_zeros")
-
-
-class StoredTensor(NamedTuple):
-    """What a checkpoint has to hold under a name. None in `shape` is a size that is padded, and at least `n`."""
-
-    dtypes: tuple[torch.dtype, ...]
-    shape: tuple[int | None, ...]
-
-
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def stored_tensors(
-    version: str,  # one of VERSIONS
-    in_features: int,
-    out_features: int,
-    group_size: int,  # resolved
-) -> dict[str, StoredTensor]:
-    """Name (`qweight`, `qzeros`, `scales`) -> what a checkpoint of this version holds for one linear."""
-    n, words = in_features // group_size, out_features // COLUMNS_PER_WORD
-    if version == "gemm":
-        return {
-            "qweight": StoredTensor((torch.int32,), (in_features, words)),
-            "qzeros": StoredTensor((torch.int32,), (n, words)),
-            "scales": StoredTensor(FLOAT_DTYPES, (n, out_features)),
-        }
-    if version == "gemv":
-        return {
-            "qweight": StoredTensor((torch.int32,), (out_features, in_features // COLUMNS_PER_WORD)),
-            "qzeros": StoredTensor((torch.int32,), (out_features, None)),
-            "scales": StoredTensor(FLOAT_DTYPES, (out_features, None)),
-        }
-    return {
-        "qweight": StoredTensor((torch.int16,), (out_features // FAST_ROWS, in_features)),
-        "qzeros": StoredTensor(FLOAT_DTYPES, (None, out_features)),
-        "scales": StoredTensor(FLOAT_DTYPES, (None, out_features)),
-    }
-
-
-def padded_minimum(
-    name: str,
-    version: str,
-    n: int,  # groups
-) -> int:
-    """Least size of a padded dimension."""
-    return -(-n // COLUMNS_PER_WORD) if (version, name) == ("gemv", "qzeros") else n
 
 
 def to_gemm(
-    version: str,  # one of VERSIONS
-    stored: PackedWeight,  # in that version's layout
-    n: int,  # groups
+    version: str,  # one of AWQ_FORMATS
+    stored: PackedWeight,  # in the format `version`
+    n: int,  # groups in a row
 ) -> PackedWeight:
-    """The same weight in the GEMM layout."""
+    """Converts a weight to GEMM."""
     return _CONVERSIONS[version](stored, n)
 
 
@@ -97,12 +45,12 @@ def _from_gemv_fast(stored: PackedWeight, n: int) -> PackedWeight:
 
 
 def to_gemv(
-    packed: PackedWeight,  # in the GEMM layout
+    packed: PackedWeight,  # in GEMM
 ) -> PackedWeight:
-    """The same weight in the GEMV layout, with the padding that AutoAWQ's kernel reads.
+    """Converts a weight to GEMV, with the padding that AutoAWQ's kernel reads.
 
     Raises:
-        CheckpointError: AutoAWQ has no padding for the group size.
+        CheckpointError: AutoAWQ's GEMV does not have the group size.
     """
     in_features, n = packed.qweight.shape[0], packed.qzeros.shape[0]
     padded = COLUMNS_PER_WORD * gemv_words(in_features, in_features // n)
@@ -119,12 +67,16 @@ def gemv_words(
     in_features: int,
     group_size: int,  # resolved
 ) -> int:
-    """Words in a row of GEMV's `qzeros` (AutoAWQ 0.2.9 `calculate_zeros_width`)."""
+    """Words in a row of GEMV's `qzeros`, padding included (AutoAWQ 0.2.9 `calculate_zeros_width`).
+
+    Raises:
+        CheckpointError: AutoAWQ's GEMV does not have the group size.
+    """
     multiple = {64: 2, 32: 4}.get(group_size, 1)
     if group_size not in (32, 64) and group_size < 128:
         raise CheckpointError(
-            f"The group size is {group_size}; AutoAWQ's GEMV layout has 32, 64, and 128 or more. Convert to "
-            "compressed-tensors, or leave it in GEMM."
+            f"The group size is {group_size}; AutoAWQ's GEMV layout supports 32, 64, and 128 or more. Convert to "
+            "compressed-tensors, or leave the checkpoint in GEMM."
         )
     words = -(-(in_features // group_size) // COLUMNS_PER_WORD)
     return -(-words // multiple) * multiple
@@ -162,8 +114,8 @@ def _unpack_fast(
 ) -> Tensor:
     """(out, in) uint8.
 
-    64 input channels of 4 output channels r make 64 int16 of 4 values each: value v of int16 c is entry 4c + v of the
-    256 values (r, 64). Inside of 32 input channels the order is that of two permutations:
+    A block of 64 input channels and 4 output channels r fills 64 int16 of 4 values each: value v of int16 c is entry
+    4c + v of the 256 values (r, 64). Two permutations order every 32 input channels:
 
         first  0 1 8 9 16 17 24 25  2 3 10 11 …        (4, 4, 2) -> transposed to (4 of dim 1, 4 of dim 0, 2)
         then, in each eight, even positions before odd ones: 0 2 4 6 1 3 5 7
@@ -173,5 +125,5 @@ def _unpack_fast(
     values = ((words.unsqueeze(-1) >> shifts) & 0xF).to(torch.uint8)  # (out / 4, in, 4)
     blocks = values.reshape(rows, in_features // FAST_COLUMNS, FAST_ROWS, FAST_COLUMNS)
     interleaved = blocks.transpose(1, 2).reshape(rows * FAST_ROWS, in_features // 32, 4, 2, 4)
-    pairs = interleaved.transpose(-1, -2)  # (…, 4, 4, 2): even and odd positions of eight side by side again
+    pairs = interleaved.transpose(-1, -2)  # (…, 4, 4, 2): even and odd positions side by side again
     return pairs.transpose(2, 3).reshape(rows * FAST_ROWS, in_features)

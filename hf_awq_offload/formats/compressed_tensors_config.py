@@ -1,4 +1,4 @@
-"""What config.json says of a compressed-tensors checkpoint of packed weights: which linear is on which grid."""
+"""The quantization config of a compressed-tensors checkpoint: which linear is on which grid."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 from ..errors import CheckpointError
 from .grid_choice import GridChoice
+from .layouts import COMPRESSED_TENSORS
 from .name_patterns import matches, patterns_for
 
 PACK_QUANTIZED = "pack-quantized"
 LINEAR = "Linear"
-"""The target that means every linear which no name or pattern of another group matches."""
+"""The target for every linear that no name or pattern of another group matches."""
 LAYOUT_VERSION = "0.18.0"
-"""The first release of compressed-tensors whose layout this is at every number of bits (pack_quantized.py)."""
+"""The first release of compressed-tensors that has this layout at every number of bits (pack_quantized.py)."""
 META_ATTRIBUTE = "quantization_meta"
-"""Field of config.json for how the checkpoint was made: the standard's own entry has no room for that."""
+"""Field of config.json for how the checkpoint was made; the standard has no place for that."""
 
 
 @dataclass(kw_only=True)
@@ -29,7 +30,7 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
     """The quantization config of a checkpoint of packed weights: the standard's fields and no others."""
 
     grids: dict[str, GridChoice] = field(default_factory=dict)
-    """Target -> grid. A target is a module's name, a pattern with "re:" before it, or a class's name, in this order."""
+    """Target -> grid. A target is a module's name, a pattern after "re:", or a class's name; matched in this order."""
     ignore: list[str] = field(default_factory=list)
     """Names and patterns of modules that are not quantized."""
     quant_method: QuantizationMethod = QuantizationMethod.COMPRESSED_TENSORS
@@ -40,7 +41,7 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
         grids: Mapping[str, GridChoice],  # of every quantized linear
         ignored: Collection[str],  # names of all other modules that readers may take for linears
     ) -> PackedCheckpointConfig:
-        """The config of a model. The grid that most linears have is the default, the others are given by names."""
+        """The config of a model: the commonest grid is the default, linears on the other grids are named."""
         default = Counter(grids.values()).most_common(1)[0][0]
         targets: dict[str, GridChoice] = {LINEAR: default}
         for grid in sorted(set(grids.values()) - {default}):
@@ -53,7 +54,7 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
         names: Collection[str],  # of one module: in the model, and in the checkpoint where that is another
         module: nn.Module,
     ) -> GridChoice | None:
-        """The grid of a module, None if it is not quantized."""
+        """The grid of a module, or None if it is not quantized."""
         if any(matches(pattern, name) for pattern in self.ignore for name in names):
             return None
         classes = {each.__name__ for each in type(module).__mro__}
@@ -63,12 +64,17 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
         found = sorted(named, key=lambda target: (target not in names, target)) + sorted(of_class)
         return self.grids[found[0]] if found else None
 
+    @property
+    def layout(self) -> str:
+        """The checkpoint format (formats/layouts.py)."""
+        return COMPRESSED_TENSORS
+
     def leave_out(self, names: list[str]) -> None:
-        """Linears that are dense by now are no longer said to be quantized."""
+        """Takes linears that are dense by now out of the quantized ones."""
         self.ignore = [*self.ignore, *names]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of the standard."""
+        """The standard's fields."""
         groups: dict[str, Any] = {}
         for grid in dict.fromkeys(self.grids.values()):
             groups[f"group_{len(groups)}"] = {
@@ -96,10 +102,10 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From what config.json holds.
+        """Parses the entry in config.json.
 
         Raises:
-            CheckpointError: the checkpoint is of a kind that this package can't load.
+            CheckpointError: this package can't load such a checkpoint.
         """
         grids: dict[str, GridChoice] = {}
         for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
@@ -138,7 +144,7 @@ def _weights_of(grid: GridChoice) -> dict[str, Any]:
 
 
 def _grid_of(group: str, weights: Any) -> GridChoice:
-    """The grid that a description means."""
+    """The grid that the standard's description stands for."""
     if not isinstance(weights, Mapping):
         raise _unsupported(f"the weights of {group} are {weights!r}", "a dict with num_bits, type and strategy")
     bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
@@ -166,9 +172,9 @@ def _unsupported(found: str, expected: str) -> CheckpointError:
 
 
 def may_be_taken_for_a_linear(module: nn.Module) -> bool:
-    """Whether readers of compressed-tensors may take a module for a linear: it holds a matrix called `weight`.
+    """Whether readers of compressed-tensors may take a module for a linear, because it holds a matrix `weight`.
 
-    Linears do, and so do routers that are no `nn.Linear`.
+    Some routers do without being an `nn.Linear`.
     """
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)

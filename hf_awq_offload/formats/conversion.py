@@ -1,9 +1,9 @@
-"""A linear of 4 bits from one checkpoint format into the other, exactly. Pure functions.
+"""Converts a 4-bit linear between AWQ GEMM and pack-quantized, exactly. Pure functions.
 
-    AWQ GEMM         (in, out / 8) words along out in AWQ's order, scales (n, out) fp16             awq.py
-    pack-quantized   (out, in / 8) words along in in ascending order, weight_scale (out, n)         pack_quantized.py
+    AWQ GEMM         a word holds eight output channels in AWQ's order         awq.py
+    pack-quantized   a word holds eight input channels in ascending order      pack_quantized.py
 
-Both count integers and zero points from 0 in their words; nothing but the order of the bits changes.
+Both store integers and zero points counted from 0; only the order of the bits changes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ def to_pack_quantized(
     zero_point: bool,  # whether the checkpoint's grid has zero points
     scale_dtype: torch.dtype,
 ) -> PackQuantizedWeight:
-    """The pack-quantized tensors of an AWQ linear.
+    """Converts a linear from AWQ GEMM to pack-quantized.
 
     Raises:
-        CheckpointError: the scales are not exact in `scale_dtype`, or zero points differ although there are none.
+        CheckpointError: the scales are not exact in `scale_dtype`, or a symmetric grid has a zero point other than 8.
     """
     codes = unpack_columns(packed.qweight).t()  # (out, in)
     zeros = unpack_columns(packed.qzeros).t()  # (out, n)
     if not zero_point and not bool((zeros == SYMMETRIC_ZERO).all()):
         raise CheckpointError(
-            f"The checkpoint says zero_point=false, but has zero points other than {SYMMETRIC_ZERO}. Convert it as one "
-            "with zero_point=true, or correct its config.json."
+            f"The checkpoint says zero_point=false, but has zero points other than {SYMMETRIC_ZERO}. Set "
+            "zero_point=true in its config.json."
         )
     return PackQuantizedWeight(
         pack_stream(codes, BITS),
@@ -46,10 +46,10 @@ def to_pack_quantized(
 def to_awq(
     packed: PackQuantizedWeight,
 ) -> PackedWeight:
-    """The AWQ tensors of a pack-quantized linear of 4 bits; a symmetric grid has 8 for every zero point.
+    """Converts a 4-bit linear from pack-quantized to AWQ GEMM; on a symmetric grid every zero point becomes 8.
 
     Raises:
-        CheckpointError: the layout can't hold the shape, or fp16 the scales.
+        CheckpointError: AWQ can't hold the shape, or fp16 can't hold the scales exactly.
     """
     out_features, in_features = (int(size) for size in packed.weight_shape)
     if out_features % COLUMNS_PER_WORD:
@@ -66,13 +66,13 @@ def to_awq(
 
 
 def exact(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`scales` in `dtype`; CheckpointError if that changes one."""
+    """Casts scales to `dtype`; raises CheckpointError if that changes one."""
     converted = scales.to(dtype)
     changed = int((converted.to(scales.dtype) != scales).sum())
     if changed:
         raise CheckpointError(
             f"{changed} of {scales.numel()} scales are not exact in {str(dtype).removeprefix('torch.')} (stored in "
-            f"{str(scales.dtype).removeprefix('torch.')}), so that the weights would change. Expected scales that both "
-            "have, as this package writes them; quantize the original again."
+            f"{str(scales.dtype).removeprefix('torch.')}), so the weights would change. Expected scales that are exact "
+            "in both, as this package writes them; quantize the original again."
         )
     return converted

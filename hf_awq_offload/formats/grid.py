@@ -5,9 +5,9 @@
 Asymmetric, from a range [lo, hi] that holds zero:  Δ = (hi - lo) / (2^b - 1),  z = -round(lo / Δ)
 Symmetric, from a range |w| ≤ m:                    Δ = m / (2^(b-1) - 1),      z = 2^(b-1)
 
-The range is that of AutoAWQ (Lin et al. 2023, arXiv:2306.00978, section 3.2), except that Δ is rounded to fp16,
-the precision it is stored in, *before* the weights are divided by it: the integers are then the nearest ones on
-the grid that a reader reconstructs, not on one that exists only here.
+The range is AutoAWQ's (Lin et al. 2023, arXiv:2306.00978, section 3.2). Unlike AutoAWQ, this package rounds Δ to fp16,
+the precision it is stored in, *before* it divides the weights by it: the integers are then the nearest ones on the grid
+that a reader reconstructs.
 
 Shapes: out = rows (output channels), in = input channels, n = groups per row = in / group_size.
 """
@@ -21,37 +21,37 @@ import torch
 from torch import Tensor
 
 SCALE_DTYPE = torch.float16
-"""The dtype in which the AWQ format stores scales, whatever the model's dtype."""
+"""The AWQ format stores scales in this dtype, whatever the model's dtype."""
 
 LARGEST_BF16_SCALE = 65280.0
-"""The largest number that both bf16 and fp16 have."""
+"""The largest number that is exact in both bf16 and fp16."""
 
 MIN_RANGE = 1e-5
-"""Narrowest range of a group; keeps Δ representable in fp16 for groups that are all zeros."""
+"""The narrowest range of a group; it keeps Δ representable in fp16 where a group is all zeros."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Which integers there are. `group_size` is resolved: a positive number, never -1."""
+    """Bits, groups and kind of a quantization grid. `group_size` is resolved: positive, never -1."""
 
     bits: int
     group_size: int
     zero_point: bool
     scale_dtype: torch.dtype = SCALE_DTYPE
-    """What scales are stored in, fp16 or bf16."""
+    """The dtype that holds the scales, fp16 or bf16."""
 
     @property
     def levels(self) -> int:
-        """Largest integer on the grid, 2^bits - 1."""
+        """The largest integer on the grid, 2^bits - 1."""
         return 2**self.bits - 1
 
     def groups(self, weight: Tensor) -> Tensor:
-        """View (out, in) as (out, n, group_size)."""
+        """Views (out, in) as (out, n, group_size)."""
         return weight.unflatten(-1, (-1, self.group_size))
 
 
 class GroupRange(NamedTuple):
-    """The weights that a group's grid must reach, both (out, n), low ≤ 0 ≤ high."""
+    """The range that a group's grid must cover: low ≤ 0 ≤ high, both (out, n)."""
 
     low: Tensor
     high: Tensor
@@ -68,7 +68,7 @@ def resolve_group_size(
     group_size: int,
     in_features: int,  # input channels
 ) -> int:
-    """-1 means one group for the whole row."""
+    """The number of input channels in a group; -1 means one group for the whole row."""
     return in_features if group_size == -1 else group_size
 
 
@@ -76,14 +76,14 @@ def group_range(
     weight: Tensor,  # (out, in)
     grid: Grid,
 ) -> GroupRange:
-    """The range of every group, widened to hold zero, as an integer zero point needs."""
+    """The range of every group, widened to include zero: an integer zero point needs that."""
     groups = grid.groups(weight)
     low, high = torch.aminmax(groups, dim=-1)
     return GroupRange(low.clamp(max=0), high.clamp(min=0))
 
 
 def group_parameters(ranges: GroupRange, grid: Grid) -> GroupParameters:
-    """Scale and zero point that map `ranges` onto the integers; see the module's formulas."""
+    """The scale and zero point that map `ranges` onto the integers; see the module's formulas."""
     low, high = ranges
     if grid.zero_point:
         scale = stored_scale((high - low).clamp(min=MIN_RANGE) / grid.levels, grid)
@@ -100,7 +100,7 @@ def quantize(
     parameters: GroupParameters,
     grid: Grid,
 ) -> Tensor:
-    """Nearest integers on the grid, (out, in) in the weight's dtype; what lies outside the range saturates."""
+    """The nearest integers on the grid, (out, in) in the weight's dtype; values outside the range saturate."""
     scale, zero = (parameter.unsqueeze(-1) for parameter in parameters)
     codes = torch.round(grid.groups(weight) / scale).add_(zero).clamp_(0, grid.levels)
     return codes.flatten(-2)
@@ -121,9 +121,9 @@ def quantize_dequantize(
     grid: Grid,
     ranges: GroupRange | None = None,
 ) -> Tensor:
-    """The nearest weight that the grid can represent, (out, in); `ranges` default to the weight's own.
+    """The nearest weight that the grid can represent, (out, in). `ranges` defaults to the weight's own.
 
-    Equal to `dequantize(quantize(…))`, in fewer passes over the weight.
+    Equals `dequantize(quantize(…))`, in fewer passes over the weight.
     """
     parameters = group_parameters(group_range(weight, grid) if ranges is None else ranges, grid)
     scale, zero = (parameter.unsqueeze(-1) for parameter in parameters)
@@ -132,7 +132,7 @@ def quantize_dequantize(
 
 
 def stored_scale(scale: Tensor, grid: Grid) -> Tensor:
-    """A positive scale as the format stores it; never zero or infinite: tiny weights get the smallest fp16 step."""
+    """Rounds a positive scale as the format stores it: at least the smallest fp16 step, at most the largest finite."""
     info = torch.finfo(SCALE_DTYPE)
     largest = info.max if grid.scale_dtype == SCALE_DTYPE else LARGEST_BF16_SCALE
     rounded = scale.clamp(max=largest).to(grid.scale_dtype).to(SCALE_DTYPE).to(scale.dtype)

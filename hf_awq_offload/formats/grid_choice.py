@@ -1,9 +1,9 @@
-"""Which grid a linear gets: the recipe's own, changed by the overrides whose pattern is found in the linear's name.
+"""Chooses the grid of each linear: the recipe's own, changed by the overrides whose pattern matches its name.
 
     overrides={r"down_proj$": {"bits": 8, "group_size": 64}, r"layers\\.0\\.": {"bits": 8}}
 
-A pattern is searched (`re.search`) in the module's full name. Where several are found, each changes the fields that it
-names, in the order of the dict: a later one wins. Pure functions.
+`re.search` looks for a pattern in the module's full name. Where several match, each changes the fields that it names,
+in the order of the dict: a later one wins. Pure functions.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..errors import ConfigError
 BITS = (2, 3, 4, 8)
 
 GROUP_SIZES = (-1, 32, 64, 128)
-"""Group sizes that kernels serve; -1 is one group per output row."""
+"""Group sizes that kernels support; -1 is one group per output row."""
 
 
 class GridChoice(NamedTuple):
-    """A grid as the recipe has it; `group_size` may be -1."""
+    """A grid as the recipe states it; `group_size` may be -1."""
 
     bits: int
     group_size: int
@@ -45,7 +45,7 @@ def choice_for(
 
 
 def choices(base: GridChoice, overrides: Overrides) -> set[GridChoice]:
-    """Every grid that some linear may get, whatever it is called."""
+    """Every grid that a linear may get, whatever its name."""
     found = {base}
     for fields in overrides.values():
         found |= {choice._replace(**fields) for choice in found}
@@ -53,7 +53,7 @@ def choices(base: GridChoice, overrides: Overrides) -> set[GridChoice]:
 
 
 def check_choice(where: str, choice: GridChoice) -> None:
-    """ConfigError unless every field has a value that is allowed; `where` goes before the field's name."""
+    """Raises ConfigError unless every field has an allowed value; `where` goes before the field's name."""
     if not _is_one_of(choice.bits, BITS):
         raise ConfigError(f"{where}bits is {choice.bits!r}; pass 4 (the usual), 2, 3 or 8.")
     if not _is_one_of(choice.group_size, GROUP_SIZES):
@@ -65,10 +65,11 @@ def check_choice(where: str, choice: GridChoice) -> None:
 
 
 def checked_overrides(overrides: Any, base: GridChoice) -> dict[str, dict[str, Any]]:
-    """A copy of `overrides`, an empty one for None.
+    """Checks `overrides` and copies it; None gives an empty dict.
 
     Raises:
-        ConfigError: it has another form, a pattern is no regular expression, or a field is unknown or not allowed.
+        ConfigError: it is no dict of dicts, a pattern is no regular expression, a field is unknown or a value is not
+            allowed.
     """
     if overrides is None:
         return {}
@@ -96,7 +97,7 @@ def check_that_all_match(
     names: Collection[str],  # of the linears that will be quantized
     left_out: Mapping[str, str],  # name -> why it stays in full precision
 ) -> None:
-    """ConfigError if a pattern is found in no name of a linear that will be quantized."""
+    """Raises ConfigError if a pattern matches no linear that will be quantized."""
     for pattern in overrides:
         if any(re.search(pattern, name) for name in names):
             continue

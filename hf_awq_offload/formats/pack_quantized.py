@@ -1,16 +1,14 @@
-"""The pack-quantized layout of compressed-tensors: integers of b bits in int32 words. Pure functions.
+"""How compressed-tensors' pack-quantized format packs b-bit integers into int32 words. Pure functions.
 
-Format (compressed-tensors 0.18 and later, `PackedQuantizationCompressor`; read by vLLM, SGLang and transformers):
+Format: compressed-tensors 0.18 and later, `PackedQuantizationCompressor`, read by vLLM, SGLang and transformers; shapes
+in layouts.py.
 
-    weight_packed (out, ⌈in · b / 32⌉) int32          weight_scale (out, n), in the model's dtype
-    weight_zero_point (⌈out · b / 32⌉, n) int32       weight_shape (2,) int64: out, in
+A row of `weight_packed` is a stream of bits that starts at the lowest bit of word 0: value i is in bits
+b · i … b · i + b - 1. At 3 bits, values 10 and 21 of every 32 cross from one word into the next. (Before 0.18 a word
+held ten whole values. At 2, 4 and 8 bits nothing has changed.) Rows are padded to whole words. Zero points are such
+streams along out, one column for each group; a symmetric grid has none.
 
-A row of `weight_packed` is a stream of bits from the lowest of word 0 on: value i is in bits b · i … b · i + b - 1. At
-3 bits the values 10 and 21 of every 32 lie across two words. (Before 0.18 they did not: there were ten values to a
-word. At 2, 4 and 8 bits nothing has changed.) Rows are padded to whole words. Zero points are such streams along out,
-one column to a group; a symmetric grid has none.
-
-The library counts from -2^(b-1) and adds that offset before it packs, so that what is stored is q and z of `grid.py`.
+The library counts from -2^(b-1) and adds 2^(b-1) before it packs, so it stores q and z as grid.py defines them.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from .grid import Grid, GroupParameters
 
 WORD_BITS = 32
 VALUES = 32
-"""Values after which a stream of any width is at a word's beginning again, b words later."""
+"""A stream of any width is at the start of a word again after this many values, which fill b words."""
 
 
 class PackQuantizedWeight(NamedTuple):
@@ -38,7 +36,7 @@ class PackQuantizedWeight(NamedTuple):
 
 
 def words_for(values: int, bits: int) -> int:
-    """Length of a stream in words."""
+    """Words in a stream, the last one padded."""
     return -(-values * bits // WORD_BITS)
 
 
@@ -46,7 +44,7 @@ def pack_stream(
     codes: Tensor,  # (rows, columns), integers 0 … 2^bits - 1 in any dtype
     bits: int,
 ) -> Tensor:
-    """Every row as a stream of bits, (rows, ⌈columns · bits / 32⌉) int32, contiguous."""
+    """Packs every row into a stream of bits: (rows, ⌈columns · bits / 32⌉) int32, contiguous."""
     rows, columns = codes.shape
     blocks = -(-columns // VALUES)
     values = torch.zeros(rows, blocks * VALUES, dtype=torch.int32, device=codes.device)
@@ -66,14 +64,14 @@ def unpack_stream(
     columns: int,
     bits: int,
 ) -> Tensor:
-    """Inverse of `pack_stream`: (rows, columns) uint8; of 8 bits it may be a view of `words`."""
+    """Inverse of `pack_stream`: (rows, columns) uint8; at 8 bits it may be a view of `words`."""
     mask = 2**bits - 1
     if sys.byteorder == "big":
         words = words.contiguous().view(torch.uint8).unflatten(1, (-1, 4)).flip(-1).flatten(1).view(torch.int32)
     stream = words.contiguous().view(torch.uint8)
     if 8 % bits == 0:
         parts = [stream >> shift & mask for shift in range(0, 8, bits)] if bits < 8 else [stream]
-    else:  # eight values are in `bits` bytes
+    else:  # eight values fill `bits` bytes
         blocks = -(-columns // 8)
         spare = blocks * bits - stream.shape[1]
         stream = torch.nn.functional.pad(stream, (0, spare)) if spare > 0 else stream[:, : blocks * bits]
@@ -92,7 +90,7 @@ def pack_weight(
     grid: Grid,
     scale_dtype: torch.dtype,
 ) -> PackQuantizedWeight:
-    """The checkpoint tensors of one linear, contiguous."""
+    """Packs one linear; the tensors are contiguous."""
     zeros = pack_stream(parameters.zero.t(), grid.bits).t().contiguous() if grid.zero_point else None
     return PackQuantizedWeight(
         pack_stream(codes, grid.bits),
@@ -107,7 +105,7 @@ def unpack_zeros(
     out_features: int,
     bits: int,
 ) -> Tensor | None:
-    """Zero points (out, n) uint8; None where every one is 2^(bits - 1)."""
+    """Unpacks zero points: (out, n) uint8, or None on a symmetric grid, where each is 2^(bits - 1)."""
     return None if weight_zero_point is None else unpack_stream(weight_zero_point.t(), out_features, bits).t()
 
 
@@ -119,7 +117,7 @@ def dequantize_rows(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows of the dequantized weight, (rows, in); (q - z) · Δ is computed in fp32 (fp64 for fp64) and rounded once."""
+    """Dequantizes rows of a weight: (rows, in); (q - z) · Δ is computed in fp32 (fp64 for fp64) and rounded once."""
     working = torch.promote_types(dtype, torch.float32)
     codes = unpack_stream(packed, in_features, bits).to(working).unflatten(1, (scale.shape[1], -1))
     middle = 2 ** (bits - 1)

@@ -51,7 +51,7 @@ def linears_left_out(model: PreTrainedModel, recipe: AwqOffloadConfig) -> dict[s
             left_out[name] = f"a {type(linear).__name__}, which computes more than a product"
         elif name not in in_layers:
             left_out[name] = "outside the decoder layers"
-        elif not renaming.keeps(name, linear_type.TENSORS):
+        elif not renaming.keeps(name, linear_type.NAMES.all):
             left_out[name] = "its name does not survive transformers' renaming of weights"
         elif not should_convert_module(name, skipped):
             left_out[name] = "tied, last, or kept in fp32 by the model"

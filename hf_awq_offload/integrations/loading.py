@@ -13,17 +13,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..checkpoint.layout_checks import LinearShape, TensorHeader, check_linear, check_packed_linear, packed_prefixes
+from ..checkpoint.layout_checks import LinearFeatures, TensorHeader, check_linear, packed_prefixes
 from ..errors import CheckpointError
 from ..formats.awq import PackedWeight
 from ..formats.awq_config import AwqCheckpointConfig
-from ..formats.awq_variants import ZEROS_NAMES, to_gemm
+from ..formats.awq_variants import to_gemm
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
 from ..formats.grid import Grid, resolve_group_size
 from ..formats.grid_choice import GridChoice
+from ..formats.layouts import AWQ_NAMES, find_tensors, spellings_of
 from ..nn.registry import linear_class
-
-PACKED_NAMES = PackedWeight._fields
 
 
 def replace_linears(
@@ -40,7 +39,7 @@ def replace_linears(
         CheckpointError: config.json, the model and the headers contradict each other.
     """
     linear_type = linear_class(config.quant_method.value)
-    prefixes = {} if headers is None else names_in_model(model, packed_prefixes(headers, linear_type.TENSORS[0]))
+    prefixes = {} if headers is None else names_in_model(model, packed_prefixes(headers, linear_type.NAMES.integers))
     stored = {name: prefix for prefix, name in prefixes.items()}
     dense = set() if headers is None else set(names_in_model(model, packed_prefixes(headers, "weight")).values())
     replaced = 0
@@ -60,15 +59,10 @@ def replace_linears(
                 "modules that it leaves out; correct config.json or quantize again."
             )
         grid = Grid(choice.bits, resolve_group_size(choice.group_size, linear.in_features), choice.zero_point)
-        shape = LinearShape(linear.in_features, linear.out_features, linear.bias is not None)
-        packed = linear_type(*shape, grid, linear.weight.dtype, device="meta")
-        if isinstance(config, PackedCheckpointConfig):
-            scale_dtype = None if headers is None else check_packed_linear(prefix, shape, headers, grid)
-        else:
-            version, group_size = config.version, grid.group_size
-            scale_dtype = None if headers is None else check_linear(prefix, shape, headers, version, group_size)
-        if scale_dtype is not None:
-            packed.set_scale_dtype(scale_dtype)
+        features = LinearFeatures(linear.in_features, linear.out_features, linear.bias is not None)
+        packed = linear_type(*features, grid, linear.weight.dtype, device="meta")
+        if headers is not None:
+            packed.set_scale_dtype(check_linear(prefix, features, headers, config.layout, grid))
         model.set_submodule(name, packed)
         replaced += 1
     if not replaced:
@@ -123,9 +117,9 @@ def to_gemm_converter(version: str, quantizer: Any) -> WeightConverter:
     Raises:
         CheckpointError: this release of transformers has no conversion of several tensors into several others.
     """
-    sources = ["qweight", *ZEROS_NAMES, "scales"]
+    sources = [spelling for name in AWQ_NAMES.all for spelling in spellings_of(name)]
     try:
-        return WeightConverter(sources, list(PACKED_NAMES), operations=[ToGemm(version, quantizer)])
+        return WeightConverter(sources, list(AWQ_NAMES.all), operations=[ToGemm(version, quantizer)])
     except ValueError as error:
         raise CheckpointError(
             f"The checkpoint's AWQ version is {version!r}, which transformers {transformers_version} can't convert "
@@ -161,9 +155,11 @@ class ToGemm(ConversionOps):
     ) -> dict[str, list[Tensor]]:
         name = kwargs["full_layer_name"]
         linear = kwargs["model"].get_submodule(name.rpartition(".")[0])
-        zeros = next((pattern for pattern in ZEROS_NAMES if pattern in input_dict), None)
-        if zeros is None or "qweight" not in input_dict or "scales" not in input_dict:
-            raise CheckpointError(f"Of the linear of {name} only {sorted(input_dict)} are in the checkpoint.")
-        stored = PackedWeight(*(input_dict[pattern][0] for pattern in ("qweight", zeros, "scales")))
+        found = find_tensors(self.version, input_dict)
+        if len(found) < len(AWQ_NAMES.all):
+            raise CheckpointError(
+                f"The linear of {name} has only {sorted(input_dict)} in the checkpoint; download it again."
+            )
+        stored = PackedWeight(**{name: input_dict[pattern][0] for name, pattern in found.items()})
         converted = to_gemm(self.version, stored, linear.scales.shape[0])
         return {pattern: [tensor] for pattern, tensor in converted._asdict().items()}

@@ -1,1 +1,1 @@
-"""Quantized linears: `torch.nn` modules around packed weights."""
+"""Quantized linears: `torch.nn` modules that hold packed weights."""

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is stored in the AWQ GEMM layout."""
+"""A linear layer that holds its weight in the AWQ GEMM format."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..formats.awq import COLUMNS_PER_WORD, PackedWeight, pack_weight
-from ..formats.grid import SCALE_DTYPE, Grid, GroupParameters
-from .quantized_linear import QuantizedLinear, TensorLayout, frozen
+from ..formats.grid import Grid, GroupParameters
+from ..formats.layouts import AWQ_NAMES, GEMM
+from .quantized_linear import QuantizedLinear, frozen
 
 _LAYOUT_LOCK = threading.RLock()
-"""Held while a linear changes its layout, and while one must not change."""
+"""Held while a linear changes the layout of its weight, and while none may."""
 
 
 class AwqLinear(QuantizedLinear):
-    """A linear in the AWQ GEMM layout; the number of output channels is a multiple of 8.
+    """A linear in the AWQ GEMM format, with a multiple of 8 output channels.
 
-    Where the fastest backend wants a layout of its own (ops/backend.py), the first forward pass makes it and lets go of
-    `qweight`: the parameters are then `native_words` and `native_parameters` instead. Whatever needs the AWQ words
-    (reading `qweight`, saving, copying, moving, loading) brings them back first, to the bit, and the next forward pass
-    packs again. At no time are both kept.
+    Some backends read a layout of their own (ops/backend.py). If the fastest one does, the first forward pass converts
+    the weight and releases `qweight`; the parameters are then `native_words` and `native_parameters` instead. Whatever
+    needs the AWQ words (reading `qweight`, saving, copying, moving, loading) restores them first, to the bit, and the
+    next forward pass converts again. The linear never keeps both.
 
-    `backend` is one of `ops.BACKENDS`; for the other parameters see `QuantizedLinear`.
+    `backend` is one of `ops.BACKENDS`; for the other arguments see `QuantizedLinear`.
     """
 
-    TENSORS = PackedWeight._fields
-    SCALE_NAME = "scales"
+    FORMAT, NAMES = GEMM, AWQ_NAMES
 
     qweight: nn.Parameter  # (in, out / 8) int32
     qzeros: nn.Parameter  # (n, out / 8) int32
@@ -49,18 +49,10 @@ class AwqLinear(QuantizedLinear):
     ):
         super().__init__(in_features, out_features, bias, grid, dtype, device)
         self.backend = backend
-        self._native_source: tuple[Any, ...] | None = None  # what `native_parameters` were made from
+        # The backend, and the tensors that `native_parameters` were made from.
+        self._native_source: tuple[Any, ...] | None = None
         self.register_parameter("native_words", None)
         self.register_parameter("native_parameters", None)
-
-    @classmethod
-    def layout(cls, in_features: int, out_features: int, grid: Grid, dtype: torch.dtype) -> dict[str, TensorLayout]:
-        n, words = in_features // grid.group_size, out_features // COLUMNS_PER_WORD
-        return {
-            "qweight": TensorLayout((in_features, words), torch.int32),
-            "qzeros": TensorLayout((n, words), torch.int32),
-            "scales": TensorLayout((n, out_features), SCALE_DTYPE),
-        }
 
     @classmethod
     def from_codes(
@@ -83,7 +75,7 @@ class AwqLinear(QuantizedLinear):
         grid: Grid,
         dtype: torch.dtype,
     ) -> AwqLinear:
-        """A linear around tensors that exist; nothing is copied."""
+        """Builds a linear from existing tensors, without a copy."""
         in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
         linear = cls(in_features, out_features, bias is not None, grid, dtype, device="meta")
         linear._hold(packed._asdict(), bias)
@@ -91,7 +83,7 @@ class AwqLinear(QuantizedLinear):
 
     @property
     def packed(self) -> PackedWeight:
-        """The stored tensors."""
+        """The tensors in AWQ words; restores them if a backend's own layout is held."""
         held: dict[str, Any] = self._parameters
         qweight = held.get("qweight")
         return PackedWeight(self.qweight if qweight is None else qweight, held["qzeros"], held["scales"])
@@ -107,7 +99,7 @@ class AwqLinear(QuantizedLinear):
         backend = None if torch.compiler.is_compiling() else self._backend_for(input)
         if backend is not None:
             self._settle_layout(backend)
-        held: dict[str, Any] = self._parameters  # attributes of a module are slower to read
+        held: dict[str, Any] = self._parameters  # a module's attributes are slower to read
         words, parameters, source = held["native_words"], held["native_parameters"], self._native_source
         if words is None or parameters is None or source is None:
             return ops.linear(input, self.packed, self.backend, backend)
@@ -116,17 +108,17 @@ class AwqLinear(QuantizedLinear):
     # -- the layout in memory --------------------------------------------------------------------------------------
 
     def _backend_for(self, input: Tensor) -> ops.Backend | None:
-        """What will compute the product; None where it will fail, and say why."""
+        """The backend for this input, or None if the product will fail; its error then says why."""
         scales: Tensor = self._parameters["scales"]  # type: ignore[assignment]
         if scales.is_meta or input.shape[-1:] != (self.in_features,):
             return None
         return ops.choose(self.backend, ops.Case.of(input, scales))
 
     def _settle_layout(self, backend: ops.Backend) -> None:
-        """Bring the weight into the layout that `backend` reads."""
+        """Converts the weight to the layout that `backend` reads."""
         wanted = backend.name if isinstance(backend, ops.NativeBackend) else None
         if wanted is None or self.is_offloaded:
-            # For a single input that the backend refuses (fp64, say) the words are brought back, too.
+            # This also restores the words for a single input that the native backend refuses, such as fp64.
             self._restore_words()
             return
         source = (wanted, *(_identity(tensor) for tensor in (self.qzeros, self.scales)))
@@ -146,7 +138,7 @@ class AwqLinear(QuantizedLinear):
             del self._parameters["qweight"]
 
     def _restore_words(self) -> None:
-        """Undo `_settle_layout`: hold `qweight` again, and nothing else."""
+        """Undoes `_settle_layout`: holds `qweight` again and releases the native layout."""
         if self._parameters["native_words"] is None:
             return
         with _LAYOUT_LOCK, torch.inference_mode(False), torch.no_grad():
@@ -154,7 +146,7 @@ class AwqLinear(QuantizedLinear):
                 return
             backend = ops.native_backend(self._native_source[0])
             words = backend.unpack(self.native_words, self.in_features, self.out_features)
-            # First, as in state dicts of the format. Replaced in one step: other threads may be reading the dict.
+            # qweight comes first, as in the format's state dicts. One assignment, because other threads may be reading.
             self.__dict__["_parameters"] = {"qweight": frozen(words)} | self._parameters
             self.native_words = self.native_parameters = self._native_source = None
 
@@ -171,7 +163,7 @@ class AwqLinear(QuantizedLinear):
             return super().__getattr__("qweight")  # type: ignore[return-value]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: another machine may have another layout."""
+        """Copies and pickles hold AWQ words: another machine may choose another layout."""
         with _LAYOUT_LOCK:
             self._restore_words()
             return self.__dict__ | {"_parameters": dict(self._parameters)}
@@ -193,5 +185,5 @@ class AwqLinear(QuantizedLinear):
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:
-    """Changes when the tensor is replaced, or changed in place."""
+    """A value that changes when the tensor is replaced or changed in place."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -1,7 +1,7 @@
-"""The dequantized weight as callers see it: a tensor to read, of which no change can be lost silently.
+"""The dequantized weight that callers read: writing to it raises, so that no change is lost silently.
 
-A quantized linear's `weight` is made anew at each access, so whatever is written to it would be gone at the next. Code
-that merges adapters (`layer.weight.data += delta`), initializes or prunes writes to weights. Each such write raises.
+Each access to a quantized linear's `weight` computes it again and would lose what was written to it before. Code that
+merges adapters (`layer.weight.data += delta`), initializes or prunes writes to weights; each such write raises.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _IN_PLACE_OPERATORS = frozenset(
 
 
 class DequantizedWeight(Tensor):
-    """A dequantized weight; what shares its memory (`.data`, `.t()`, slices) can't be changed either.
+    """A read-only dequantized weight; tensors that share its memory (`.data`, `.t()`, slices) are read-only too.
 
     Results with memory of their own (`.clone()`, `weight + 1`) are plain tensors.
     """
 
-    _is_hf_initialized = True  # transformers initializes what a checkpoint lacks: not this
+    _is_hf_initialized = True  # keeps transformers from initializing it as missing in the checkpoint
 
     @classmethod
     def of(
@@ -45,7 +45,7 @@ class DequantizedWeight(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if isinstance(result, tuple | list):  # of split(), chunk() and their like
+        if isinstance(result, tuple | list):  # from split(), chunk() and others
             return type(result)(_guarded(each, args) for each in result) if type(result) in (tuple, list) else result
         return _guarded(result, args)
 

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is stored in compressed-tensors' pack-quantized layout: 2, 3, 4 or 8 bits."""
+"""A linear layer that holds its weight in compressed-tensors' pack-quantized format: 2, 3, 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -6,37 +6,25 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.grid import Grid, GroupParameters
-from ..formats.pack_quantized import PackQuantizedWeight, pack_weight, words_for
+from ..formats.layouts import COMPRESSED_TENSORS, PACK_QUANTIZED_NAMES
+from ..formats.pack_quantized import PackQuantizedWeight, pack_weight
 from ..ops import pack_quantized as ops
-from .quantized_linear import QuantizedLinear, TensorLayout
+from .quantized_linear import QuantizedLinear
 
 
 class PackedLinear(QuantizedLinear):
-    """A linear in the pack-quantized layout, of any number of output channels. See `QuantizedLinear` for the arguments.
+    """A linear in the pack-quantized format, with any number of output channels.
 
-    Scales are in the dtype that the linear had: that is what readers of the format load them in.
+    For the arguments see `QuantizedLinear`. Scales are in the dtype that the linear had, because readers of the format
+    load them in the model's dtype.
     """
 
-    TENSORS = PackQuantizedWeight._fields
-    SCALE_NAME = "weight_scale"
+    FORMAT, NAMES = COMPRESSED_TENSORS, PACK_QUANTIZED_NAMES
 
     weight_packed: nn.Parameter  # (out, ⌈in · bits / 32⌉) int32
     weight_scale: nn.Parameter  # (out, n)
     weight_zero_point: nn.Parameter | None  # (⌈out · bits / 32⌉, n) int32; None on a symmetric grid
     weight_shape: nn.Parameter  # (2,) int64
-
-    @classmethod
-    def layout(cls, in_features: int, out_features: int, grid: Grid, dtype: torch.dtype) -> dict[str, TensorLayout]:
-        n = in_features // grid.group_size
-        tensors = {
-            "weight_packed": TensorLayout((out_features, words_for(in_features, grid.bits)), torch.int32),
-            "weight_scale": TensorLayout((out_features, n), dtype),
-            "weight_zero_point": TensorLayout((words_for(out_features, grid.bits), n), torch.int32),
-            "weight_shape": TensorLayout((2,), torch.int64),
-        }
-        if not grid.zero_point:
-            del tensors["weight_zero_point"]
-        return tensors
 
     @classmethod
     def from_codes(
@@ -50,7 +38,7 @@ class PackedLinear(QuantizedLinear):
 
     @property
     def packed(self) -> PackQuantizedWeight:
-        """The stored tensors."""
+        """The tensors that the linear holds."""
         zeros = self.weight_zero_point if self.grid.zero_point else None
         return PackQuantizedWeight(self.weight_packed, self.weight_scale, zeros, self.weight_shape)
 

@@ -1,44 +1,38 @@
-"""What linears with packed weights have in common, whatever the layout of their tensors."""
+"""What linears with packed weights have in common, whatever their format."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizedWeightError
 from ..formats.grid import Grid, GroupParameters, resolve_group_size
+from ..formats.layouts import TensorNames, tensors_of
 from .dequantized_weight import DequantizedWeight
 
 
-class TensorLayout(NamedTuple):
-    """Shape and dtype of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 class QuantizedLinear(nn.Linear):
-    """y = x Wᵀ + b with W (out, in) held as packed integers, dequantized when it is used.
+    """y = x Wᵀ + b, where W (out, in) is held as packed integers and dequantized for each use.
 
-    A subclass of nn.Linear, so that code which looks for linears (PEFT, Trainer, hooks) finds it. The packed tensors
-    are frozen Parameters rather than buffers: accelerate offloads parameters by default, buffers not.
+    It subclasses nn.Linear, so that code which looks for linears (PEFT, Trainer, hooks) finds it. The packed tensors
+    are frozen Parameters rather than buffers because accelerate offloads only parameters by default.
 
     Args:
         in_features: input channels, a multiple of the group size.
         out_features: output channels.
-        bias: whether there is one; it is in the model's dtype.
+        bias: whether there is one; it has the model's dtype.
         grid: bits, group size and kind of grid.
-        dtype: dtype of the bias, and what `weight` is dequantized to.
-        device: where the (uninitialized) tensors are made.
+        dtype: of the bias and of the dequantized `weight`.
+        device: holds the uninitialized tensors.
     """
 
-    TENSORS: ClassVar[tuple[str, ...]]
-    """Names of all tensors that a linear may have, its bias aside."""
-    SCALE_NAME: ClassVar[str]
-    """Name of the tensor that holds the scales; it keeps its dtype when the model is cast."""
+    FORMAT: ClassVar[str]
+    """The checkpoint format whose tensors the linear holds (formats/layouts.py)."""
+    NAMES: ClassVar[TensorNames]
+    """Names of those tensors. The scales keep their dtype when the model is cast."""
 
     def __init__(
         self,
@@ -54,18 +48,13 @@ class QuantizedLinear(nn.Linear):
         self.out_features = out_features
         self.grid = grid
         self.dtype = dtype or torch.get_default_dtype()
-        layout = self.layout(in_features, out_features, grid, self.dtype)
-        self.scale_dtype = layout[self.SCALE_NAME].dtype
-        for name, (shape, tensor_dtype) in layout.items():
-            self.register_parameter(name, frozen(torch.empty(shape, dtype=tensor_dtype, device=device)))
+        tensors = tensors_of(self.FORMAT, in_features, out_features, grid, self.dtype)
+        self.scale_dtype = tensors[self.NAMES.scales].dtype
+        for name, layout in tensors.items():
+            self.register_parameter(name, frozen(torch.empty(layout.shape, dtype=layout.dtype, device=device)))
         self.register_parameter(
             "bias", frozen(torch.empty(out_features, dtype=self.dtype, device=device)) if bias else None
         )
-
-    @classmethod
-    @abstractmethod
-    def layout(cls, in_features: int, out_features: int, grid: Grid, dtype: torch.dtype) -> dict[str, TensorLayout]:
-        """The tensors of a linear of `dtype` by the names that checkpoints have for them."""
 
     @classmethod
     @abstractmethod
@@ -77,7 +66,7 @@ class QuantizedLinear(nn.Linear):
         grid: Grid,
         dtype: torch.dtype,
     ) -> QuantizedLinear:
-        """Packs the result of a quantization."""
+        """Packs a quantized weight into a linear."""
 
     @classmethod
     def unpackable_reason(
@@ -86,7 +75,7 @@ class QuantizedLinear(nn.Linear):
         out_features: int,
         group_size: int,  # as configured, -1 allowed
     ) -> str | None:
-        """Why a linear of this shape can't be stored in this layout, or None when it can."""
+        """Why this format can't store a linear of this shape, or None if it can."""
         group_size = resolve_group_size(group_size, in_features)
         if in_features % group_size:
             return f"in_features {in_features} is not a multiple of the group size {group_size}"
@@ -105,13 +94,13 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, (out, in) in the model's dtype, made anew at each access; it can only be read."""
+        """The dequantized weight, (out, in) in the model's dtype. Each access computes it again; it is read-only."""
         weight = self.dequantized(self.dtype)
         return weight if torch.compiler.is_compiling() else DequantizedWeight.of(weight)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        # PEFT, taking adapters of some kinds off, gives a linear the weight that it has just read from it.
+        # When PEFT removes some kinds of adapters, it assigns the weight that it has just read from the linear.
         if not isinstance(value, DequantizedWeight):
             raise _refusal("be replaced")
 
@@ -121,19 +110,19 @@ class QuantizedLinear(nn.Linear):
         super().register_parameter(name, param)
 
     def requires_grad_(self, requires_grad: bool = True) -> QuantizedLinear:
-        """Freezing what is frozen is no matter; training the stored integers is refused."""
+        """Freezing has no effect; training the stored integers is refused."""
         if requires_grad:
             raise _refusal("be trained")
         return super().requires_grad_(False)
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether accelerate brings the tensors in for each forward pass."""
+        """Whether accelerate loads the tensors for each forward pass."""
         hook = getattr(self, "_hf_hook", None)
         return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:
-        """An ordinary linear with the same weight and bias in `dtype`, on the same device; it can be trained."""
+        """A trainable nn.Linear with the dequantized weight and the bias in `dtype`, on the same device."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         dense.weight = nn.Parameter(self.dequantized(dtype))
         if self.bias is not None:
@@ -141,12 +130,12 @@ class QuantizedLinear(nn.Linear):
         return dense.train(self.training)
 
     def set_scale_dtype(self, dtype: torch.dtype) -> None:
-        """Before loading: hold scales as the checkpoint does, where that is not the layout's own dtype."""
+        """Before loading: gives the scales the checkpoint's dtype, which may not be the format's own."""
         self.scale_dtype = dtype
-        setattr(self, self.SCALE_NAME, frozen(torch.empty_like(self.get_parameter(self.SCALE_NAME), dtype=dtype)))
+        setattr(self, self.NAMES.scales, frozen(torch.empty_like(self.get_parameter(self.NAMES.scales), dtype=dtype)))
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out) in the input's dtype (under autocast, in autocast's)."""
+        """(..., in) -> (..., out) in the input's dtype, or under autocast in autocast's."""
         device_type = input.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             input = input.to(torch.get_autocast_dtype(device_type))
@@ -156,10 +145,10 @@ class QuantizedLinear(nn.Linear):
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _apply(self, fn, recurse: bool = True):
-        """A cast (`.to(dtype)`, `.half()`) concerns the bias and the dtype of `weight`; scales stay as stored."""
-        before = self.get_parameter(self.SCALE_NAME).data
+        """A cast (`.to(dtype)`, `.half()`) changes the bias and the dtype of `weight`; the scales keep theirs."""
+        before = self.get_parameter(self.NAMES.scales).data
         super()._apply(fn, recurse)
-        scale = self.get_parameter(self.SCALE_NAME)
+        scale = self.get_parameter(self.NAMES.scales)
         if scale.dtype != self.scale_dtype:
             scale.data = before.to(scale.device, self.scale_dtype)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -170,16 +159,16 @@ class QuantizedLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _keep_scale_dtype(self) -> None:
-        """Undo a cast of the scales' data: PEFT's prepare_model_for_kbit_training makes all 16-bit parameters fp32.
+        """Undoes a cast of the scales' data: PEFT's prepare_model_for_kbit_training makes all 16-bit parameters fp32.
 
-        Kernels, and other readers of the checkpoint, expect what the format says. fp16 to fp32 and back is exact.
+        Kernels and other readers of the checkpoint expect the format's dtype. A cast to fp32 and back is exact.
         """
-        scale: Any = self._parameters[self.SCALE_NAME]  # get_parameter takes longer than all the rest
+        scale: Any = self._parameters[self.NAMES.scales]  # get_parameter is slower than the rest of this method
         if scale.dtype != self.scale_dtype:
             scale.data = scale.data.to(self.scale_dtype)
 
     def reset_parameters(self) -> None:
-        """Nothing to initialize: the tensors come from a checkpoint or from quantization."""
+        """Does nothing: the tensors come from a checkpoint or from quantization."""
 
     def extra_repr(self) -> str:
         kind = "asymmetric" if self.grid.zero_point else "symmetric"
@@ -187,14 +176,14 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def is_on_meta(self) -> bool:
-        """Whether the tensors are elsewhere: accelerate brings them in for each forward pass."""
-        return self.get_parameter(self.SCALE_NAME).is_meta
+        """Whether the tensors are on the meta device, from which accelerate loads them for each forward pass."""
+        return self.get_parameter(self.NAMES.scales).is_meta
 
     def _hold(self, tensors: dict[str, Any], bias: Tensor | None) -> None:
-        """Take tensors that exist as parameters; nothing is copied."""
+        """Makes existing tensors this linear's parameters, without a copy."""
         for name, tensor in tensors.items():
             setattr(self, name, frozen(tensor))
-        self.scale_dtype = tensors[self.SCALE_NAME].dtype
+        self.scale_dtype = tensors[self.NAMES.scales].dtype
         if bias is not None:
             self.bias = frozen(bias.detach().to(self.dtype))
 
@@ -207,15 +196,15 @@ def _refusal(what: str) -> QuantizedWeightError:
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter that is not trained."""
+    """Wraps a tensor in a parameter that is not trained."""
     return nn.Parameter(tensor, requires_grad=False)
 
 
 def packed_tensors(module: nn.Module) -> frozenset[str]:
-    """Names within `module` of the packed tensors, biases aside, of the quantized linears in it."""
+    """Names within `module` of all tensors, except biases, of its quantized linears."""
     return frozenset(
         f"{name}.{tensor}" if name else tensor
         for name, linear in module.named_modules()
         if isinstance(linear, QuantizedLinear)
-        for tensor in linear.TENSORS
+        for tensor in linear.NAMES.all
     )

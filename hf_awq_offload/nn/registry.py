@@ -1,4 +1,4 @@
-"""Which class of quantized linear a checkpoint format has."""
+"""The class of quantized linear for each checkpoint format."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from .quantized_linear import QuantizedLinear
 def linear_class(
     checkpoint_format: str,  # "awq" or "compressed-tensors"
 ) -> type[QuantizedLinear]:
-    """The class whose tensors that format stores."""
+    """The class that holds the tensors of the format."""
     return {"awq": AwqLinear, "compressed-tensors": PackedLinear}[checkpoint_format]

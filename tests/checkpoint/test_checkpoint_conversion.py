@@ -159,8 +159,8 @@ def test_other_bits_and_mixtures_are_refused(tmp_path):
     source = save_model(tiny_llama(), tmp_path / "source")
     quantize(source, tmp_path / "three", token_recipe(bits=3))
     quantize(source, tmp_path / "mixed", token_recipe(overrides={"up_proj$": {"group_size": 64}}))
-    refused(tmp_path, tmp_path / "three", "gemm", "has 1 grids, of 3 bits; AWQ checkpoints hold 4 bits")
-    refused(tmp_path, tmp_path / "mixed", "gemv", "has 2 grids, of 4 bits")
+    refused(tmp_path, tmp_path / "three", "gemm", "has 1 grids, with 3 bits; AWQ checkpoints hold one grid of 4 bits")
+    refused(tmp_path, tmp_path / "mixed", "gemv", "has 2 grids, with 4 bits")
 
 
 def test_shapes_that_awq_can_not_hold_are_refused(tmp_path):
@@ -175,7 +175,7 @@ def test_the_format_that_it_has_is_refused(made, tmp_path):
 
 def test_full_precision_is_refused(tmp_path):
     source = save_model(tiny_llama(), tmp_path / "source")
-    refused(tmp_path, source, "gemm", "of the format 'full precision' without packed linears")
+    refused(tmp_path, source, "gemm", "in the format 'full precision' without packed linears")
 
 
 def test_damage_is_refused(made, tmp_path):
