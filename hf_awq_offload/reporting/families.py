@@ -5,14 +5,11 @@ layers.7: ("mlp.experts.12.down_proj",)  ->  "mlp.experts.*.down_proj"
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..formats.name_patterns import NUMBER
 from ..report import GroupReport, LayerReport, QuantizationReport
-
-INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
-"""A part of a dotted name that is a number."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Family:
 
 def family_name(consumers: Iterable[str]) -> str:
     """One name for all groups of a kind: "self_attn: q_proj, k_proj, v_proj"."""
-    names = list(dict.fromkeys(INDEX.sub("*", name) for name in consumers))
+    names = list(dict.fromkeys(NUMBER.sub("*", name) for name in consumers))
     parents = {name.rpartition(".")[0] for name in names}
     if len(names) == 1 or len(parents) > 1:
         return ", ".join(names)
@@ -89,7 +86,7 @@ def collapsed(names: Iterable[str]) -> dict[str, int]:
     """Names with their numbers taken out -> how many of them there are."""
     found: dict[str, int] = {}
     for name in names:
-        pattern = INDEX.sub("*", name)
+        pattern = NUMBER.sub("*", name)
         found[pattern] = found.get(pattern, 0) + 1
     return found
 
