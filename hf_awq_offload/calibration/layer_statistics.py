@@ -58,12 +58,12 @@ class LayerStatistics:
         with routed(self.layer, self.routing), self.collector.collecting():
             yield
 
-    def count_only(
+    def set_counted_tokens(
         self,
         counted: Tensor | None,  # (batch, tokens) bool
     ) -> None:
         """Which tokens of the batch that comes next enter the statistics; None means all of them."""
-        self.collector.count_only(counted)
+        self.collector.set_counted_tokens(counted)
 
     def gathered(self, layer_name: str, min_expert_tokens: int) -> GatheredStatistics:
         """What was collected; `layer_name` is for errors only.

@@ -45,7 +45,7 @@ class StatisticsCollector:
             for handle in handles:
                 handle.remove()
 
-    def count_only(
+    def set_counted_tokens(
         self,
         counted: Tensor | None,  # (batch, tokens) bool
     ) -> None:

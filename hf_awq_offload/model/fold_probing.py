@@ -61,10 +61,10 @@ def discover_structure(layer: nn.Module, probes: ProbeCalls, device: torch.devic
         groups = _with_folds(probe, inputs, groups)
         softmax_only = probe.without_influence_on_a_lone_token()
         softmax_only |= probe.factors_of_a_softmax([group.consumers for group in groups], softmax_only)
-    return provable_structure(layer, LayerStructure(tuple(groups), softmax_only), probes, device, seed)
+    return without_refuted_folds(layer, LayerStructure(tuple(groups), softmax_only), probes, device, seed)
 
 
-def provable_structure(
+def without_refuted_folds(
     layer: nn.Module, structure: LayerStructure, probes: ProbeCalls, device: torch.device, seed: int
 ) -> LayerStructure:
     """`structure`, found on this layer or another one, less the folds that this layer's weights contradict."""
@@ -182,9 +182,8 @@ class _Probe:
             channel_scale = group.fold.channel_scale(row_scale)
             compensation.update({f"{consumer}.weight": channel_scale for consumer in group.consumers})
             for reader in group.readers:
-                shape = [1] * self.parameters[reader.parameter].ndim
-                shape[reader.axis] = -1
-                compensation[reader.parameter] = channel_scale.view(shape)
+                ndim = self.parameters[reader.parameter].ndim
+                compensation[reader.parameter] = reader.multiplier(channel_scale, ndim)
         uncompensated = self._change(scaled)
         scaled.update({name: scaled[name] * channel_scale for name, channel_scale in compensation.items()})
         compensated = self._change(scaled)

@@ -258,9 +258,7 @@ def _fold_scales(
         for reader in group.readers:
             _remember(context, [reader.parameter])
             parameter = context.layer.get_parameter(reader.parameter)
-            shape = [1] * parameter.ndim
-            shape[reader.axis] = -1
-            parameter.data.mul_(scale.view(shape))
+            parameter.data.mul_(reader.multiplier(scale, parameter.ndim))
     return row_scales, channel_scales
 
 

@@ -27,7 +27,7 @@ from ..config import AwqOffloadConfig
 from ..errors import MemoryLimitError, ModelStructureError
 from ..logs import get_logger
 from ..model.decoder_layers import LayerRunner, ProbeCalls, calibration_mode, candidate_layers, shared_parameters
-from ..model.fold_probing import discover_structure, provable_structure
+from ..model.fold_probing import discover_structure, without_refuted_folds
 from ..model.folds import LayerStructure, structure_key, without_folds_of
 from ..model.linears import linears_in
 from ..nn.quantized_linear import packed_tensors
@@ -302,7 +302,7 @@ class _Calibrated:
                 stack.enter_context(collector.collecting())
             for index in range(PROBES, len(self.counted)):
                 if collector is not None:
-                    collector.count_only(self.counted[index])
+                    collector.set_counted_tokens(self.counted[index])
                 self.feed.run(run, name, index)
 
     # -- structures ------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ class _Calibrated:
         known = key in self.structures
         structure, which = self.structures[key] if known else self._discover(self.job.context(name), key, probes)
         for calls in probes[which + (not known) :]:  # on samples as well: a layer may treat images in another way
-            structure = provable_structure(layer, structure, calls, self.device, seed)
+            structure = without_refuted_folds(layer, structure, calls, self.device, seed)
         self.found[name] = without_folds_of(structure, self.shared[name])
 
     def _discover(self, context: LayerContext, key: object, probes: list[ProbeCalls]) -> tuple[LayerStructure, int]:

@@ -38,7 +38,7 @@ def collect(
     collector = StatisticsCollector({"up": layer.up, "down": layer.down}, torch.device("cpu"))
     with collector.collecting(), torch.no_grad():
         for index, x in enumerate(batches):
-            collector.count_only(None if counted is None else counted[index])
+            collector.set_counted_tokens(None if counted is None else counted[index])
             layer(x)
     return {name: collector.take(name, "layers.0") for name in ("up", "down")}
 

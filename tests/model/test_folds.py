@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_awq_offload.calibration.skeleton import record_skeleton
 from hf_awq_offload.model.decoder_layers import HIDDEN, LayerCall, LayerRunner, ProbeCalls
-from hf_awq_offload.model.fold_probing import discover_structure, provable_structure
+from hf_awq_offload.model.fold_probing import discover_structure, without_refuted_folds
 from hf_awq_offload.model.folds import Fold, LayerStructure, ProducerKind, absorb, storable_scale, structure_key
 
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def test_probing_changes_nothing(build):
     inputs = probes.several[1].clone()
     rng_state = torch.get_rng_state()
     structure = discover_structure(layer, probes, CPU, seed=0)
-    provable_structure(layer, structure, probes, CPU, seed=0)
+    without_refuted_folds(layer, structure, probes, CPU, seed=0)
     for name, tensor in layer.state_dict(keep_vars=True).items():
         assert tensor is tensors[name][0]
         assert torch.equal(tensor, tensors[name][1])
@@ -237,8 +237,8 @@ def test_a_structure_found_on_one_layer_is_proven_anew_on_another():
     sound, leaky = ToyMlp(), ToyMlp(leak=1.0)
     assert structure_key(sound) == structure_key(leaky)
     structure = discover_structure(sound, toy_probes(), CPU, seed=0)
-    assert provable_structure(sound, structure, toy_probes(), CPU, seed=0) is structure
-    kept = provable_structure(leaky, structure, toy_probes(), CPU, seed=0)
+    assert without_refuted_folds(sound, structure, toy_probes(), CPU, seed=0) is structure
+    kept = without_refuted_folds(leaky, structure, toy_probes(), CPU, seed=0)
     assert [group.consumers for group in kept.groups] == [("fc1",), ("fc2",)]
     assert kept.groups[0].fold is None
     assert kept.groups[1].fold is structure.groups[1].fold
