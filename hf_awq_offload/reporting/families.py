@@ -40,12 +40,12 @@ class Family:
     @property
     def reasons(self) -> dict[str, int]:
         """Why groups have no scale -> how many."""
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for group in self.groups:
             if group.alpha is None:
                 reason = group.unscaled or "not recorded"
-                found[reason] = found.get(reason, 0) + 1
-        return found
+                counts[reason] = counts.get(reason, 0) + 1
+        return counts
 
     @property
     def clip_counts(self) -> list[int]:
@@ -84,15 +84,15 @@ def all_families(report: QuantizationReport) -> dict[str, Family]:
 
 def collapsed(names: Iterable[str]) -> dict[str, int]:
     """Names with their numbers taken out -> how many of them there are."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name in names:
         pattern = NUMBER.sub("*", name)
-        found[pattern] = found.get(pattern, 0) + 1
-    return found
+        counts[pattern] = counts.get(pattern, 0) + 1
+    return counts
 
 
 def _by_name(groups: Iterable[GroupReport]) -> dict[str, Family]:
-    found: dict[str, list[GroupReport]] = {}
+    families: dict[str, list[GroupReport]] = {}
     for group in groups:
-        found.setdefault(family_name(group.consumers), []).append(group)
-    return {name: Family(tuple(members)) for name, members in found.items()}
+        families.setdefault(family_name(group.consumers), []).append(group)
+    return {name: Family(tuple(members)) for name, members in families.items()}
