@@ -26,6 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import unwrap_model
 
 from .calibration.dataset import READ_FACTOR
+from .checkpoint.work_folder import move_into_place, refuse_existing
 from .config import AwqOffloadConfig
 from .errors import CalibrationDataError, ConfigError, ModelStructureError
 from .in_memory import quantize_model
@@ -57,7 +58,8 @@ class AwqQuantizeCallback(TrainerCallback):
             default, whatever the trainer's own `push_to_hub` says.
 
     Raises:
-        ConfigError, ModelStructureError: before the first step, if the model can't be quantized at the end.
+        ConfigError, ModelStructureError: before the first step, if the model can't be quantized at the end, or a file
+            is in the checkpoint's place.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class AwqQuantizeCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         _require_quantizable(unwrap_model(model), args)
+        refuse_existing(self._target(args), overwrite=True, field="output_dir")
         prepare_folder(self.config.report_dir)
 
     def on_train_end(
@@ -91,7 +94,7 @@ class AwqQuantizeCallback(TrainerCallback):
     def _quantize(
         self, model: nn.Module, recipe: AwqOffloadConfig, args: Any, processing_class: Any, train_dataloader: Any
     ) -> None:
-        target = Path(self.output_dir or Path(args.output_dir) / FOLDER)
+        target = self._target(args)
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}-unfinished-", dir=target.parent))
         full_precision = scratch / "full-precision"
@@ -106,19 +109,22 @@ class AwqQuantizeCallback(TrainerCallback):
             quantized.save_pretrained(scratch / "quantized")
             if processing_class is not None:
                 processing_class.save_pretrained(scratch / "quantized")
+            move_into_place(scratch / "quantized", target, scratch)
         except BaseException:
             logger.error(
                 f"Quantizing after training failed. The trained model is unchanged in memory, and saved in full "
                 f"precision in {full_precision}: quantize it by from_pretrained(..., quantization_config=...)."
             )
             raise
-        _put_in_place(scratch / "quantized", target)
         shutil.rmtree(scratch)
         self.report = cast(Any, quantized).hf_quantizer.report
         logger.info(f"The quantized model is in {target}.")
         repo_id = self._repo_id(args)
         if repo_id is not None:
             cast(Any, quantized).push_to_hub(repo_id, token=args.hub_token, private=args.hub_private_repo)
+
+    def _target(self, args: Any) -> Path:
+        return Path(self.output_dir or Path(args.output_dir) / FOLDER)
 
     def _repo_id(self, args: Any) -> str | None:
         if isinstance(self.push_to_hub, str):
@@ -154,9 +160,9 @@ def training_rows(
 
 def _rows_of_batch(batch: Any) -> Iterable[list[int]]:
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        content = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise CalibrationDataError(
-            f"A batch of the training data holds {found}; expected input_ids. Set `dataset` of the AwqOffloadConfig."
+            f"A batch of the training data holds {content}; expected input_ids. Set `dataset` of the AwqOffloadConfig."
         )
     others = [name for name in batch if name in ("pixel_values", "input_features", "pixel_values_videos")]
     if others:
@@ -277,14 +283,6 @@ def _name_data(model: Any, dataloader: Any) -> None:
     name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)
     meta = meta_of(model, model.hf_quantizer.checkpoint)
     meta["dataset"] = f"{name or 'training data'} ({meta['dataset']})"
-
-
-def _put_in_place(finished: Path, target: Path) -> None:
-    """Rename `finished` to `target`; what was there goes when the new one is there."""
-    old = finished.with_name("replaced")
-    if target.exists():
-        target.rename(old)
-    finished.rename(target)
 
 
 class _Ranks:

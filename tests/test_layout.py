@@ -106,6 +106,26 @@ def test_accelerates_hooks_are_set_in_few_places():
     assert found == HOOKING.keys()
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_assert_is_there_to_be_caught(module):
+    """`python -O` leaves asserts out: what a user may have got wrong is told by `raise`."""
+    caught = [
+        statement.lineno
+        for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+        if isinstance(node, ast.Try) and any("AssertionError" in _caught_by(handler) for handler in node.handlers)
+        for part in node.body
+        for statement in ast.walk(part)
+        if isinstance(statement, ast.Assert)
+    ]
+    assert not caught, f"{module} catches its own asserts in the lines {caught}; raise an exception instead"
+
+
+def _caught_by(handler: ast.ExceptHandler) -> set[str]:
+    """Names of the exceptions that a handler is for."""
+    named = [] if handler.type is None else ast.walk(handler.type)
+    return {node.id for node in named if isinstance(node, ast.Name)}
+
+
 def test_no_file_is_a_drawer_of_odds_and_ends():
     assert not [path for path in MODULES.values() if path.stem in ("utils", "helpers", "misc", "common")]
 

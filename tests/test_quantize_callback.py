@@ -234,6 +234,9 @@ def test_what_can_not_be_quantized_is_refused_before_the_first_step(tokenizer, t
     adapters = tiny(tokenizer)
     adapters.add_adapter(LoraConfig(target_modules=["q_proj"]))
     prompt = get_peft_model(tiny(tokenizer), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    a_file = AwqQuantizeCallback(recipe(), output_dir=__file__)
+    with pytest.raises(ConfigError, match=r"output_dir .*\.py is a file; name a folder"):
+        train(tiny(tokenizer), tmp_path, tokenizer, a_file)
     for model, message in (
         (get_peft_model(quantized, LoraConfig(target_modules="all-linear")), "quantized already"),
         (adapters, "get_peft_model"),

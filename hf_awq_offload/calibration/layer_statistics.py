@@ -50,7 +50,9 @@ class LayerStatistics:
                 part = self.parts.get(name)
                 self.leader_of[name] = leaders.setdefault("" if part is None else part.expert_name, name)
         linears = linears_in(layer)
-        self.collector = StatisticsCollector({name: linears[name] for name in set(self.leader_of.values())}, device)
+        # Each leader once, in this order: a set's differs between processes, and so do sums in its order.
+        inputs = {name: linears[name] for name in dict.fromkeys(self.leader_of.values())}
+        self.collector = StatisticsCollector(inputs, device)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:

@@ -111,6 +111,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
             )
 
 
+def requiring_grad(value: Any) -> Any:
+    """A floating-point tensor so that what is computed from it requires a gradient; anything else as it is."""
+    is_floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().requires_grad_() * 1 if is_floating else value
+
+
 Step = TypeVar("Step", bound=Hashable)
 
 
@@ -194,21 +200,15 @@ class _Recorder:
             call = self._store(name, hidden, args, kwargs)
             self.skeleton.calls.setdefault(name, {})[len(self.skeleton.hidden) - 1] = call
             # A tensor of its own, so that what the layer was given is not mistaken for what it returns.
-            self.last_hidden = self._traced(hidden) if self.trace else hidden.view_as(hidden)
+            self.last_hidden = requiring_grad(hidden) if self.trace else hidden.view_as(hidden)
             learned = self.learned_outputs[type(layer)]
             if isinstance(learned, Tensor):
                 return self.last_hidden
-            others = map_leaves(learned[1:], self._traced) if self.trace else learned[1:]
+            others = map_leaves(learned[1:], requiring_grad) if self.trace else learned[1:]
             self.handed_out |= {id(tensor): tensor for tensor in tensors_in(others)}
             return (self.last_hidden, *others)
 
         return record
-
-    @staticmethod
-    def _traced(leaf: Any) -> Any:
-        """`leaf`; a floating-point tensor so that what is computed from it requires a gradient."""
-        is_floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return leaf.detach().requires_grad_() * 1 if is_floating else leaf
 
     def _store(self, name: str, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
         position = 0

@@ -28,7 +28,7 @@ from ..model.decoder_layers import (
 )
 from .forward_pass import ForwardPass, ModelInputs, text_passes, token_ids_of, trial_text
 from .paused_forward import like_given, paused_forwards, run_and_resume
-from .skeleton import frozen, record_skeleton
+from .skeleton import frozen, record_skeleton, requiring_grad
 
 logger = get_logger(__name__)
 
@@ -155,7 +155,7 @@ def decoder_layers(model: nn.Module, sample: ModelInputs, run_layer: RunLayer) -
             reached.add(name)
             if type(layer) not in learned:
                 learned[type(layer)] = _on_device(run_layer, name, forward, args, kwargs)
-            hidden = _requiring_grad(next(iter(tensors_in((args, kwargs)))))
+            hidden = requiring_grad(next(iter(tensors_in((args, kwargs)))))
             return hidden if isinstance(learned[type(layer)], Tensor) else (hidden, *learned[type(layer)][1:])
 
         return run
@@ -166,7 +166,7 @@ def decoder_layers(model: nn.Module, sample: ModelInputs, run_layer: RunLayer) -
         stack.enter_context(frozen(model))
         for name, layer in candidates.items():
             stack.enter_context(shadowed_forward(layer, stub(name, layer, layer.forward)))
-        handle = embeddings.register_forward_hook(lambda module, args, output: _requiring_grad(output))
+        handle = embeddings.register_forward_hook(lambda module, args, output: requiring_grad(output))
         stack.callback(handle.remove)
         try:
             with torch.enable_grad():
@@ -204,12 +204,6 @@ def _on_device(
     """Runs a layer's own `forward` on its device; returns tensors on the device and in the dtype that it was given."""
     call = LayerCall(args, kwargs)
     return run_layer(name, lambda runner: runner.run_for_caller(call, like_given(args, kwargs), forward))
-
-
-def _requiring_grad(value: Any) -> Any:
-    """A floating-point tensor so that what is computed from it requires a gradient."""
-    is_floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.detach().requires_grad_() * 1 if is_floating else value
 
 
 def _list_of(layer_name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ConfigError, StorageError
@@ -39,36 +39,52 @@ def work_folder(target: Path) -> Iterator[Path]:
         _clear(work, target)
         yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if target.exists() or not (work / REPLACED_NAME).exists():  # else the next run brings it back
+            shutil.rmtree(work, ignore_errors=True)
         if lock is not None:
             lock.close()
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raises ConfigError if `target` is a file or, unless `overwrite` is set, a folder that is not empty."""
+def refuse_existing(target: Path, overwrite: bool, field: str = "out_dir") -> None:
+    """Refuses a file and, unless `overwrite` is set, a folder that is not empty.
+
+    Raises:
+        ConfigError: `target`, which the user calls `field`, is one of these.
+    """
     if target.exists() and not target.is_dir():
-        raise ConfigError(f"out_dir {target} is a file; name a folder.")
+        raise ConfigError(f"{field} {target} is a file; name a folder.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ConfigError(
-            f"out_dir {target} exists and is not empty; nothing was changed. Name another folder, or pass "
+            f"{field} {target} exists and is not empty; nothing was changed. Name another folder, or pass "
             "overwrite=True to put the quantized checkpoint in its place."
         )
 
 
 def move_into_place(assembled: Path, target: Path, work: Path) -> None:
-    """Renames the finished checkpoint to `target`; first moves what is there into `work`, which is removed later."""
+    """Renames the finished checkpoint to `target`; first moves what is there into `work`, which is removed later.
+
+    Raises:
+        StorageError: it cannot be moved; what was there is back in its place.
+    """
     try:
         if target.is_dir():
             os.replace(target, work / REPLACED_NAME)
         os.replace(assembled, target)
         flush_directory(target.parent)
     except OSError as error:
+        with suppress(OSError):
+            _bring_back(work, target)
         raise StorageError(f"The finished checkpoint can't be moved to {target}: {error}. Repeat the call.") from error
 
 
-def _clear(work: Path, target: Path) -> None:
+def _bring_back(work: Path, target: Path) -> None:
+    """Move what was moved aside back, unless the new checkpoint has its place."""
     if (work / REPLACED_NAME).exists() and not target.exists():
         os.replace(work / REPLACED_NAME, target)
+
+
+def _clear(work: Path, target: Path) -> None:
+    _bring_back(work, target)
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -14,39 +14,41 @@ from .outcome import DAMAGED, OK, Outcome
 
 def run(options: argparse.Namespace) -> Outcome:
     """Exit code 3 where there is damage."""
-    found = inspect_checkpoint(checkpoint_folder(options.checkpoint, options.revision), options.headers_only)
-    text = _text(options.checkpoint, found, options.headers_only)
-    return Outcome(_document(options, found), text, DAMAGED if found.is_damaged else OK)
+    inspection = inspect_checkpoint(checkpoint_folder(options.checkpoint, options.revision), options.headers_only)
+    text = _text(options.checkpoint, inspection, options.headers_only)
+    return Outcome(_document(options, inspection), text, DAMAGED if inspection.is_damaged else OK)
 
 
-def _document(options: argparse.Namespace, found: Inspection) -> dict[str, Any]:
-    fields = asdict(found)
+def _document(options: argparse.Namespace, inspection: Inspection) -> dict[str, Any]:
+    fields = asdict(inspection)
     return {
         "checkpoint": options.checkpoint,
         "headers_only": options.headers_only,
-        "damaged": found.is_damaged,
+        "damaged": inspection.is_damaged,
         **fields,
     }
 
 
-def _text(name: str, found: Inspection, headers_only: bool) -> str:
-    lines = [f"{name}: {found.format}, {found.tensors} tensors in {found.files} files, {_mb(found.size_bytes)}"]
+def _text(name: str, inspection: Inspection, headers_only: bool) -> str:
+    holds = f"{inspection.tensors} tensors in {inspection.files} files, {_mb(inspection.size_bytes)}"
+    lines = [f"{name}: {inspection.format}, {holds}"]
     grids = Counter(
         f"{linear.bits} bits, groups of {linear.group_size}, {'asymmetric' if linear.zero_point else 'symmetric'}"
-        for linear in found.linears
+        for linear in inspection.linears
     )
     lines += [f"  {count} linears of {grid}" for grid, count in grids.most_common()]
-    lines += [f"  {layer:40}{_mb(size):>12}" for layer, size in found.layer_bytes.items()]
-    if found.linears and not headers_only:
-        groups = sum(linear.groups for linear in found.linears)
+    lines += [f"  {layer:40}{_mb(size):>12}" for layer, size in inspection.layer_bytes.items()]
+    if inspection.linears and not headers_only:
+        groups = sum(linear.groups for linear in inspection.linears)
         lines.append(
-            f"  of {groups} groups: {sum(linear.zero_scales for linear in found.linears)} with a scale of zero, "
-            f"{sum(linear.saturated_groups for linear in found.linears)} saturated; largest weight "
-            f"{max(linear.largest_weight for linear in found.linears):.3g}"
+            f"  of {groups} groups: {sum(linear.zero_scales for linear in inspection.linears)} with a scale of zero, "
+            f"{sum(linear.saturated_groups for linear in inspection.linears)} saturated; largest weight "
+            f"{max(linear.largest_weight for linear in inspection.linears):.3g}"
         )
-    for finding in sorted(found.findings, key=lambda each: not each.is_damage):
+    for finding in sorted(inspection.findings, key=lambda finding: not finding.is_damage):
         lines.append(f"{'DAMAGE' if finding.is_damage else 'warning'}: {finding.where}: {finding.what}")
-    lines.append("damaged" if found.is_damaged else "no damage found" + (" in the headers" if headers_only else ""))
+    sound = "no damage found in the headers" if headers_only else "no damage found"
+    lines.append("damaged" if inspection.is_damaged else sound)
     return "\n".join(lines)
 
 

@@ -71,8 +71,8 @@ def _interrupting_signals() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: Any) -> None:
-        for each in signals:
-            signal.signal(each, signal.SIG_DFL)
+        for watched in signals:
+            signal.signal(watched, signal.SIG_DFL)
         raise KeyboardInterrupt
 
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -115,7 +115,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return value

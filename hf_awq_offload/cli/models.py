@@ -30,5 +30,5 @@ def load(source: str, options: argparse.Namespace) -> PreTrainedModel:
 
 
 def _from_hub(options: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {"trust_remote_code": True} if options.trust_remote_code else {}
-    return found | ({"revision": options.revision} if options.revision else {})
+    arguments: dict[str, Any] = {"trust_remote_code": True} if options.trust_remote_code else {}
+    return arguments | ({"revision": options.revision} if options.revision else {})

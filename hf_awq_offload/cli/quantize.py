@@ -152,14 +152,14 @@ def _size_bytes(folder: str) -> int:
 
 def _planned(options: argparse.Namespace, recipe: AwqOffloadConfig) -> Outcome:
     with named(options.source):
-        found = plan(options.source, recipe, **loading(options))
-    return Outcome({"source": options.source, "plan": asdict(found)}, plan_table(found))
+        planned = plan(options.source, recipe, **loading(options))
+    return Outcome({"source": options.source, "plan": asdict(planned)}, plan_table(planned))
 
 
-def plan_table(found: Plan) -> str:
+def plan_table(planned: Plan) -> str:
     """A line for every field; sizes in GiB, times in minutes."""
     lines = []
-    for name, value in asdict(found).items():
+    for name, value in asdict(planned).items():
         label, shown = name.replace("_", " "), str(value)
         if value is None:
             shown = "not known"

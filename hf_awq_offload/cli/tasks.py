@@ -28,11 +28,12 @@ def run_tasks(options: argparse.Namespace) -> Outcome:
     def results_of(source: str) -> dict[str, Any]:
         tokenizer = load_tokenizer(options.tokenizer or source, options)
         model = HFLM(pretrained=load(source, options), tokenizer=tokenizer)
-        found = simple_evaluate(
+        evaluated = simple_evaluate(
             model=model, tasks=options.tasks, limit=options.limit, task_manager=manager, log_samples=False
         )
-        assert found is not None  # it is None on the other ranks of a distributed run
-        return {name: _numbers(result) for name, result in found["results"].items()}
+        if evaluated is None:
+            raise CommandError("lm-eval-harness gives results to rank 0 of a distributed run only; run one process.")
+        return {name: _numbers(result) for name, result in evaluated["results"].items()}
 
     results = results_of(options.model)
     against = results_of(options.against) if options.against else None

@@ -93,9 +93,9 @@ def is_state(value: Any) -> bool:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in nested containers, in their order."""
-    found: list[Tensor] = []
-    map_leaves(value, lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None)
-    return found
+    tensors: list[Tensor] = []
+    map_leaves(value, lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None)
+    return tensors
 
 
 def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -103,21 +103,21 @@ def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     A linear that itself stands in a list is a projection, not a layer.
     """
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for list_name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(list_name.startswith(f"{name}.") for name in found):
+        if not isinstance(module, nn.ModuleList) or any(list_name.startswith(f"{name}.") for name in layers):
             continue
         for name, element in module.named_children():
             is_layer = not isinstance(element, nn.Linear | nn.ModuleList | nn.ModuleDict)
             if is_layer and any(isinstance(part, nn.Linear) for part in element.modules()):
-                found[f"{list_name}.{name}" if list_name else name] = element
-    if not found:
+                layers[f"{list_name}.{name}" if list_name else name] = element
+    if not layers:
         holds = " Its projections are Conv1D modules, which no AWQ loader knows." if _has_conv1d(model) else ""
         raise ModelStructureError(
             f"{type(model).__name__} has no list of layers that hold nn.Linear modules; there is nothing to quantize."
             f"{holds} Expected a decoder whose layers stand in an nn.ModuleList."
         )
-    return found
+    return layers
 
 
 def shared_parameters(model: nn.Module) -> dict[str, set[str]]:

@@ -61,8 +61,7 @@ def fused_names(module: nn.Module) -> list[str]:
 
 def original_projections(module_name: str, module: nn.Module, conversions: Sequence[Any]) -> Projections | None:
     """How the checkpoint's per-expert linears are called, read off the converters that merge them; None if none do."""
-    found = [_merged_from(f"{module_name}.{fused}", conversions) for fused in fused_names(module)]
-    first, second = found
+    first, second = (_merged_from(f"{module_name}.{fused}", conversions) for fused in fused_names(module))
     has_gate = cast(Any, module).has_gate
     if first is None or second is None or len(first) != 1 + has_gate or len(second) != 1:
         return None
@@ -86,7 +85,9 @@ def _merged_from(parameter_name: str, conversions: Sequence[Any]) -> list[str] |
 
 
 def _merges_into(converter: Any, parameter_name: str) -> bool:
-    return _makes(converter, parameter_name) and any(isinstance(each, MergeModulelist) for each in converter.operations)
+    return _makes(converter, parameter_name) and any(
+        isinstance(operation, MergeModulelist) for operation in converter.operations
+    )
 
 
 def _makes(converter: Any, parameter_name: str) -> bool:
@@ -108,7 +109,7 @@ def conversions_without_merging(conversions: Sequence[Any], model: nn.Module) ->
         if isinstance(module, UnfusedExperts)
         for parameter in module.was_fused
     ]
-    return [each for each in conversions if not any(_makes(each, name) for name in fused)]
+    return [converter for converter in conversions if not any(_makes(converter, name) for name in fused)]
 
 
 def unfused(module: nn.Module, names: Projections | None = None) -> UnfusedExperts:
@@ -281,7 +282,7 @@ def routed(layer: nn.Module, routing: Routing) -> Iterator[None]:
 
 def router_linears(layer: nn.Module) -> set[str]:
     """Linears within `layer` that choose experts: beside the experts, with an output for each of them."""
-    found = set()
+    routers = set()
     for name, module in layer.named_modules():
         fused = [value.shape for value in module.parameters(recurse=False) if value.ndim == 3]
         counts = {shape[0] for shape in fused if shape[0] <= min(shape[1:])}  # else of a convolution, or heads
@@ -292,8 +293,8 @@ def router_linears(layer: nn.Module) -> set[str]:
             full_name = f"{block_name}.{part}" if block_name else part
             is_inside = full_name.startswith(f"{name}.")
             if isinstance(linear, nn.Linear) and linear.out_features in counts and not is_inside:
-                found.add(full_name)
-    return found
+                routers.add(full_name)
+    return routers
 
 
 class ExpertPart(NamedTuple):

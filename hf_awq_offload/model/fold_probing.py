@@ -160,11 +160,11 @@ class _Probe:
 
     def families(self, groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
         """Groups of the same projection of different experts together."""
-        found: dict[str, list[InputGroup]] = defaultdict(list)
+        families: dict[str, list[InputGroup]] = defaultdict(list)
         for group in groups:
             assert group.fold is not None
-            found[f"{self.family(group.fold.producer)} -> {self.family(group.consumers[0])}"].append(group)
-        return list(found.values())
+            families[f"{self.family(group.fold.producer)} -> {self.family(group.consumers[0])}"].append(group)
+        return list(families.values())
 
     def proves(self, groups: Sequence[InputGroup]) -> bool:
         """Whether random scales on all of `groups`, compensated, leave what the layer yields as it is.
@@ -182,9 +182,8 @@ class _Probe:
             channel_scale = group.fold.channel_scale(row_scale)
             compensation.update({f"{consumer}.weight": channel_scale for consumer in group.consumers})
             for reader in group.readers:
-                shape = [1] * self.parameters[reader.parameter].ndim
-                shape[reader.axis] = -1
-                compensation[reader.parameter] = channel_scale.view(shape)
+                ndim = self.parameters[reader.parameter].ndim
+                compensation[reader.parameter] = reader.multiplier(channel_scale, ndim)
         uncompensated = self._change(scaled)
         scaled.update({name: scaled[name] * channel_scale for name, channel_scale in compensation.items()})
         compensated = self._change(scaled)
@@ -197,7 +196,7 @@ class _Probe:
         families: dict[str, list[str]] = defaultdict(list)
         for name in self.inputs({}, lone=True):  # one that does not even run proves nothing
             families[self.family(name)].append(name)
-        found: list[str] = []
+        without_influence: list[str] = []
         for names in families.values():
             scaled = {}
             for name in names:
@@ -206,15 +205,15 @@ class _Probe:
                 scaled[f"{name}.weight"] = weight * factor.unsqueeze(1)
             output = self.runner.observe(*self.probes.single, scaled)
             if all(map(torch.equal, output, reference)):  # exactly: the softmax of a single logit is 1.0
-                found += names
-        return frozenset(found)
+                without_influence += names
+        return frozenset(without_influence)
 
     def factors_of_a_softmax(self, groups: Sequence[tuple[str, ...]], known: frozenset[str]) -> frozenset[str]:
         """Pairs of linears with one input of which the layer sees only the product, and that not linearly.
 
         Where attention has a sink, the softmax of a lone token is not constant; but q·c and k/c are still q and k.
         """
-        found: set[str] = set()
+        factors: set[str] = set()
         for consumers in groups:
             names = [name for name in consumers if name not in known and name not in self.experts]
             for first, second in combinations(names if len(names) <= MAX_PAIRED else [], 2):
@@ -232,8 +231,8 @@ class _Probe:
                 if float(bent) > CURVATURE * sum(
                     float((a - r).norm()) for r, a in zip(self.reference, once, strict=True)
                 ):
-                    found |= {first, second}
-        return frozenset(found)
+                    factors |= {first, second}
+        return frozenset(factors)
 
     def _multiplied(self, name: str, factor: float) -> dict[str, Tensor]:
         """A linear's parameters times `factor`."""
@@ -253,14 +252,14 @@ class _Probe:
 
 def _readers_in(name: str, module: nn.Module, channels: int) -> list[Reader]:
     """Direct parameters of `module` that can multiply `channels` input channels."""
-    found = []
+    readers = []
     for parameter_name, parameter in module.named_parameters(recurse=False):
         full_name = f"{name}.{parameter_name}" if name else parameter_name
         if parameter.ndim in (2, 3) and parameter.shape[-1] == channels:
-            found.append(Reader(full_name, parameter.ndim - 1))
+            readers.append(Reader(full_name, parameter.ndim - 1))
         elif parameter.ndim == 3 and parameter.shape[1] == channels:
-            found.append(Reader(full_name, 1))
-    return found
+            readers.append(Reader(full_name, 1))
+    return readers
 
 
 def _readers_of(x: Tensor, reads: Mapping[Reader, Tensor]) -> tuple[Reader, ...]:
@@ -287,34 +286,34 @@ def _with_folds(
     groups: Sequence[InputGroup],  # with everything that may be a reader
 ) -> list[InputGroup]:
     """Every group with the first producer whose rows feed all its channels and that passes the proof, if any."""
-    found = list(groups)
+    folded = list(groups)
 
     def try_rows(candidate: Candidate, inputs: Mapping[str, Tensor], rows: Tensor | None, lone: bool) -> None:
         members = {
             index: member
-            for index, group in enumerate(found)
+            for index, group in enumerate(folded)
             if group.fold is None and (member := _member_for(probe, candidate, group)) is not None
         }
         if not members:
             return
-        fed = _rows_feeding(probe, candidate, inputs, found, list(members), rows, lone)
+        fed = _rows_feeding(probe, candidate, inputs, folded, list(members), rows, lone)
         proposed = {
             index: InputGroup(
-                found[index].consumers,
+                folded[index].consumers,
                 Fold(members[index].producer, candidate[0].kind, row_of_channel, candidate[0].rows),
-                found[index].readers,
+                folded[index].readers,
             )
             for index, row_of_channel in fed.items()
         }
         for family in probe.families(list(proposed.values())):
             proven = _proven(probe, family)
             for index, group in proposed.items():
-                found[index] = proven.get(group.consumers, found[index])
+                folded[index] = proven.get(group.consumers, folded[index])
 
     candidates = probe.candidates()
     for candidate in candidates:
         try_rows(candidate, inputs, None, lone=False)
-    widths = {inputs[group.consumers[0]].shape[1] for group in found if group.fold is None}
+    widths = {inputs[group.consumers[0]].shape[1] for group in folded if group.fold is None}
     lone_inputs = probe.inputs({}, lone=True) if widths else {}
     for candidate in candidates:
         rows = candidate[0].rows
@@ -322,7 +321,7 @@ def _with_folds(
             try_rows(candidate, lone_inputs, None, lone=True)
             for subset in row_subsets(rows) if any(rows == 2 * width for width in widths) else []:
                 try_rows(candidate, inputs, subset.to(probe.device), lone=False)
-    return found
+    return folded
 
 
 def _proven(probe: _Probe, family: Sequence[InputGroup]) -> dict[tuple[str, ...], InputGroup]:

@@ -55,6 +55,16 @@ class Reader:
     parameter: str  # name within the layer
     axis: int  # along which the input channels stand
 
+    def multiplier(
+        self,
+        channel_scale: Tensor,  # (in,)
+        ndim: int,  # of the parameter
+    ) -> Tensor:
+        """What the parameter is multiplied by: `channel_scale` along `axis`, every other axis of size 1."""
+        shape = [1] * ndim
+        shape[self.axis] = -1
+        return channel_scale.view(shape)
+
 
 @dataclass(frozen=True)
 class InputGroup:

@@ -26,7 +26,7 @@ def matrices_outside_linears(layer: nn.Module) -> dict[str, str]:
 
     Of a module that holds such parameters and no linear, the module's name; else the parameter's.
     """
-    found = {}
+    described = {}
     for name, module in layer.named_modules():
         known = isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
         named = [] if known else list(module.named_parameters(recurse=False))
@@ -35,10 +35,10 @@ def matrices_outside_linears(layer: nn.Module) -> dict[str, str]:
             continue
         kind = type(module).__name__
         if name and not any(isinstance(part, nn.Linear) for part in module.modules()):
-            found[name] = f"a {kind}, whose {', '.join(matrices)} are no linears"
+            described[name] = f"a {kind}, whose {', '.join(matrices)} are no linears"
         else:
-            found |= {f"{name}.{key}".lstrip("."): f"a parameter of a {kind}, no linear" for key in matrices}
-    return found
+            described |= {f"{name}.{key}".lstrip("."): f"a parameter of a {kind}, no linear" for key in matrices}
+    return described
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -112,7 +112,7 @@ class AwqLinear(QuantizedLinear):
         scales: Tensor = self._parameters["scales"]  # type: ignore[assignment]
         if scales.is_meta or input.shape[-1:] != (self.in_features,):
             return None
-        return ops.choose(self.backend, ops.Case.of(input, scales))
+        return ops.choose(self.backend, ops.LinearShape.of(input, scales))
 
     def _settle_layout(self, backend: ops.Backend) -> None:
         """Converts the weight to the layout that `backend` reads."""

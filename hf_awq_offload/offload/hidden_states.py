@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.safetensors import bytes_of
-from ..errors import StorageError
+from ..errors import ModelStructureError, StorageError
 
 Shape = tuple[int, ...]
 
@@ -71,8 +71,17 @@ class HiddenWriter:
         self._opened = None if file is None else file.open("wb")
 
     def append(self, batch: Tensor) -> None:
-        """`batch` is (sequences, tokens, ...) on the CPU; all of one dtype."""
-        assert self.dtype in (None, batch.dtype)
+        """`batch` is (sequences, tokens, ...) on the CPU; all of one dtype.
+
+        Raises:
+            ModelStructureError: its dtype is another one than those before had.
+            StorageError: the file can't be written.
+        """
+        if self.dtype not in (None, batch.dtype):
+            raise ModelStructureError(
+                f"A decoder layer returns {batch.dtype} for one batch and {self.dtype} for those before it; expected "
+                "hidden states of one dtype. Load the model in one dtype (dtype=...)."
+            )
         self.dtype = batch.dtype
         self.shapes.append(tuple(batch.shape))
         if self._opened is None:

@@ -109,13 +109,14 @@ class Journal:
 
     def _compare(self, path: Path, header: Mapping[str, str]) -> None:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(found, dict)
-        except (ValueError, AssertionError) as error:
+            existing = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(existing, dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:
             raise JournalError(
-                f"{path} can't be read ({error or 'no JSON object'}); delete the folder to quantize from the start."
+                f"{path} can't be read ({error}); delete the folder to quantize from the start."
             ) from error
-        different = sorted(part for part in {*header, *found} if header.get(part) != found.get(part))
+        different = sorted(part for part in {*header, *existing} if header.get(part) != existing.get(part))
         if different:
             raise JournalError(
                 f"checkpoint_dir {self.directory} is the journal of another run: these differ: "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..report import MemoryUse
 M_MMAP_THRESHOLD = -3
 """Of mallopt(3)."""
 
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -27,11 +27,9 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def default_execution_device() -> torch.device:
     """The accelerator if the machine has one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return (
-        torch.device("cpu")
-        if accelerator is None
-        else torch.device(accelerator.type, torch.accelerator.current_device_index())
-    )
+    if accelerator is None:
+        return CPU
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -45,12 +43,32 @@ def release_cached(device: torch.device) -> None:
         clear_device_cache()
 
 
+def memory_in_use_bytes(device: torch.device) -> int:
+    """Memory in use now: the accelerator's allocations, or on a CPU the process's resident set."""
+    if device.type != "cpu":
+        return torch.accelerator.memory_allocated(device)
+    resident_bytes = _status_bytes("VmRSS")
+    return psutil.Process().memory_info().rss if resident_bytes is None else resident_bytes
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: the accelerator's allocations, or on a CPU the process's resident set."""
+    """Most memory in use so far, since the last reset if there was one; counted as in `memory_in_use_bytes`."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
+    peak_bytes = _status_bytes("VmHWM")
+    if peak_bytes is not None:
+        return peak_bytes
     unit_bytes = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, see getrusage(2)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+
+
+def _status_bytes(field: str) -> int | None:
+    """What Linux says of this process in proc(5); None where it does not."""
+    try:
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    except (OSError, StopIteration):
+        return None
+    return int(line.split()[1]) * 1024
 
 
 def accelerator_bytes(device: torch.device) -> tuple[int, int]:
@@ -74,7 +92,7 @@ def at_most(limits: Mapping[torch.device, int | None]) -> Iterator[None]:
                 total = torch.cuda.get_device_properties(device).total_memory
                 torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
                 stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, device)
-            elif device.type == "cpu" and hasattr(resource, "RLIMIT_DATA") and STATUS.exists():
+            elif device.type == "cpu" and hasattr(resource, "RLIMIT_DATA"):
                 _limit_private_memory(limit_bytes, stack)
         yield
 
@@ -82,7 +100,10 @@ def at_most(limits: Mapping[torch.device, int | None]) -> Iterator[None]:
 def _limit_private_memory(limit_bytes: int, stack: ExitStack) -> None:
     torch.ones(512, 512) @ torch.ones(512, 512)  # threads are there from now on; their stacks would count
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    allowed = _status_bytes("VmData") + limit_bytes
+    private_bytes = _status_bytes("VmData")
+    if private_bytes is None:
+        return
+    allowed = private_bytes + limit_bytes
     if any(most != resource.RLIM_INFINITY and most < allowed for most in (soft, hard)):
         return  # less is allowed already
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
@@ -138,30 +159,21 @@ class MemoryWatch:
     """
 
     def __init__(self, device: torch.device):
-        process = psutil.Process()
-        self._ram = _Gauge(lambda: process.memory_info().rss, lambda: peak_memory_bytes(_CPU))
-        self._accelerator = None
-        if device.type != "cpu":
-            self._accelerator = _Gauge(
-                lambda: torch.accelerator.memory_allocated(device), lambda: peak_memory_bytes(device)
-            )
+        self._devices = [CPU] if device.type == "cpu" else [CPU, device]
+        self._start_bytes = {each: memory_in_use_bytes(each) for each in self._devices}
+        self._earlier_peak_bytes = {each: peak_memory_bytes(each) for each in self._devices}
+        self._highest_bytes = dict(self._start_bytes)
 
     def now(self) -> MemoryUse:
-        return MemoryUse(*self._ram.read(), *(self._accelerator.read() if self._accelerator is not None else (0, 0)))
+        return MemoryUse(*(count_bytes for device in self._devices for count_bytes in self._read(device)))
 
-
-class _Gauge:
-    """Bytes above those at the beginning: now, and at most."""
-
-    def __init__(self, in_use: Callable[[], int], peak: Callable[[], int]):
-        self._in_use, self._peak = in_use, peak
-        self._start_bytes, self._earlier_peak_bytes = in_use(), peak()
-        self._highest_bytes = self._start_bytes
-
-    def read(self) -> tuple[int, int]:
-        in_use, peak = self._in_use(), self._peak()
-        self._highest_bytes = max(self._highest_bytes, in_use, peak if peak > self._earlier_peak_bytes else 0)
-        return max(0, in_use - self._start_bytes), self._highest_bytes - self._start_bytes
+    def _read(self, device: torch.device) -> tuple[int, int]:
+        """(in use, the most so far), above what there was at the start."""
+        in_use, peak, start = memory_in_use_bytes(device), peak_memory_bytes(device), self._start_bytes[device]
+        if peak > self._earlier_peak_bytes[device]:
+            self._highest_bytes[device] = max(self._highest_bytes[device], peak)
+        self._highest_bytes[device] = max(self._highest_bytes[device], in_use)
+        return max(0, in_use - start), self._highest_bytes[device] - start
 
 
 class MemoryMeter:
@@ -174,24 +186,17 @@ class MemoryMeter:
     def __init__(self, device: torch.device):
         self.device = device
         self.baseline_bytes: int | None = None
-        try:
+        with suppress(OSError):  # another system than Linux, or not allowed
             CLEAR_REFS.write_text("5")  # counts the peak of the resident set anew, see proc(5)
-            self.baseline_bytes = _status_bytes("VmRSS")
-        except (OSError, StopIteration):
-            pass  # another system than Linux, or not allowed
+            self.baseline_bytes = memory_in_use_bytes(CPU)
         if device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats(device)
 
     def now_bytes(self) -> int:
         """RAM in use now, above what was at the beginning; 0 where that can't be told."""
-        return 0 if self.baseline_bytes is None else _status_bytes("VmRSS") - self.baseline_bytes
+        return 0 if self.baseline_bytes is None else memory_in_use_bytes(CPU) - self.baseline_bytes
 
     def peak_bytes(self) -> tuple[int | None, int]:
         """(RAM or None where that can't be told, accelerator or 0)."""
-        ram = None if self.baseline_bytes is None else _status_bytes("VmHWM") - self.baseline_bytes
-        return ram, 0 if self.device.type == "cpu" else torch.accelerator.max_memory_allocated(self.device)
-
-
-def _status_bytes(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
+        ram = None if self.baseline_bytes is None else peak_memory_bytes(CPU) - self.baseline_bytes
+        return ram, 0 if self.device.type == "cpu" else peak_memory_bytes(self.device)

@@ -1,6 +1,6 @@
 """Products with a packed weight: custom ops, and backends behind one dispatch. See schema.py and dispatch.py."""
 
-from .backend import Backend, Case, NativeBackend, NativeWeight
+from .backend import Backend, LinearShape, NativeBackend, NativeWeight
 from .dispatch import BACKENDS, ENVIRONMENT_VARIABLE, choose
 from .schema import check_packed, dequantize, dequantize_native, linear, linear_native, native_backend, without_autocast
 
@@ -8,7 +8,7 @@ __all__ = [
     "BACKENDS",
     "ENVIRONMENT_VARIABLE",
     "Backend",
-    "Case",
+    "LinearShape",
     "NativeBackend",
     "NativeWeight",
     "check_packed",

@@ -1,4 +1,4 @@
-"""What a backend is: it says which cases it can't serve, and multiplies by a packed weight in the others.
+"""What a backend is: it says which linears it can't serve, and multiplies by a packed weight of the others.
 
 There are two kinds. A `WordsBackend` reads the AWQ words themselves. A `NativeBackend` needs another layout of the
 same 4-bit integers; it is made from the words, and the words from it, so that only one of the two is held.
@@ -18,8 +18,8 @@ from ..formats.awq import PackedWeight
 from .blocks import Blocks, blocks_of_words, joined
 
 
-class Case(NamedTuple):
-    """What has to be served: a linear of this shape, on this kind of device, for inputs of this dtype."""
+class LinearShape(NamedTuple):
+    """What a backend is asked to serve: a linear of this shape, on this kind of device, for inputs of this dtype."""
 
     device_type: str
     dtype: torch.dtype
@@ -28,8 +28,8 @@ class Case(NamedTuple):
     group_size: int  # resolved, never -1
 
     @classmethod
-    def of(cls, x: Tensor, scales: Tensor) -> Case:
-        """The case of x (…, K) and scales (n, N)."""
+    def of(cls, x: Tensor, scales: Tensor) -> LinearShape:
+        """What an input x (…, K) and a weight with scales (n, N) ask for."""
         in_features = x.shape[-1]
         return cls(x.device.type, x.dtype, in_features, scales.shape[1], in_features // max(scales.shape[0], 1))
 
@@ -47,8 +47,8 @@ class Backend(ABC):
     name: str
 
     @abstractmethod
-    def refusal(self, case: Case) -> str | None:
-        """Why this backend can't serve `case` on this machine, or None when it can."""
+    def refusal(self, linear: LinearShape) -> str | None:
+        """Why this backend can't serve `linear` on this machine, or None when it can."""
 
 
 class WordsBackend(Backend):

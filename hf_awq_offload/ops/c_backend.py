@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..formats.awq import COLUMNS_PER_WORD, PackedWeight
-from .backend import Case, WordsBackend
+from .backend import LinearShape, WordsBackend
 from .blocks import BLOCK_CHANNELS, Blocks, matmul_dtype, multiply_blocks
 from .c_library import DTYPES, library, weight_arguments
 
@@ -39,11 +39,11 @@ class CBackend(WordsBackend):
 
     name = "c"
 
-    def refusal(self, case: Case) -> str | None:
-        if case.device_type != "cpu":
-            return f"it runs on the CPU only, the input is on {case.device_type!r}"
-        if case.dtype not in DTYPES:
-            return f"it computes in fp32, which is too coarse for {case.dtype}"
+    def refusal(self, linear: LinearShape) -> str | None:
+        if linear.device_type != "cpu":
+            return f"it runs on the CPU only, the input is on {linear.device_type!r}"
+        if linear.dtype not in DTYPES:
+            return f"it computes in fp32, which is too coarse for {linear.dtype}"
         kernels = library()
         return kernels if isinstance(kernels, str) else None
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..formats.awq import PackedWeight, pack_columns, unpack_columns
-from .backend import Case, NativeBackend, NativeWeight
+from .backend import LinearShape, NativeBackend, NativeWeight
 from .blocks import Blocks, Codes, blocks, codes_of_words, multiply_blocks
 
 KERNEL_GROUP_SIZES = (256, 128, 64, 32)
@@ -43,18 +43,18 @@ class CpuBackend(NativeBackend):
 
     name = "cpu"
 
-    def refusal(self, case: Case) -> str | None:
-        if case.device_type != "cpu":
-            return f"it runs on the CPU only, the input is on {case.device_type!r}"
-        if case.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"it computes in bf16, which is too coarse for {case.dtype}"
+    def refusal(self, linear: LinearShape) -> str | None:
+        if linear.device_type != "cpu":
+            return f"it runs on the CPU only, the input is on {linear.device_type!r}"
+        if linear.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"it computes in bf16, which is too coarse for {linear.dtype}"
         layout = cpu_layout()
         if layout is None:
             return "torch's int4 packing is not available, or not understood, on this CPU"
-        if case.out_features % layout.block:
-            return f"out_features {case.out_features} is not a multiple of {layout.block}, this CPU's block"
-        if kernel_group_size(case.group_size) is None:
-            return f"group size {case.group_size} is not a multiple of {KERNEL_GROUP_SIZES[-1]}"
+        if linear.out_features % layout.block:
+            return f"out_features {linear.out_features} is not a multiple of {layout.block}, this CPU's block"
+        if kernel_group_size(linear.group_size) is None:
+            return f"group size {linear.group_size} is not a multiple of {KERNEL_GROUP_SIZES[-1]}"
         return None
 
     def pack(self, packed: PackedWeight) -> NativeWeight:

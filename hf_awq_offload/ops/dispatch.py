@@ -12,7 +12,7 @@ from functools import cache
 from importlib import import_module
 
 from ..errors import ConfigError
-from .backend import Backend, Case, WordsBackend
+from .backend import Backend, LinearShape, WordsBackend
 
 ENVIRONMENT_VARIABLE = "HF_AWQ_OFFLOAD_BACKEND"
 
@@ -25,23 +25,23 @@ ORDER = {"cpu": ("c", "cpu"), "cuda": ("triton", "tinygemm"), "xpu": ("xpu",)}
 
 def choose(
     requested: str,  # one of BACKENDS
-    case: Case,
+    linear: LinearShape,
 ) -> Backend:
-    """The backend for `case`.
+    """The backend for `linear`.
 
     Raises:
         ConfigError: the backend that was asked for is unknown, or refuses.
     """
-    return _choose(os.environ.get(ENVIRONMENT_VARIABLE, ""), requested, case)
+    return _choose(os.environ.get(ENVIRONMENT_VARIABLE, ""), requested, linear)
 
 
-def dequantizer(requested: str, case: Case) -> WordsBackend:
-    """Who dequantizes to `case.dtype`: the backend for `case` if it reads the AWQ words, else torch's.
+def dequantizer(requested: str, linear: LinearShape) -> WordsBackend:
+    """Who dequantizes to `linear.dtype`: the backend for `linear` if it reads the AWQ words, else torch's.
 
     None is refused: a backend that multiplies in few dtypes only is no reason not to read a weight.
     """
     try:
-        backend = choose(requested, case)
+        backend = choose(requested, linear)
     except ConfigError:
         backend = None
     if not isinstance(backend, WordsBackend):
@@ -56,22 +56,22 @@ def backend_named(name: str) -> Backend:
 
 
 @cache
-def _choose(environment: str, requested: str, case: Case) -> Backend:
+def _choose(environment: str, requested: str, linear: LinearShape) -> Backend:
     name = environment or requested
     source = f"{ENVIRONMENT_VARIABLE}={environment}" if environment else f"backend={requested!r}"
     if name not in BACKENDS:
         raise ConfigError(f"{source} is not a backend; known: {', '.join(BACKENDS)}.")
     if name != "auto":
         backend = backend_named(name)
-        reason = backend.refusal(case)
+        reason = backend.refusal(linear)
         if reason is not None:
             raise ConfigError(
-                f"{source} can't serve a linear of {case.in_features} to {case.out_features} channels: {reason}. "
+                f"{source} can't serve a linear of {linear.in_features} to {linear.out_features} channels: {reason}. "
                 "Choose 'auto' or 'torch'."
             )
         return backend
-    for candidate in ORDER.get(case.device_type, ()):
+    for candidate in ORDER.get(linear.device_type, ()):
         backend = backend_named(candidate)
-        if backend.refusal(case) is None:
+        if backend.refusal(linear) is None:
             return backend
     return backend_named("torch")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..formats.awq import COLUMNS_PER_WORD, PackedWeight
-from .backend import Backend, Case, NativeBackend, NativeWeight, WordsBackend
+from .backend import Backend, LinearShape, NativeBackend, NativeWeight, WordsBackend
 from .blocks import BlocksIn, multiply_blocks_back
 from .dispatch import backend_named, choose, dequantizer
 
@@ -48,7 +48,7 @@ def _linear(
 ) -> Tensor:
     check_packed(qweight, qzeros, scales)
     check_input(x, qweight.shape[0], qweight.device)
-    chosen = chosen or choose(backend, Case.of(x, scales))
+    chosen = chosen or choose(backend, LinearShape.of(x, scales))
     if not isinstance(chosen, WordsBackend):  # its own layout has not been made, as under torch.compile
         chosen = backend_named("torch")
     assert isinstance(chosen, WordsBackend)
@@ -239,7 +239,9 @@ def _output_like(x: Tensor, scales: Tensor) -> Tensor:
 
 def _dequantizer(packed: PackedWeight, dtype: torch.dtype, backend: str) -> WordsBackend:
     (in_features, _), (n, out_features) = packed.qweight.shape, packed.scales.shape
-    return dequantizer(backend, Case(packed.scales.device.type, dtype, in_features, out_features, in_features // n))
+    return dequantizer(
+        backend, LinearShape(packed.scales.device.type, dtype, in_features, out_features, in_features // n)
+    )
 
 
 def times_blocks(

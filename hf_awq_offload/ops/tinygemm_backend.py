@@ -2,44 +2,45 @@
 
     w = (q - 8) · scale + zero,  zero = (8 - z) · scale, in bf16
 
-The same formula as on the CPU with another layout, which is read back by a product with the identity: q - 8 is exact.
+The same formula as on the CPU with another layout; bf16 holds q - 8 exactly, so that the layout can be read back.
 No machine that has tested this package had to choose it; docs/kernels.md says what has been run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..formats.awq import PackedWeight, pack_columns, unpack_columns
-from .backend import Case, NativeBackend, NativeWeight
+from ..formats.awq import PackedWeight, unpack_columns
+from .backend import LinearShape, NativeWeight
 from .blocks import codes_of_words
+from .int4pack import INNER_K_TILES, Int4PackBackend
 
-INNER_K_TILES = 8
 KERNEL_GROUP_SIZES = (256, 128, 64, 32)
-MANY_ROWS = 64
-IDENTITY_ROWS = 512
 
 
-class TinygemmBackend(NativeBackend):
+class TinygemmBackend(Int4PackBackend):
     """See the module."""
 
     name = "tinygemm"
+    identity_dtype = torch.bfloat16
 
-    def refusal(self, case: Case) -> str | None:
-        if case.device_type != "cuda":
-            return f"it runs on CUDA only, the input is on {case.device_type!r}"
+    def refusal(self, linear: LinearShape) -> str | None:
+        if linear.device_type != "cuda":
+            return f"it runs on CUDA only, the input is on {linear.device_type!r}"
         if torch.version.hip is not None:
             return "it runs on NVIDIA GPUs only"
         if torch.cuda.get_device_capability() < (8, 0):
             return f"it wants compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
-        if case.dtype != torch.bfloat16:
-            return f"it serves bf16, the input is {case.dtype}"
-        if case.group_size not in KERNEL_GROUP_SIZES:
-            return f"group size {case.group_size} is not one of {KERNEL_GROUP_SIZES}"
-        if case.out_features % 8 or case.in_features % (INNER_K_TILES * 16):
+        if linear.dtype != torch.bfloat16:
+            return f"it serves bf16, the input is {linear.dtype}"
+        if linear.group_size not in KERNEL_GROUP_SIZES:
+            return f"group size {linear.group_size} is not one of {KERNEL_GROUP_SIZES}"
+        if linear.out_features % 8 or linear.in_features % (INNER_K_TILES * 16):
             return (
-                f"a shape of {case.in_features} to {case.out_features} channels is not a multiple of "
+                f"a shape of {linear.in_features} to {linear.out_features} channels is not a multiple of "
                 f"{INNER_K_TILES * 16} by 8"
             )
         return None
@@ -54,23 +55,19 @@ class TinygemmBackend(NativeBackend):
         assert words.numel() * 8 == in_features * out_features
         return NativeWeight(words, torch.stack([scale, zero], dim=-1).contiguous())
 
-    def unpack(self, words: Tensor, in_features: int, out_features: int) -> Tensor:
+    def codes_reader(self, words: Tensor, in_features: int, out_features: int) -> Callable[[Tensor], Tensor]:
         ones = torch.ones(in_features // KERNEL_GROUP_SIZES[-1], out_features, device=words.device)
         parameters = torch.stack([ones, torch.zeros_like(ones)], dim=-1).to(torch.bfloat16)
-        qweight = torch.empty(in_features, out_features // 8, dtype=torch.int32, device=words.device)
-        for first in range(0, in_features, IDENTITY_ROWS):
-            last = min(first + IDENTITY_ROWS, in_features)
-            identity = torch.zeros(last - first, in_features, dtype=torch.bfloat16, device=words.device)
-            identity.diagonal(first).fill_(1)
-            shifted = torch.ops.aten._weight_int4pack_mm(identity, words, KERNEL_GROUP_SIZES[-1], parameters)
-            qweight[first:last] = pack_columns(shifted.to(torch.int32) + 8)
-        return qweight
 
-    def linear(self, x: Tensor, native: NativeWeight, qzeros: Tensor, scales: Tensor) -> Tensor:
-        if x.shape[0] >= MANY_ROWS:
-            return x @ self.dequantize(native.words, qzeros, scales, x.shape[1], x.dtype).t()
+        def codes_of(identity: Tensor) -> Tensor:
+            shifted = torch.ops.aten._weight_int4pack_mm(identity, words, KERNEL_GROUP_SIZES[-1], parameters)
+            return shifted.to(torch.int32) + 8
+
+        return codes_of
+
+    def product(self, x: Tensor, native: NativeWeight, scales: Tensor) -> Tensor:
         group_size = x.shape[1] // scales.shape[0]
-        return torch.ops.aten._weight_int4pack_mm(x.contiguous(), native.words, group_size, native.parameters)
+        return torch.ops.aten._weight_int4pack_mm(x, native.words, group_size, native.parameters)
 
 
 BACKEND = TinygemmBackend()

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from ..formats.awq import PackedWeight
-from .backend import Case, WordsBackend
+from .backend import LinearShape, WordsBackend
 from .blocks import multiply_blocks
 
 
@@ -16,7 +16,7 @@ class TorchBackend(WordsBackend):
 
     name = "torch"
 
-    def refusal(self, case: Case) -> str | None:
+    def refusal(self, linear: LinearShape) -> str | None:
         return None
 
     def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:

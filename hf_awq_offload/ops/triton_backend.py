@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..formats.awq import PackedWeight
-from .backend import Case, WordsBackend
+from .backend import LinearShape, WordsBackend
 from .blocks import Blocks
 
 MANY_ROWS = 256
@@ -31,15 +31,15 @@ class TritonBackend(WordsBackend):
 
     name = "triton"
 
-    def refusal(self, case: Case) -> str | None:
+    def refusal(self, linear: LinearShape) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed (pip install triton)"
-        if case.device_type != "cuda" and not (interpreting() and case.device_type == "cpu"):
-            return f"its kernels run on CUDA and ROCm, the input is on {case.device_type!r}"
-        if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"it serves fp16, bf16 and fp32, the input is {case.dtype}"
-        if case.group_size % MIN_BLOCK_K:
-            return f"group size {case.group_size} is not a multiple of {MIN_BLOCK_K}"
+        if linear.device_type != "cuda" and not (interpreting() and linear.device_type == "cpu"):
+            return f"its kernels run on CUDA and ROCm, the input is on {linear.device_type!r}"
+        if linear.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"it serves fp16, bf16 and fp32, the input is {linear.dtype}"
+        if linear.group_size % MIN_BLOCK_K:
+            return f"group size {linear.group_size} is not a multiple of {MIN_BLOCK_K}"
         return None
 
     def linear(self, x: Tensor, packed: PackedWeight) -> Tensor:

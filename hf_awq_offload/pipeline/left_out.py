@@ -18,8 +18,8 @@ NEEDS_OTHER_DATA = "did not run in calibration: needs samples with images"
 def add_layers_left_out(
     report: QuantizationReport, model: nn.Module, is_quantizable: Callable[[str], bool]
 ) -> QuantizationReport:
-    """`report`, and what is said of layers that did not run, and of matrices that are no linears."""
-    ran = {layer.name for layer in report.layers}
+    """Adds to the report, and returns it: linears of layers that did not run, and matrices that are no linears."""
+    ran = dict.fromkeys(layer.name for layer in report.layers)
     for name in ran:
         others = matrices_outside_linears(model.get_submodule(name))
         report.left_out |= {f"{name}.{part}": reason for part, reason in others.items()}
@@ -34,10 +34,11 @@ def add_layers_left_out(
 
 
 def not_reached(context: LayerContext, structure: LayerStructure) -> dict[str, str]:
-    """Linears of the layer that no calibration token reached, and what is said of them."""
+    """Returns the linears of a layer that no calibration token reached -> what the report says of them."""
     left = context.quantizable - reached(structure)
-    return {f"{context.name}.{name}": "did not run in calibration" for name in left}
+    return {f"{context.name}.{name}": "did not run in calibration" for name in sorted(left)}
 
 
 def reached(structure: LayerStructure) -> set[str]:
+    """Returns the linears that calls of the layer reached when it was probed."""
     return {name for group in structure.groups for name in group.consumers}

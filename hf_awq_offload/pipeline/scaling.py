@@ -88,7 +88,5 @@ def fold_scales(context: LayerContext, searched: Sequence[tuple[InputGroup, Scal
         for reader in group.readers:
             context.remember([reader.parameter])
             parameter = context.layer.get_parameter(reader.parameter)
-            shape = [1] * parameter.ndim
-            shape[reader.axis] = -1
-            parameter.data.mul_(scale.view(shape))
+            parameter.data.mul_(reader.multiplier(scale, parameter.ndim))
     return scales

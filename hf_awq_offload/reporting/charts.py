@@ -81,7 +81,7 @@ class Chart:
         text = re.sub(r"^<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 xmlns:xlink="http://www.w3.org/1999/xlink" '
                       'role="img" aria-hidden="true">', text, count=1)  # fmt: skip
         names = {colour: name for name, colour in LIGHT.items()}
-        return re.sub("|".join(names), lambda found: f"var(--{names[found[0]]})", text)
+        return re.sub("|".join(names), lambda match: f"var(--{names[match[0]]})", text)
 
     def _rendered(self, file_format: str, **options: Any) -> bytes:
         import matplotlib
@@ -122,7 +122,7 @@ def charts_of(report: QuantizationReport, facts: RunFacts) -> list[Chart]:
     if families:
         charts.append(_identity(families))
     if any(family.clip_counts for family in families.values()):
-        charts.append(_clipping({name: each for name, each in families.items() if each.clip_counts}))
+        charts.append(_clipping({name: family for name, family in families.items() if family.clip_counts}))
     charts.append(_seconds(report, facts.plan))
     if any(layer.memory is not None for layer in report.layers):
         charts.append(_memory(report, facts.plan))
@@ -153,11 +153,11 @@ def _group_losses(report: QuantizationReport, families: Mapping[str, Family]) ->
 def _gains(families: Mapping[str, Family]) -> Chart:
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        named = {name: each for name, each in families.items() if each.loss_nearest > 0}
-        final = [each.loss / each.loss_nearest for each in named.values()]
+        named = {name: family for name, family in families.items() if family.loss_nearest > 0}
+        final = [family.loss / family.loss_nearest for family in named.values()]
         scaled = [
-            float("nan") if each.loss_scaled is None else each.loss_scaled / each.loss_nearest
-            for each in named.values()
+            float("nan") if family.loss_scaled is None else family.loss_scaled / family.loss_nearest
+            for family in named.values()
         ]
         places = range(len(named))
         axes.hlines(places, final, 1, color=LIGHT["nothing"], linewidth=2, zorder=1)
@@ -245,15 +245,17 @@ def _seconds(report: QuantizationReport, plan: Mapping[str, Any] | None) -> Char
 
 
 def _memory(report: QuantizationReport, plan: Mapping[str, Any] | None) -> Chart:
-    kinds = ["accelerator", "ram"] if any(each.memory and each.memory.accelerator_peak for each in report.layers) else [
-        "ram"
-    ]  # fmt: skip
+    on_accelerator = any(layer.memory and layer.memory.accelerator_peak for layer in report.layers)
+    kinds = ["accelerator", "ram"] if on_accelerator else ["ram"]
 
     def draw(figure: Any) -> None:
         for position, kind in enumerate(kinds):
             axes = figure.add_subplot(1, len(kinds), position + 1)
             uses, peaks = (
-                [float("nan") if each.memory is None else getattr(each.memory, name) / 2**30 for each in report.layers]
+                [
+                    float("nan") if layer.memory is None else getattr(layer.memory, name) / 2**30
+                    for layer in report.layers
+                ]
                 for name in (kind, f"{kind}_peak")
             )
             marker = "." if len(report.layers) <= MOST_MARKERS else ""
@@ -301,7 +303,7 @@ def _draw_cells(axes: Any, values: Sequence[Sequence[float]], colours: Any, low:
     """A coloured cell per (row, layer); values are whole numbers from low to high."""
     from matplotlib.ticker import MaxNLocator
 
-    columns, rows = ([each - 0.5 for each in range(count + 1)] for count in (len(values[0]), len(values)))
+    columns, rows = ([edge - 0.5 for edge in range(count + 1)] for count in (len(values[0]), len(values)))
     axes.grid(visible=False)
     axes.pcolormesh(
         columns, rows, values, cmap=colours, vmin=low - 0.5, vmax=high + 0.5, edgecolors="face", linewidth=0.2
@@ -313,7 +315,7 @@ def _draw_shares(
     axes: Any, families: Mapping[str, Family], counts: Mapping[str, Sequence[int]], colours: Sequence[str]
 ) -> None:
     """A bar of length 1 per family, divided as the counts of the parts are."""
-    totals = [max(1, sum(each)) for each in zip(*counts.values(), strict=True)]
+    totals = [max(1, sum(parts)) for parts in zip(*counts.values(), strict=True)]
     left = [0.0] * len(totals)
     for numbers, colour in zip(counts.values(), colours, strict=True):
         widths = [number / total for number, total in zip(numbers, totals, strict=True)]
@@ -362,8 +364,8 @@ def _cells(report: QuantizationReport, families: Mapping[str, Family]) -> dict[s
         own = families_of(layer)
         rest = tuple(group for name, family in own.items() if name not in families for group in family.groups)
         for name in families:
-            found = own.get(name) if name != OTHERS else Family(rest) if rest else None
-            cells[name].append(found)
+            cell = own.get(name) if name != OTHERS else Family(rest) if rest else None
+            cells[name].append(cell)
     return cells
 
 

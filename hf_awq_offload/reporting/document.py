@@ -42,11 +42,11 @@ def facts_of(
 ) -> RunFacts:
     """What is known of a run; of a path its last part only."""
     source = source or "a model"
-    name = Path(source).name if os.path.exists(source) else source
+    model = Path(source).name if os.path.exists(source) else source
     chosen = ("bits", "group_size", "zero_point", "overrides", "min_expert_tokens", "all_experts", "offload")
-    settings = {"format": recipe.checkpoint_format} | {each: getattr(recipe, each) for each in chosen}
+    settings = {"format": recipe.checkpoint_format} | {name: getattr(recipe, name) for name in chosen}
     kept = {key: value for key, value in meta.items() if key != "quantizer"}
-    return RunFacts(name, str(device), settings | kept, None if plan is None else asdict(plan))
+    return RunFacts(model, str(device), settings | kept, None if plan is None else asdict(plan))
 
 
 def document_of(report: QuantizationReport, facts: RunFacts) -> dict[str, Any]:
@@ -90,8 +90,8 @@ def summary_of(report: QuantizationReport) -> dict[str, Any]:
         "rows": everything.rows,
         "rows_nearest": everything.rows_nearest,
         "seconds": sum(layer.seconds for layer in report.layers),
-        "ram_peak_bytes": max((each.ram_peak for each in memory), default=None),
-        "accelerator_peak_bytes": max((each.accelerator_peak for each in memory), default=None),
+        "ram_peak_bytes": max((use.ram_peak for use in memory), default=None),
+        "accelerator_peak_bytes": max((use.accelerator_peak for use in memory), default=None),
         "starved_experts": sum(len(layer.starved_experts) for layer in report.layers),
         "left_out": len(report.left_out),
     }

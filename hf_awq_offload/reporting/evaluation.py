@@ -90,7 +90,7 @@ def evaluate(
     Raises:
         ValueError: there is no window, or one of less than two tokens.
     """
-    stretches = [each if isinstance(each, Window) else Window(each, each.shape[1] - 1) for each in windows]
+    stretches = [window if isinstance(window, Window) else Window(window, window.shape[1] - 1) for window in windows]
     if not stretches or any(stretch.token_ids.shape[1] < 2 for stretch in stretches):
         raise ValueError("Expected at least one window of at least two tokens; give a longer text.")
     nll_nats, reference_nll_nats, kl_nats, agreed, tokens = 0.0, 0.0, 0.0, 0, 0

@@ -5,14 +5,11 @@ layers.7: ("mlp.experts.12.down_proj",)  ->  "mlp.experts.*.down_proj"
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..formats.name_patterns import NUMBER
 from ..report import GroupReport, LayerReport, QuantizationReport
-
-INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
-"""A part of a dotted name that is a number."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +40,12 @@ class Family:
     @property
     def reasons(self) -> dict[str, int]:
         """Why groups have no scale -> how many."""
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for group in self.groups:
             if group.alpha is None:
                 reason = group.unscaled or "not recorded"
-                found[reason] = found.get(reason, 0) + 1
-        return found
+                counts[reason] = counts.get(reason, 0) + 1
+        return counts
 
     @property
     def clip_counts(self) -> list[int]:
@@ -66,7 +63,7 @@ class Family:
 
 def family_name(consumers: Iterable[str]) -> str:
     """One name for all groups of a kind: "self_attn: q_proj, k_proj, v_proj"."""
-    names = list(dict.fromkeys(INDEX.sub("*", name) for name in consumers))
+    names = list(dict.fromkeys(NUMBER.sub("*", name) for name in consumers))
     parents = {name.rpartition(".")[0] for name in names}
     if len(names) == 1 or len(parents) > 1:
         return ", ".join(names)
@@ -87,15 +84,15 @@ def all_families(report: QuantizationReport) -> dict[str, Family]:
 
 def collapsed(names: Iterable[str]) -> dict[str, int]:
     """Names with their numbers taken out -> how many of them there are."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name in names:
-        pattern = INDEX.sub("*", name)
-        found[pattern] = found.get(pattern, 0) + 1
-    return found
+        pattern = NUMBER.sub("*", name)
+        counts[pattern] = counts.get(pattern, 0) + 1
+    return counts
 
 
 def _by_name(groups: Iterable[GroupReport]) -> dict[str, Family]:
-    found: dict[str, list[GroupReport]] = {}
+    families: dict[str, list[GroupReport]] = {}
     for group in groups:
-        found.setdefault(family_name(group.consumers), []).append(group)
-    return {name: Family(tuple(members)) for name, members in found.items()}
+        families.setdefault(family_name(group.consumers), []).append(group)
+    return {name: Family(tuple(members)) for name, members in families.items()}

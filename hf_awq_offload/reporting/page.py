@@ -192,7 +192,7 @@ def _starved(report: QuantizationReport, minimum: int | None) -> str:
     less = "" if minimum is None else f" (fewer than {minimum})"
     rows = []
     for layer in layers:
-        experts = sorted(layer.starved_experts.items(), key=lambda each: each[1])
+        experts = sorted(layer.starved_experts.items(), key=lambda expert: expert[1])
         named = ", ".join(f"{name} ({tokens})" for name, tokens in experts[:MOST_EXPERTS_NAMED])
         more = len(experts) - MOST_EXPERTS_NAMED
         named += f" and {more} more" if more > 0 else ""

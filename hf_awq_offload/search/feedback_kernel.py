@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from .feedback_state import FeedbackState
 
 BLOCK_ROWS = 64
 
@@ -27,7 +28,7 @@ def leaf_kernel(
     remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots, start, channels, rows, coupling_stride,
     levels, LEAF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rounds channels start … start + channels of `rows` rows; what the tensors are is said in `round_leaf`."""
+    """Rounds channels start … start + channels of `rows` rows; what the tensors are is said in `FeedbackState`."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < rows
     leaf = tl.arange(0, LEAF)
@@ -53,21 +54,14 @@ def leaf_kernel(
 
 
 def round_leaf(
-    remaining: Tensor,  # (in, out) fp32, contiguous: w', codes once rounded
-    errors: Tensor,  # (in, out) fp32, contiguous: w, w - ŵ once rounded
-    squares: Tensor,  # (out,) fp32: Σ c² (w' - ŵ)² so far
-    scale: Tensor,  # (n, out) fp32, contiguous
-    zero: Tensor,  # (n, out) fp32, contiguous
-    group_of_channel: Tensor,  # (in,) int64
-    coupling: Tensor,  # (in, in) fp32, contiguous
-    pivots: Tensor,  # (in,) fp32
+    state: FeedbackState,
     start: int,
     stop: int,
     levels: int,
 ) -> None:
     """Round the channels start … stop, in place."""
-    rows = remaining.shape[1]
+    rows = state.remaining.shape[1]
     leaf_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
-        remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots, start, stop - start, rows,
-        coupling.stride(0), float(levels), LEAF=triton.next_power_of_2(stop - start), BLOCK=BLOCK_ROWS,
+        *state, start, stop - start, rows, state.coupling.stride(0), float(levels),
+        LEAF=triton.next_power_of_2(stop - start), BLOCK=BLOCK_ROWS,
     )  # fmt: skip

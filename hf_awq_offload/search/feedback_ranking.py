@@ -63,7 +63,7 @@ def _steps(
     steps, zeros = [], []
     for scale in candidates:
         parameters = group_parameters(group_range(sample.rows * scale, sample.grid), sample.grid)
-        step, zero = (each.repeat_interleave(sample.grid.group_size, dim=1) for each in parameters)
+        step, zero = (part.repeat_interleave(sample.grid.group_size, dim=1) for part in parameters)
         steps.append(step.mul_(reference / scale))
         zeros.append(zero)
     return GroupParameters(torch.cat(steps), torch.cat(zeros))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import NumericalError
 from ..formats.grid import Grid, GroupParameters, GroupRange, dequantize, group_parameters, group_range, quantize
+from .feedback_state import FeedbackState
 from .loss import row_chunks, row_mse
 from .refit import refitted
 
@@ -144,7 +145,7 @@ def round_with_feedback(
     most_rows = max(1, ROWS_ELEMENTS // weight.shape[1])
     parts = [
         _round_rows(rows, GroupParameters(*own), order, grid)
-        for rows, *own in zip(weight.split(most_rows), *(each.split(most_rows) for each in parameters), strict=True)
+        for rows, *own in zip(weight.split(most_rows), *(part.split(most_rows) for part in parameters), strict=True)
     ]
     return torch.cat([codes for codes, _ in parts]), torch.cat([mse for _, mse in parts])
 
@@ -159,8 +160,9 @@ def _round_rows(
     errors = weight.t().contiguous().index_select(0, order.channels)  # (in, out), w - ŵ once rounded
     remaining = errors.clone()  # w', codes once rounded
     squares = torch.zeros_like(errors[0])
-    scale, zero = (each.t().contiguous() for each in parameters)  # (n, out)
-    state = (remaining, errors, squares, scale, zero, order.channels // grid.group_size, order.coupling, order.pivots)
+    scale, zero = (part.t().contiguous() for part in parameters)  # (n, out)
+    group_of_channel = order.channels // grid.group_size
+    state = FeedbackState(remaining, errors, squares, scale, zero, group_of_channel, order.coupling, order.pivots)
     round_leaf = _round_leaf
     if weight.is_cuda and find_spec("triton") is not None:
         from .feedback_kernel import round_leaf
@@ -170,7 +172,7 @@ def _round_rows(
         start, stop, is_half_done = spans.pop()
         middle = (start + stop) // 2
         if stop - start <= LEAF_CHANNELS:
-            round_leaf(*state, start, stop, grid.levels)
+            round_leaf(state, start, stop, grid.levels)
         elif is_half_done:
             remaining[middle:stop].addmm_(order.coupling[start:middle, middle:stop].t(), errors[start:middle])
             spans.append((middle, stop, False))
@@ -182,19 +184,13 @@ def _round_rows(
 
 
 def _round_leaf(
-    remaining: Tensor,  # (in, out): w', codes once rounded
-    errors: Tensor,  # (in, out): w, w - ŵ once rounded
-    squares: Tensor,  # (out,): Σ c² (w' - ŵ)² so far
-    scale: Tensor,  # (n, out)
-    zero: Tensor,  # (n, out)
-    group_of_channel: Tensor,  # (in,)
-    coupling: Tensor,  # (in, in), contiguous
-    pivots: Tensor,  # (in,)
+    state: FeedbackState,
     start: int,
     stop: int,
     levels: int,
 ) -> None:
     """Round the channels start … stop one by one, in place."""
+    remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots = state
     groups = group_of_channel[start:stop].tolist()
     for i, group, pivot in zip(range(start, stop), groups, pivots[start:stop].tolist(), strict=True):
         codes = (remaining[i] / scale[group]).round_().add_(zero[group]).clamp_(0, levels)
@@ -263,13 +259,13 @@ def _nearest(
 ) -> tuple[Tensor, Tensor]:
     """The nearest integers, (out, in), and the squared output error per token of every row, (out,)."""
     codes = torch.empty_like(weight)
-    found = torch.empty_like(weight[:, 0]) if mse is None else mse
+    losses = torch.empty_like(weight[:, 0]) if mse is None else mse
     for span in row_chunks(weight):
         rows, own = weight[span], _rows_of(parameters, span)
         codes[span] = quantize(rows, own, grid)
         if mse is None:
-            found[span] = row_mse(dequantize(codes[span], own, grid).sub_(rows), gram)
-    return codes, found
+            losses[span] = row_mse(dequantize(codes[span], own, grid).sub_(rows), gram)
+    return codes, losses
 
 
 def _rows_of(parameters: GroupParameters, rows: slice | Tensor) -> GroupParameters:
@@ -278,5 +274,5 @@ def _rows_of(parameters: GroupParameters, rows: slice | Tensor) -> GroupParamete
 
 def _ratio(clipped: GroupRange, full: GroupRange) -> Tensor:
     """The largest magnitude in each clipped range relative to that in the full one, (out, n); 1 for zeros."""
-    ours, theirs = (torch.maximum(-each.low, each.high) for each in (clipped, full))
+    ours, theirs = (torch.maximum(-ends.low, ends.high) for ends in (clipped, full))
     return torch.where(theirs > 0, ours / theirs, 1.0)

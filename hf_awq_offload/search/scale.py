@@ -88,9 +88,9 @@ def search_scale(
     scales = {alpha: row_scale[row_of_channel] for alpha, row_scale in candidates.items()}
     for alpha in _best(samples, statistics.gram, scales, with_feedback):
         mse = weights_mse(weights, grids, statistics.gram, scales[alpha])
-        found = ScaleSearch(candidates[alpha], alpha, without.identity_loss, mse, len(candidates))
-        if found.loss < without.loss:
-            return found
+        scaled = ScaleSearch(candidates[alpha], alpha, without.identity_loss, mse, len(candidates))
+        if scaled.loss < without.loss:
+            return scaled
     return replace(without, candidates=len(candidates))
 
 
@@ -184,7 +184,10 @@ def _row_samples(
     drawn = torch.rand(len(chance), generator=generator, dtype=chance.dtype) < chance
     samples = []
     for weight, grid, own, p in zip(
-        weights, grids, *(each.split([len(weight) for weight in weights]) for each in (drawn, chance)), strict=True
+        weights,
+        grids,
+        *(of_rows.split([len(weight) for weight in weights]) for of_rows in (drawn, chance)),
+        strict=True,
     ):
         rows = own.nonzero().squeeze(1).to(weight.device)
         if len(rows):  # of a small weight none may be drawn

@@ -39,11 +39,11 @@ class InputStatistics:
 
 def pooled(statistics: Sequence[InputStatistics]) -> InputStatistics:
     """The statistics over the tokens of all together; of inputs of equal width, not empty."""
-    tokens = sum(each.tokens for each in statistics)
+    tokens = sum(part.tokens for part in statistics)
     gram, mean_abs = torch.zeros_like(statistics[0].gram), torch.zeros_like(statistics[0].mean_abs)
-    for each in statistics:
-        gram += each.gram * (each.tokens / max(tokens, 1))
-        mean_abs += each.mean_abs * (each.tokens / max(tokens, 1))
+    for part in statistics:
+        gram += part.gram * (part.tokens / max(tokens, 1))
+        mean_abs += part.mean_abs * (part.tokens / max(tokens, 1))
     return InputStatistics(gram, mean_abs, tokens)
 
 

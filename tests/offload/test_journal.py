@@ -15,7 +15,7 @@ from models import save_model, tiny_llama, token_batch, token_recipe
 from stopped_runs import Stopped, stop_after, stopped_run
 from torch import Tensor
 
-from hf_awq_offload import JournalError, StorageError, quantize
+from hf_awq_offload import JournalError, ModelStructureError, StorageError, quantize
 from hf_awq_offload.checkpoint import durable
 from hf_awq_offload.offload import journal
 from hf_awq_offload.offload.hidden_states import HiddenStates, HiddenWriter
@@ -234,6 +234,11 @@ def test_hidden_states_come_back_and_can_be_regrouped(where, dtype, tmp_path):
     assert torch.equal(flat, torch.cat([batch.flatten() for batch in batches]))
 
 
+def test_layers_that_return_several_dtypes_are_refused(tmp_path):
+    with pytest.raises(ModelStructureError, match=r"bfloat16 for one batch and torch\.float32 .*Load the model in one"):
+        written(tmp_path / "hidden.bin", [torch.ones(1, 2, 4), torch.ones(1, 2, 4, dtype=torch.bfloat16)])
+
+
 def test_hidden_states_in_a_file_are_mapped_and_not_changed_through(tmp_path):
     states = written(tmp_path / "hidden.bin", [torch.ones(2, 3, 4)])
     states.batches[0].zero_()
@@ -266,9 +271,10 @@ def test_a_commit_gives_back_tensors_and_report(tmp_path):
 
 def test_a_header_that_can_not_be_read_is_an_error(tmp_path):
     Journal(tmp_path, PRINT).close()
-    (tmp_path / "journal.json").write_text("{")
-    with pytest.raises(JournalError, match=r"can't be read.*delete the folder"):
-        Journal(tmp_path, PRINT)
+    for text, what in (("{", "Expecting"), ("[1]", "no JSON object")):
+        (tmp_path / "journal.json").write_text(text)
+        with pytest.raises(JournalError, match=rf"can't be read \({what}.*delete the folder"):
+            Journal(tmp_path, PRINT)
     (tmp_path / "journal.json").write_text(json.dumps({"format": "0", **PRINT}))
     with pytest.raises(JournalError, match="these differ: format"):
         Journal(tmp_path, PRINT)

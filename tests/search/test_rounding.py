@@ -12,6 +12,7 @@ from hf_awq_offload.errors import NumericalError
 from hf_awq_offload.formats.grid import Grid, GroupParameters, dequantize, group_parameters, group_range, quantize
 from hf_awq_offload.search import rounding
 from hf_awq_offload.search.clip import search_clip
+from hf_awq_offload.search.feedback_state import FeedbackState
 from hf_awq_offload.search.loss import row_mse
 from hf_awq_offload.search.rounding import DAMPING, feedback_order, round_weight, round_with_feedback
 
@@ -215,9 +216,10 @@ def test_the_kernel_rounds_a_leaf_as_the_loop_does(grid):
     outcomes = []
     for round_leaf in (rounding._round_leaf, feedback_kernel.round_leaf):
         state = [rows.clone(), rows.clone(), torch.zeros(150), *per_group]
-        state = [each.to(device) for each in (*state, order.channels // grid.group_size, order.coupling, order.pivots)]
+        state += [order.channels // grid.group_size, order.coupling, order.pivots]
+        state = FeedbackState(*(tensor.to(device) for tensor in state))
         for start, stop in ((0, 16), (16, 29), (29, 30)):
-            round_leaf(*state, start, stop, grid.levels)
+            round_leaf(state, start, stop, grid.levels)
         outcomes.append([each.cpu() for each in state[:3]])
     (codes, errors, squares), (kernel_codes, kernel_errors, kernel_squares) = outcomes
     assert bool((codes[:30] == codes[:30].round()).all())
