@@ -1,8 +1,8 @@
-"""The channel-by-channel part of error feedback as one Triton kernel (formulas: `rounding.py`).
+"""Runs the channel-by-channel part of error feedback as one Triton kernel (formulas: `rounding.py`).
 
-Rows of the weight are independent, channels are not: a program keeps LEAF channels × BLOCK rows in registers, picks one
-channel after another by a mask (registers have no dynamic index) and passes its error on to those after it. Without it
-an accelerator starts some ten kernels for every input channel.
+Rows of the weight are independent of each other, channels are not. Each program keeps LEAF channels × BLOCK rows in
+registers, selects one channel after another with a mask (registers cannot be indexed dynamically) and adds its error to
+the channels after it. Without this kernel an accelerator launches about ten kernels for every input channel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BLOCK_ROWS = 64
 
 @triton.jit
 def _nearest(x):
-    """The nearest integers, halves to even as torch.round has it."""
+    """Rounds to the nearest integer, halves to even, as torch.round does."""
     up = tl.floor(x + 0.5)
     is_odd_tie = (up - x == 0.5) & (tl.floor(up * 0.5) * 2.0 != up)
     return tl.where(is_odd_tie, up - 1.0, up)
@@ -27,7 +27,7 @@ def leaf_kernel(
     remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots, start, channels, rows, coupling_stride,
     levels, LEAF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rounds channels start … start + channels of `rows` rows; what the tensors are is said in `round_leaf`."""
+    """Rounds channels start … start + channels of `rows` rows; `round_leaf` describes the tensors."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < rows
     leaf = tl.arange(0, LEAF)
@@ -53,8 +53,8 @@ def leaf_kernel(
 
 
 def round_leaf(
-    remaining: Tensor,  # (in, out) fp32, contiguous: w', codes once rounded
-    errors: Tensor,  # (in, out) fp32, contiguous: w, w - ŵ once rounded
+    remaining: Tensor,  # (in, out) fp32, contiguous: w', replaced by the codes as channels are rounded
+    errors: Tensor,  # (in, out) fp32, contiguous: w, replaced by w - ŵ as channels are rounded
     squares: Tensor,  # (out,) fp32: Σ c² (w' - ŵ)² so far
     scale: Tensor,  # (n, out) fp32, contiguous
     zero: Tensor,  # (n, out) fp32, contiguous
@@ -65,7 +65,7 @@ def round_leaf(
     stop: int,
     levels: int,
 ) -> None:
-    """Round the channels start … stop, in place."""
+    """Rounds channels start … stop in place."""
     rows = remaining.shape[1]
     leaf_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
         remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots, start, stop - start, rows,
