@@ -1,9 +1,9 @@
-"""CUDA without Triton: `aten._weight_int4pack_mm`, for bf16 on GPUs of compute capability 8.0 and up.
+"""Multiplies on CUDA without Triton: `aten._weight_int4pack_mm`, for bf16 on GPUs of compute capability 8.0 and up.
 
     w = (q - 8) · scale + zero,  zero = (8 - z) · scale, in bf16
 
-The same formula as on the CPU with another layout, which is read back by a product with the identity: q - 8 is exact.
-No machine that has tested this package had to choose it; docs/kernels.md says what has been run.
+The formula is that of the CPU, but the layout differs. A product with the identity reads it back: q - 8 is exact.
+No machine that has tested this package needed this backend; docs/kernels.md says what has been run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IDENTITY_ROWS = 512
 
 
 class TinygemmBackend(NativeBackend):
-    """See the module."""
+    """Multiplies with torch's int4 op for CUDA; see the module."""
 
     name = "tinygemm"
 
@@ -32,7 +32,7 @@ class TinygemmBackend(NativeBackend):
         if torch.version.hip is not None:
             return "it runs on NVIDIA GPUs only"
         if torch.cuda.get_device_capability() < (8, 0):
-            return f"it wants compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
+            return f"it needs compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
         if case.dtype != torch.bfloat16:
             return f"it serves bf16, the input is {case.dtype}"
         if case.group_size not in KERNEL_GROUP_SIZES:
