@@ -1,4 +1,4 @@
-"""Layers that form no chain get what the model really gives them, and the model is left as it was."""
+"""Tests that layers that form no chain get the model's real inputs, and that the model is left unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Layer(nn.Module):
-    """Adds what it computes; may take something extra, and write to a state."""
+    """A residual layer that may take an extra argument and write to a state."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Runs its layers as `how` says."""
+    """A model that runs its layers as `how` says."""
 
     def __init__(self, how: str):
         super().__init__()
@@ -98,7 +98,7 @@ def run_layer(model: nn.Module):
 
 
 def inputs_of_linears(model: nn.Module, run) -> list[Tensor]:
-    """What the linears receive while `run` runs."""
+    """Returns the inputs that the linears receive while `run` runs."""
     seen: list[Tensor] = []
     handles = [
         layer.fc.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
