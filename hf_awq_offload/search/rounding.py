@@ -120,8 +120,7 @@ def _round_and_refit(
     parameters: GroupParameters,  # (out, n)
     grid: Grid,
 ) -> tuple[Tensor, Tensor, GroupParameters]:
-    """Returns codes, mse and grid, each row from the best of three: as rounded, with scales refitted to the codes, or
-    rounded again with the refitted scales."""
+    """Returns codes, mse and grid, each row the best of three: as rounded, with refitted scales, or rounded again."""
     codes, mse = round_with_feedback(weight, order, parameters, grid)
     fitting, change = refitted(weight, codes, parameters, gram, order.damping, grid)
     codes_again, mse_again = round_with_feedback(weight, order, fitting, grid)
