@@ -123,7 +123,7 @@ def load_calibration_set(
 
 
 def micro_batches(calibration: CalibrationSet, batch_tokens: int) -> list[list[int]]:
-    """Groups the indices of equally long sequences, the longest first so that too large a batch fails at once.
+    """Groups the indices of equally long sequences, longest first, so that a batch too large for memory fails early.
 
     Args:
         calibration: the sequences.
@@ -197,7 +197,7 @@ class _Reading:
         elif isinstance(document, Sample):
             self._add_sample(document)
         elif isinstance(document, Chat) and (document.images is not None or has_media(document.messages)):
-            self.documents -= 1  # what it is rendered to is counted instead
+            self.documents -= 1  # counted again once rendered
             for rendered in documents_of_encoding(document.row, self.render_media(document), self.accepts):
                 self.add(rendered)
         elif isinstance(document, Chat):
@@ -306,7 +306,7 @@ class _Reading:
 
     @property
     def left_out_tokens(self) -> int:
-        """The number of tokens in no piece; together with those of the pieces, all tokens that were read."""
+        """The number of tokens that were read but are in none of the pieces."""
         return self.tail_tokens + sum(self.short_tokens) + sum(self.uncounted_tokens)
 
     def left_out(self) -> list[str]:

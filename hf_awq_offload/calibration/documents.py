@@ -48,7 +48,7 @@ Document = Text | Chat | TokenRow | Sample
 def read_documents(
     elements: Iterable[tuple[int, Any]],  # (row, element)
     text_column: str | None,
-    string_columns: list[str] | None,  # if the data set knows them; else taken from the first row
+    string_columns: list[str] | None,  # None: taken from the first row
     accepts: frozenset[str] = frozenset(),  # names of the arguments of the model's forward pass
 ) -> Iterator[Document]:
     """Yields the documents of `elements`; all elements must have the form of the first.

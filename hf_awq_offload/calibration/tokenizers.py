@@ -16,7 +16,7 @@ TEXT_BLOCK_CHARACTERS = 1 << 20
 
 
 def tokenizer_of(given: Any, load_own: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer: `given` itself or its own, the one of that name or path, or the checkpoint's for None.
+    """Returns `given` or its tokenizer, the tokenizer of that name or path, or the checkpoint's own for None.
 
     Raises:
         CalibrationDataError: there is none, or it could not be loaded.
@@ -40,7 +40,7 @@ def tokenizer_of(given: Any, load_own: Callable[[], PreTrainedTokenizerBase]) ->
 
 
 def processor_of(given: Any, load_own: Callable[[], ProcessorMixin] | None) -> ProcessorMixin:
-    """Returns the processor: `given` itself, the one of that name or path, or the checkpoint's for None.
+    """Returns `given`, the processor of that name or path, or the checkpoint's own for None.
 
     Raises:
         CalibrationDataError: there is none, or it could not be loaded.

@@ -1,4 +1,4 @@
-"""Finds a model's decoder layers, records the calls that they receive, and runs one layer on its own."""
+"""Finds the modules that may be decoder layers, represents a call of one, and runs a layer on its own."""
 
 from __future__ import annotations
 
@@ -212,8 +212,9 @@ class LayerRunner:
     def hand_on(self, call: LayerCall, like: Tensor | None, forward: Callable[..., Any] | None = None) -> Any:
         """Runs the layer and returns its output: tensors on `like`'s device, floating-point ones in `like`'s dtype.
 
-        The layer may write to the state among the call's arguments. `forward`, the layer's own, is called in place of
-        the module when the caller already replaces that forward, because hooks are then run around the caller.
+        The layer may write to the state among the call's arguments. A caller that stands in for the layer's forward
+        passes the original as `forward`; the layer is then not called as a module, whose hooks already run around the
+        caller.
         """
         bound = call.bind(torch.empty(0), self._move, share_state=True)
         output = self.run(bound) if forward is None else self._run_inside(forward, bound)

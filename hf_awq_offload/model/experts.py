@@ -35,7 +35,7 @@ class Projections(NamedTuple):
 
 
 class Routing(Enum):
-    """Says which tokens go through which experts."""
+    """The rule that decides which tokens go through which experts."""
 
     TOP_K = "as the router says"
     EVERY_TOKEN = "every expert computes every token, the output is as the router says"

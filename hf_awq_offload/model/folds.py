@@ -18,7 +18,7 @@ NOT_EXACT = "a scale would change what this layer yields: the proof failed"
 
 
 class ProducerKind(Enum):
-    """Says how to multiply a producer's output channels by a factor."""
+    """The way in which a producer's output channels are multiplied by a factor."""
 
     ROWS = "rows"  # a linear: weight rows and bias
     NORM = "norm"  # a norm: weight, and bias if there is one
@@ -78,7 +78,7 @@ class LayerStructure:
 
 
 def structure_key(layer: nn.Module) -> tuple[object, ...]:
-    """Returns a key that is equal for layers of equal classes, shapes and plain settings, except weights and index."""
+    """Returns a key of a layer's classes, shapes and plain settings, which depends on neither weights nor index."""
     key: list[object] = []
     for name, module in layer.named_modules():
         settings = tuple(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 LEAST_SIDE = 32
-"""Least size of two dimensions from which a parameter may be a matrix of a product; 32 is the least group size."""
+"""A parameter may be a matrix if at least two of its dimensions are this large; 32 is the smallest group size."""
 
 PRODUCT_TOLERANCE = 1e-4
 """Largest relative deviation that fp32 rounding may cause between two ways to compute a matrix product."""

@@ -10,10 +10,9 @@ LEVELS = 32
 RATIO_TOLERANCE = 1e-3
 """Largest relative deviation of a channel from an exact multiple; fp32 rounding mostly stays well below this …"""
 ROUNDING_NOISE = 3e-6
-"""… except in channels where large terms cancel: those may deviate by this much of the root mean square of all
-channels …"""
+"""… except where large terms cancel: a channel may deviate by this share of the root mean square of all channels …"""
 LARGEST_TOLERANCE = 0.02
-"""… but no more than this relative to themselves, so that factors can be told apart."""
+"""… but by no more than this share of itself, so that factors can be told apart."""
 
 
 def level_factors(device: torch.device) -> Tensor:

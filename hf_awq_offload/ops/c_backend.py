@@ -27,7 +27,7 @@ CACHE_BYTES = 128 * 2**10
 PRODUCTS_PER_THREAD = 2**18
 """Multiplications below which another thread costs more time than it saves."""
 WEIGHTS_PER_THREAD = 2**16
-"""The same threshold in weights to dequantize; each takes about as long as four multiplications."""
+"""Weights to dequantize below which it does not pay either; each takes about as long as four multiplications."""
 THREADS_PER_BLOCK = 4
 """Threads that a block of BLOCK_CHANNELS keeps busy; more threads get larger blocks. An estimate: two were measured."""
 MOST_CHANNELS = 4096

@@ -94,7 +94,7 @@ def built(folder: Path) -> Path:
     if not is_whole(path):
         compiler = find_compiler()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # of several processes, the last wins
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # if processes race, the last wins
             for name, text in texts.items():
                 (Path(scratch) / name).write_bytes(text)
             for command in commands(compiler):
