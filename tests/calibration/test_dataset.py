@@ -516,7 +516,7 @@ def test_the_log_accounts_for_every_token(load, log, dataset, n_samples):
     calibration = load(dataset, n_samples=n_samples)
     message = next(message for level, message in log if level == "info")
     read_tokens = int(re.search(r"documents, (\d+) tokens", message)[1])
-    assert f"use {len(calibration.sequences)} sequences" in message
+    assert f"using {len(calibration.sequences)} sequences" in message
     left_over = message.split("Left over: ")[1]
     left_tokens = sum(map(int, re.findall(r"(\d+) tokens\)", left_over)))
     left_tokens += sum(map(int, re.findall(r"the last (\d+) tokens", left_over)))

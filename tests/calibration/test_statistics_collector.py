@@ -151,7 +151,7 @@ def test_statistics_of_a_divided_input_are_those_of_the_input_divided():
 
 @given(seed=st.integers(0, 2**32 - 1), tokens=st.integers(1, 40), out=st.integers(1, 9))
 def test_the_gram_matrix_tells_the_output_error_of_any_replacement_weight(seed, tokens, out):
-    """Tests ‖X (Ŵ - W)ᵀ‖² / tokens = tr(D G Dᵀ), the identity on which everything is built."""
+    """‖X (Ŵ - W)ᵀ‖² / tokens = tr(D G Dᵀ), the identity that everything rests on."""
     x = batch(1, tokens, IN, seed=seed)
     gram = collect(Layer(), [x])["up"].gram.double()
     difference = batch(out, IN, seed=seed + 1).double()
