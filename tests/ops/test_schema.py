@@ -134,7 +134,7 @@ def test_whoever_watches_ops_sees_the_op():
     assert seen.names == ["hf_awq_offload::linear"]
 
     graph = make_fx(linear)(x)
-    assert torch.ops.hf_awq_offload.nn.awq_linear.default in {node.target for node in graph.graph.nodes}
+    assert torch.ops.hf_awq_offload.linear.default in {node.target for node in graph.graph.nodes}
     assert torch.equal(graph(2 * x), linear(2 * x))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, but people still trace
