@@ -1,1 +1,1 @@
-"""From any calibration data to the statistics of each linear's input."""
+"""Turns calibration data of any form into the statistics of each linear's input."""

@@ -1,15 +1,15 @@
-"""Calibration data: from any form of `AwqOffloadConfig.dataset` to sequences of token ids without padding.
+"""Turns any form of `AwqOffloadConfig.dataset` into sequences of token ids without padding.
 
     text      documents are tokenized, joined with EOS, and cut every `max_seq_len` tokens
-    rows      (token ids, dicts with input_ids, conversations) are sequences of their own, cut if too long
-    samples   (what a processor made of text and images) are batches of their own, whole
+    rows      (token ids, dicts with input_ids, conversations) become one sequence each, cut if too long
+    samples   (a processor's output for text and images) become one batch each and are never cut
 
-Of more than `n_samples` sequences a seeded random choice is taken. Reading stops at `READ_FACTOR` times the
-tokens that are needed, so that a stream without an end can be passed. What is not used is counted and logged.
+If there are more than `n_samples` sequences, a seeded random choice is used. Reading stops at `READ_FACTOR` times the
+number of tokens needed, so that endless streams can be passed. Everything that is not used is counted and logged.
 
-Where the tokenizer starts texts with a BOS (Llama, Gemma), so does each document *and* each sequence that was
-cut from the middle of one: such a model never sees a text without it in use. The alternative, plain cuts as GPTQ
-calibrates with, was rejected for that reason.
+If the tokenizer starts texts with a BOS (Llama, Gemma), each document starts with one, *and* so does each sequence that
+was cut from the middle of a document: in use, such a model never sees text without it. For that reason the alternative,
+plain cuts as in GPTQ's calibration, was rejected.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from .tokenizers import processor_of, render_with_media, text_blocks, tokenizer_
 logger = get_logger(__name__)
 
 READ_FACTOR = 4
-"""Read at most so many times the tokens that are used; the surplus is what makes the choice spread."""
+"""Most tokens read, as a multiple of those used; the surplus lets the random choice spread over more data."""
 
 MIN_ROW_TOKENS = 2
 MIN_TOKENS = MIN_SEQ_LEN_TOKENS
-"""With fewer tokens in all, the data is refused; a last piece of text that is shorter is left over."""
+"""Least number of tokens in all; also the least length of the last piece of text, which is dropped if shorter."""
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
-    """What the model is run on."""
+    """The calibration data that the model is run on."""
 
     sequences: list[Tensor] = field(repr=False)  # each (tokens,) int64 on the CPU, no padding
     counted: list[Tensor | None] = field(repr=False)
-    """Per sequence (tokens,) bool: which tokens enter the statistics; None = all."""
+    """Which tokens enter the statistics, (tokens,) bool per sequence; None means all."""
     name: str
-    """Of the data set or file, "builtin", or "sha256:" and 16 hex digits of the token ids. Never its text."""
+    """The name of the data set or file, "builtin", or "sha256:" and 16 hex digits of the token ids; never any text."""
     samples: list[Sample] = field(default_factory=list, repr=False)
-    """What a processor made of text and images."""
+    """A processor's outputs for text and images."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences and samples, counted or not, padding left out."""
+        """The number of tokens in all sequences and samples, counted or not, without padding."""
         return sum(len(sequence) for sequence in [*self.sequences, *(sample.token_ids for sample in self.samples)])
 
     def __len__(self) -> int:
@@ -74,22 +74,22 @@ def load_calibration_set(
     accepts: frozenset[str] = frozenset(),
     placeholders: frozenset[int] = frozenset(),
 ) -> CalibrationSet:
-    """Read, tokenize and cut `config.dataset`; the same data and config give the same result.
+    """Reads, tokenizes and cuts `config.dataset`; equal data and config give equal results.
 
     Args:
-        config: its dataset, tokenizer, text_column, n_samples, max_seq_len (tokens) and seed are used.
+        config: provides dataset, tokenizer, text_column, n_samples, max_seq_len (tokens) and seed.
         load_tokenizer: loads the checkpoint's own tokenizer; called if one is needed and the config has none.
         vocab_size: ids from 0 to vocab_size - 1 are accepted.
         load_processor: loads the checkpoint's own processor; called for conversations with images if the config has
             none.
-        accepts: names of the data that the model's forward pass takes.
-        placeholders: ids that stand for images and the like, and may lie outside the vocabulary.
+        accepts: names of the data arguments of the model's forward pass.
+        placeholders: ids that stand for images and the like; they may lie outside the vocabulary.
 
     Returns:
         At most n_samples sequences of at most max_seq_len tokens, (tokens,) int64 on the CPU.
 
     Raises:
-        CalibrationDataError: the data can't be read or tokenized, has the wrong form, or is too little.
+        CalibrationDataError: the data could not be read or tokenized, has the wrong form, or has too few tokens.
     """
 
     @functools.cache
@@ -123,14 +123,14 @@ def load_calibration_set(
 
 
 def micro_batches(calibration: CalibrationSet, batch_tokens: int) -> list[list[int]]:
-    """Group the indices of equally long sequences, the longest first: what exceeds the memory fails at once.
+    """Groups the indices of equally long sequences, longest first, so that a batch too large for memory fails early.
 
     Args:
         calibration: the sequences.
-        batch_tokens: a batch holds at most so many tokens, but at least one sequence.
+        batch_tokens: most tokens in a batch; every batch has at least one sequence.
 
     Returns:
-        Every index exactly once; ascending within a length.
+        Every index exactly once, in ascending order within a length.
     """
     indices_of_length: dict[int, list[int]] = defaultdict(list)
     for index, sequence in enumerate(calibration.sequences):
@@ -143,16 +143,16 @@ def micro_batches(calibration: CalibrationSet, batch_tokens: int) -> list[list[i
 
 
 class _Piece(NamedTuple):
-    """A sequence that may be used, and the row that it comes from (-1 for text: pieces cross documents)."""
+    """A sequence that may be used, and the row that it comes from (-1 for text, whose pieces cross documents)."""
 
     row: int
     token_ids: Tensor  # (tokens,) int64
     counted: Tensor | None  # (tokens,) bool
-    sample: Sample | None = None  # what the token ids are part of
+    sample: Sample | None = None  # the sample that the token ids belong to
 
 
 class _Reading:
-    """What has been read so far, and the account of what was left over."""
+    """The data that has been read so far, and counts of what was left out."""
 
     def __init__(
         self,
@@ -176,8 +176,8 @@ class _Reading:
         self.documents = 0
         self.empty_documents = 0
         self.padding_tokens = 0
-        self.short_tokens: list[int] = []  # lengths of the pieces that are too short
-        self.uncounted_tokens: list[int] = []  # lengths of the pieces of which nothing counts
+        self.short_tokens: list[int] = []  # lengths of pieces that are too short
+        self.uncounted_tokens: list[int] = []  # lengths of pieces in which no token counts
         self.tail_tokens = 0
 
     @property
@@ -197,7 +197,7 @@ class _Reading:
         elif isinstance(document, Sample):
             self._add_sample(document)
         elif isinstance(document, Chat) and (document.images is not None or has_media(document.messages)):
-            self.documents -= 1  # it is counted as what it is rendered to
+            self.documents -= 1  # counted again once rendered
             for rendered in documents_of_encoding(document.row, self.render_media(document), self.accepts):
                 self.add(rendered)
         elif isinstance(document, Chat):
@@ -206,7 +206,7 @@ class _Reading:
             self._add_row(document)
 
     def take_pieces(self) -> list[_Piece]:
-        """All sequences that may be used, in the order of the data (visiting order may be another)."""
+        """Returns all sequences that may be used, in the order of the data, which may have been visited in another."""
         if not self.texts:
             return sorted(self.row_pieces, key=lambda piece: piece.row)
         eos_id = self.get_tokenizer().eos_token_id
@@ -226,42 +226,42 @@ class _Reading:
 
     @functools.cached_property
     def _bos_id(self) -> int | None:
-        """The BOS if the tokenizer starts texts with it, else None."""
+        """The id of the BOS if the tokenizer starts texts with it, else None."""
         tokenizer = self.get_tokenizer()
         first_ids = tokenizer("a", verbose=False)["input_ids"][:1]
         return tokenizer.bos_token_id if first_ids == [tokenizer.bos_token_id] else None
 
     def _tokenize(self, document: Text) -> Tensor:
-        """(tokens,) int64, with the BOS that the tokenizer wants; not to the end of a very long document."""
+        """Returns (tokens,) int64 with the tokenizer's BOS, if any; stops early in a very long document."""
         tokenizer = self.get_tokenizer()
         limit_tokens = READ_FACTOR * self.n_samples * self.max_seq_len
         token_ids: list[int] = []
         try:
             for block in text_blocks(document.text):
-                # verbose=False: without it a text longer than the model's context is warned about.
+                # verbose=False avoids a warning about texts longer than the model's context.
                 token_ids += tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
                 if len(token_ids) >= limit_tokens:
                     break
             bos = [self._bos_id] if token_ids and self._bos_id is not None else []
-        except Exception as error:  # of any kind: tokenizers are many, and their code may be remote
+        except Exception as error:  # of any kind: there are many tokenizers, some with remote code
             raise CalibrationDataError(
-                f"The tokenizer (a {type(tokenizer).__name__}) fails on row {document.row} of the dataset "
+                f"The tokenizer (a {type(tokenizer).__name__}) failed on row {document.row} of the dataset "
                 f"({type(error).__name__}: {error}). Check `tokenizer`, or pass token ids."
             ) from error
         return torch.tensor(bos + token_ids, dtype=torch.int64)
 
     def _render(self, document: Chat) -> Tensor:
-        """(tokens,) int64, special tokens as the chat template has them."""
+        """Returns (tokens,) int64 with the special tokens of the chat template."""
         tokenizer = self.get_tokenizer()
-        # A tokenizer that renders without a template (Mistral's) takes no tokenizer_kwargs.
+        # A tokenizer that renders without a template (Mistral's) does not take tokenizer_kwargs.
         has_template = getattr(tokenizer, "chat_template", None) is not None
         quiet: dict[str, Any] = {"tokenizer_kwargs": {"verbose": False}} if has_template else {}
         try:
             encoding: Any = tokenizer.apply_chat_template(document.messages, return_dict=True, **quiet)
             return torch.tensor(encoding["input_ids"], dtype=torch.int64)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # of any kind: templates can raise anything
             raise CalibrationDataError(
-                f"The tokenizer (a {type(tokenizer).__name__}) can't render row {document.row}, column "
+                f"The tokenizer (a {type(tokenizer).__name__}) could not render row {document.row}, column "
                 f"'messages', with its chat template ({type(error).__name__}: {error}). Pass the tokenizer "
                 "of a chat model, set tokenizer.chat_template, or pass texts instead of messages."
             ) from error
@@ -306,11 +306,11 @@ class _Reading:
 
     @property
     def left_out_tokens(self) -> int:
-        """With those of the pieces, all that were read."""
+        """The number of tokens that were read but are in none of the pieces."""
         return self.tail_tokens + sum(self.short_tokens) + sum(self.uncounted_tokens)
 
     def left_out(self) -> list[str]:
-        """What can't be used, in words."""
+        """Describes the data that cannot be used."""
         parts = [
             (self.empty_documents, f"{self.empty_documents} empty documents"),
             (self.padding_tokens, f"{self.padding_tokens} padding tokens"),
@@ -322,7 +322,7 @@ class _Reading:
             ),
             (
                 self.uncounted_tokens,
-                f"{len(self.uncounted_tokens)} sequences of which loss_mask or labels count nothing "
+                f"{len(self.uncounted_tokens)} sequences in which loss_mask or labels exclude every token "
                 f"({sum(self.uncounted_tokens)} tokens)",
             ),
         ]
@@ -334,18 +334,18 @@ def _cut_text(
     max_seq_len: int,
     bos_id: int | None,
 ) -> Iterator[Tensor]:
-    """Pieces of exactly max_seq_len tokens and a shorter last one; each starts with `bos_id` if not None."""
+    """Yields pieces of max_seq_len tokens (the last may be shorter), each starting with `bos_id` unless it is None."""
     start = 0
     while start < len(token_ids):
         needs_bos = bos_id is not None and bool(token_ids[start] != bos_id)
         piece = token_ids[start : start + max_seq_len - needs_bos]
         start += len(piece)
-        # Copies, so that a choice of pieces does not keep all the text alive.
+        # Copied, so that the chosen pieces do not keep all of the text in memory.
         yield torch.cat([torch.tensor([bos_id]), piece]) if needs_bos else piece.clone()
 
 
 def _digest(sequences: list[Tensor]) -> str:
-    """The name of nameless data: "sha256:" and 16 hex digits over length and ids (int64, little endian) of each."""
+    """Names nameless data: "sha256:" and 16 hex digits over each sequence's length and ids (int64, little endian)."""
     digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(len(sequence).to_bytes(8, "little"))
@@ -356,15 +356,15 @@ def _digest(sequences: list[Tensor]) -> str:
 def _require_enough(reading: _Reading, pieces: list[_Piece]) -> None:
     if not reading.documents:
         raise CalibrationDataError(
-            "The dataset is empty: it has no rows. Pass some, or 'builtin'. A generator can be read only "
-            "once; if an earlier call used this one up, make a new one."
+            "The dataset is empty: it has no rows. Pass some rows, or 'builtin'. A generator can be read only "
+            "once; if an earlier call has consumed this one, create a new one."
         )
     tokens = sum(len(piece.token_ids) for piece in pieces)
     if tokens < MIN_TOKENS:
         left_out = reading.left_out()
         raise CalibrationDataError(
             f"The dataset has {tokens} usable tokens in {reading.documents} documents; expected at least "
-            f"{MIN_TOKENS}, and better tens of thousands."
+            f"{MIN_TOKENS}, preferably tens of thousands."
             + (f" Left out: {', '.join(left_out)}." if left_out else "")
             + " Pass more data, or 'builtin'."
         )
@@ -381,7 +381,7 @@ def _report(config: AwqOffloadConfig, reading: _Reading, pieces: list[_Piece], c
     for sample in calibration.samples:
         counted_tokens -= 0 if sample.counted is None else len(sample.token_ids) - int(sample.counted.sum())
     logger.info(
-        "Calibration data %s: read %d documents, %d tokens%s; use %d sequences of at most %d tokens, %d "
+        "Calibration data %s: read %d documents, %d tokens%s; using %d sequences of at most %d tokens, %d "
         "tokens in all, %d of them counted. Left over: %s.",
         calibration.name,
         reading.documents,
@@ -397,8 +397,8 @@ def _report(config: AwqOffloadConfig, reading: _Reading, pieces: list[_Piece], c
         logger.warning("Calibration data %s: left out %s.", calibration.name, ", ".join(reading.left_out()))
     if len(calibration) < config.n_samples:
         logger.warning(
-            "Calibration data %s: n_samples is %d, but the data gives only %d sequences (%d tokens); all are "
-            "used. More data calibrates better.",
+            "Calibration data %s: n_samples is %d, but the data yields only %d sequences (%d tokens); all are "
+            "used. More data improves the calibration.",
             calibration.name,
             config.n_samples,
             len(calibration),
@@ -406,6 +406,6 @@ def _report(config: AwqOffloadConfig, reading: _Reading, pieces: list[_Piece], c
         )
     if calibration.name == "builtin":
         logger.info(
-            "The built-in calibration text is English documentation of Python. Data like what the model will "
-            "be used on is better: set `dataset` to a list of texts, a file or a data set."
+            "The built-in calibration text is English documentation of Python. Data that resembles what the model "
+            "will be used on is better: set `dataset` to a list of texts, a file or a data set."
         )

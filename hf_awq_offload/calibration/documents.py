@@ -1,6 +1,6 @@
-"""From the elements of a data set to documents: text, conversations, or rows of token ids.
+"""Turns the elements of a data set into documents: text, conversations, or rows of token ids.
 
-Rows are counted from 0. No message quotes the text of a document.
+Rows are counted from 0. Error messages never quote the text of a document.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class Text(NamedTuple):
 
 
 class Chat(NamedTuple):
-    """A conversation, to be rendered by the tokenizer's chat template; a sequence of its own."""
+    """A conversation that the tokenizer's chat template renders to one sequence."""
 
     row: int
     messages: list[dict[str, Any]]
-    images: Any = None  # what the messages only point at: pictures in a column of their own
+    images: Any = None  # pictures in a separate column, to which the messages refer
 
 
 class TokenRow(NamedTuple):
-    """Token ids without padding; a sequence of its own."""
+    """Token ids without padding that form one sequence."""
 
     row: int
     token_ids: Tensor  # (tokens,) int64
     counted: Tensor | None  # (tokens,) bool; None = all
-    padding_tokens: int  # how many were stripped
+    padding_tokens: int  # number of padding tokens that were removed
 
 
 Document = Text | Chat | TokenRow | Sample
@@ -48,13 +48,13 @@ Document = Text | Chat | TokenRow | Sample
 def read_documents(
     elements: Iterable[tuple[int, Any]],  # (row, element)
     text_column: str | None,
-    string_columns: list[str] | None,  # of a data set that knows them; else they are taken from the first row
+    string_columns: list[str] | None,  # None: taken from the first row
     accepts: frozenset[str] = frozenset(),  # names of the arguments of the model's forward pass
 ) -> Iterator[Document]:
-    """Yield the documents of `elements`; every element must have the form of the first.
+    """Yields the documents of `elements`; all elements must have the form of the first.
 
     Raises:
-        CalibrationDataError: an element is not text, token ids or a dict of a known form, or forms are mixed.
+        CalibrationDataError: an element is not text, token ids or a dict of a known form, or the forms differ.
     """
     first_row, first_form = -1, ""
     column = ""
@@ -79,7 +79,7 @@ def read_documents(
 
 
 def _form(row: int, element: Any) -> str:
-    """One of "a text", "a dict", "token ids"; by type alone, so that it costs nothing."""
+    """Returns "a text", "a dict" or "token ids"; looks only at the type, so that it costs nothing."""
     if isinstance(element, str):
         return "a text"
     if isinstance(element, Mapping):
@@ -97,7 +97,11 @@ def _form(row: int, element: Any) -> str:
 
 
 def require_one_form(elements: Sequence[Any]) -> None:
-    """All at once, because a list is visited in a random order and perhaps not to its end."""
+    """Checks all elements in advance, because a list is visited in a random order and perhaps not to its end.
+
+    Raises:
+        CalibrationDataError: the forms differ, or one is unknown.
+    """
     forms = [_form(row, element) for row, element in enumerate(elements)]
     for row, form in enumerate(forms):
         if form != forms[0]:
@@ -115,7 +119,7 @@ def _mixed_forms(first_row: int, first_form: str, row: int, form: str) -> Calibr
 
 
 def _choose_column(row: int, element: Mapping, text_column: str | None, string_columns: list[str] | None) -> str:
-    """The column to read, the same for all rows: the named one, else token ids, else messages, else text."""
+    """Returns the column to read in all rows: the named one, else token ids, messages or text."""
     if text_column is not None:
         if text_column not in element:
             raise CalibrationDataError(
@@ -177,12 +181,12 @@ def _documents_of_dict(row: int, element: Mapping, column: str, accepts: frozens
 
 
 def documents_of_encoding(row: int, encoding: Mapping, accepts: frozenset[str]) -> Iterator[Document]:
-    """What a processor made of a conversation."""
+    """Yields the documents in a processor's output for a conversation."""
     return _documents_of_dict(row, encoding, "input_ids", accepts)
 
 
 def _token_rows(row: int, value: Any, columns: Mapping | None = None) -> Iterator[TokenRow]:
-    """One TokenRow per sequence; `value` is (tokens,), or (batch, tokens) as data loaders make it."""
+    """Yields one TokenRow per sequence; `value` is (tokens,), or (batch, tokens) as data loaders return it."""
     columns = columns or {}
     token_ids = _integers(value, f"Row {row}", "token ids", kinds="iu")
     if token_ids.ndim not in (1, 2):
@@ -204,7 +208,7 @@ def _token_rows(row: int, value: Any, columns: Mapping | None = None) -> Iterato
     token_ids = torch.atleast_2d(token_ids)
     is_token = torch.atleast_2d(masks.get("attention_mask", torch.ones_like(token_ids))) != 0
     counted = None
-    if "loss_mask" in masks:  # says more directly what labels imply, so it comes first
+    if "loss_mask" in masks:  # takes precedence, because labels only imply what it states
         counted = torch.atleast_2d(masks["loss_mask"]) != 0
     elif "labels" in masks:
         counted = torch.atleast_2d(masks["labels"]) != IGNORED_LABEL
@@ -214,15 +218,15 @@ def _token_rows(row: int, value: Any, columns: Mapping | None = None) -> Iterato
 
 
 def _integers(value: Any, where: str, expected: str, kinds: str) -> Tensor:
-    """`value` as an int64 tensor on the CPU, of any shape. `kinds`: numpy's letters of the allowed types."""
+    """Converts `value` to an int64 tensor of any shape on the CPU; `kinds` holds numpy's codes of the allowed types."""
     try:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     except (ValueError, TypeError) as error:  # ragged nesting, or a dtype that numpy lacks (bfloat16)
         raise CalibrationDataError(
-            f"{where} can't be read as {expected} ({error}); expected a flat list or tensor of them."
+            f"{where} could not be read as {expected} ({error}); expected a flat list or tensor of them."
         ) from error
     if array.size and array.dtype.kind not in kinds:
-        remedy = "Remove what is not a token id; pass texts as strings"
+        remedy = "Remove everything that is not a token id; pass texts as strings"
         found = f"values of type {array.dtype}"
         if array.dtype.kind == "O":
             culprit = next((value for value in array.flat if not isinstance(value, int | np.integer)), array.flat[0])

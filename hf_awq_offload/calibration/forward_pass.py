@@ -1,8 +1,8 @@
-"""What a model is run on, and the forward pass that takes it.
+"""Runs a model on calibration inputs of any kind.
 
-Token ids, or what a processor made of text and images: a mapping of the forward pass's arguments, passed through the
-model's own forward, so that image features enter the hidden states where and how the model does that. The head is left
-out wherever the model without it takes the same arguments: logits over all batches are not needed.
+Inputs are token ids, or a processor's output for text and images: a mapping of arguments that is passed to the model's
+own forward, so that image features enter the hidden states exactly as the model does it. The head is left out wherever
+the model takes the same arguments without it, because logits are not needed.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from transformers import PreTrainedConfig
 from ..errors import CalibrationDataError, ModelStructureError
 
 ModelInputs = Tensor | Mapping[str, Any]
-"""(batch, tokens) int64 token ids without padding, or a processor's output."""
+"""Token ids without padding, (batch, tokens) int64, or a processor's output."""
 
 TRIAL_TOKENS = 8
-"""Length of a forward pass that only shows which layers run."""
+"""Number of tokens in a forward pass that only shows which layers run."""
 
 NO_DATA = frozenset(
     ("self", "labels", "inputs_embeds", "past_key_values", "use_cache", "cache_position", "return_dict",
      "output_attentions", "output_hidden_states", "logits_to_keep", "loss_mask")
 )  # fmt: skip
-"""Arguments of forward passes that say how to compute, or stand in the place of data."""
+"""Arguments of forward passes that are not data: they say how to compute, or replace the data."""
 
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
-    """Names of the data that the model's forward pass takes, with or without its head."""
+    """Returns the names of the data arguments of the model's forward pass, with or without its head."""
     return (_named_arguments(model) | _named_arguments(_without_head(model))) - NO_DATA
 
 
 def kind_of(inputs: ModelInputs) -> frozenset[str]:
-    """Batches of a kind run the same layers."""
+    """Returns the names of the inputs; batches with equal names run the same layers."""
     return frozenset(inputs) if isinstance(inputs, Mapping) else frozenset(("input_ids",))
 
 
 def token_ids_of(inputs: ModelInputs) -> Tensor:
-    """(batch, tokens) int64, padding included."""
+    """Returns the token ids, (batch, tokens) int64, including padding."""
     return inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
 
 
 def text_passes(model: nn.Module) -> list[nn.Module]:
-    """What might take token ids alone: the model without its head, and the text decoder in it."""
+    """Returns the modules that may run on token ids alone: the model without its head, and its text decoder."""
     passes = [_without_head(model)]
     decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
     if isinstance(decoder, nn.Module) and all(decoder is not each for each in (*passes, model)):
@@ -59,7 +59,7 @@ class ForwardPass:
 
     Args:
         model: the whole model.
-        text: the part of it that is run on token ids alone; by default the model without its head.
+        text: the part of the model that is run on token ids alone; by default the model without its head.
     """
 
     def __init__(self, model: nn.Module, text: nn.Module | None = None):
@@ -67,10 +67,10 @@ class ForwardPass:
         self.text = text or _without_head(model)
 
     def __call__(self, inputs: ModelInputs) -> None:
-        """One forward pass without a cache; what it returns is of no use.
+        """Runs one forward pass without a cache, and discards its output.
 
         Raises:
-            CalibrationDataError: the model fails on a processor's output.
+            CalibrationDataError: the model failed on a processor's output.
         """
         if not isinstance(inputs, Mapping):
             _call(self.text, {"input_ids": inputs})
@@ -79,21 +79,21 @@ class ForwardPass:
             _call(self._taking(inputs), self._cast(inputs))
         except (ModelStructureError, CalibrationDataError):
             raise
-        except Exception as error:  # of any kind: modeling code raises what it likes
+        except Exception as error:  # of any kind: modeling code can raise anything
             raise CalibrationDataError(
-                f"The forward pass of {type(self.model).__name__} fails on a sample with the keys "
+                f"The forward pass of {type(self.model).__name__} failed on a sample with the keys "
                 f"{', '.join(map(repr, inputs))} ({type(error).__name__}: {error}). Expected what its processor "
                 'returns with return_tensors="pt", so that model(**sample) runs.'
             ) from error
 
     def _taking(self, inputs: Mapping[str, Any]) -> nn.Module:
-        """The model without its head, unless only the whole model names all of `inputs`."""
+        """Returns the model without its head, or the whole model if only that takes all of `inputs` by name."""
         headless = _without_head(self.model)
         is_enough = _named_arguments(headless) >= _named_arguments(self.model) & inputs.keys()
         return headless if is_enough else self.model
 
     def _cast(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Pixels in the model's dtype, as `processor(...).to(model.dtype)` has them."""
+        """Casts pixels to the model's dtype, as `processor(...).to(model.dtype)` does."""
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
 
         def cast_leaf(value: Any) -> Any:
@@ -129,7 +129,7 @@ def _takes_any(module: nn.Module) -> bool:
 
 
 def placeholder_ids(model: nn.Module) -> frozenset[int]:
-    """Ids that the config names: of images, of the start and end of a text and the like."""
+    """Returns the token ids that the config names: those of images, the start and end of a text, and the like."""
     found: set[int] = set()
     configs = [config] if (config := getattr(model, "config", None)) is not None else []
     while configs:
@@ -142,12 +142,12 @@ def placeholder_ids(model: nn.Module) -> frozenset[int]:
 
 
 def text_in(model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Token ids of samples less those that stand for images, (tokens,) int64; some others where too few are left."""
+    """Returns the token ids of samples without image placeholders, (tokens,) int64; a trial text if too few remain."""
     ids = torch.cat([sample["input_ids"].flatten() for sample in samples])
     is_text = ~torch.isin(ids, torch.tensor(sorted(placeholder_ids(model)), dtype=torch.int64))
     return ids[is_text] if int(is_text.sum()) >= TRIAL_TOKENS else trial_text()[0]
 
 
 def trial_text() -> Tensor:
-    """A few tokens that only show which layers run, (1, tokens) int64."""
+    """Returns a few tokens that only show which layers run, (1, tokens) int64."""
     return torch.arange(TRIAL_TOKENS).unsqueeze(0)

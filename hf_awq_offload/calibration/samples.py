@@ -1,8 +1,8 @@
-"""A processor's output as calibration data: token ids with pixels and whatever else the model's forward pass takes.
+"""Reads a processor's output as calibration data: token ids with pixels and other arguments of the forward pass.
 
-Which columns of a row belong to it is told by the names of the arguments of the model's forward pass. A sample is run
-as it is: it can't be cut (its image tokens have to match its pixels), and what its processor made of several texts and
-images at once stays together, padding and attention mask included.
+The argument names of the model's forward pass determine which columns of a row belong to a sample. A sample is run as
+it is. It cannot be cut, because its image tokens have to match its pixels, and a batch of several texts and images
+stays together, including its padding and attention mask.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ IGNORED_LABEL = -100
 TEXT_COLUMNS = frozenset(("input_ids", "attention_mask", "loss_mask", "labels"))
 
 MEDIA = ("image", "video", "audio")
-"""Types of the parts of a message that are no text."""
+"""The types of message parts that are not text."""
 
 
 class Sample(NamedTuple):
-    """What a processor returned; a micro-batch of its own."""
+    """The output of a processor, which forms one micro-batch."""
 
     row: int
-    inputs: dict[str, Any]  # arguments of the forward pass on the CPU; input_ids (batch, tokens) int64 is one
+    inputs: dict[str, Any]  # arguments of the forward pass on the CPU, including input_ids (batch, tokens) int64
     counted: Tensor | None  # (batch, tokens) bool: which tokens enter the statistics; None = all
 
     @property
     def token_ids(self) -> Tensor:
-        """(tokens,) int64 of all texts, without padding."""
+        """The token ids of all texts without padding, (tokens,) int64."""
         ids, mask = self.inputs["input_ids"], self.inputs.get("attention_mask")
         return ids.flatten() if mask is None else ids[mask != 0]
 
 
 def sample_of(row: int, columns: Mapping[str, Any], accepts: frozenset[str]) -> Sample | None:
-    """The row as a sample; None if it is text and nothing else.
+    """Returns the row as a sample, or None if it holds nothing but text.
 
     Args:
-        row: for errors.
-        columns: of the data set.
-        accepts: names of the arguments of the model's forward pass.
+        row: the number of the row, for errors.
+        columns: the row's values by column name.
+        accepts: argument names of the model's forward pass.
 
     Raises:
         CalibrationDataError: the row has pixels that the model does not take, no usable input_ids, or a value that is
-            no array.
+            not an array.
     """
     foreign = [name for name, value in columns.items() if name not in accepts | TEXT_COLUMNS and _is_media(value)]
     if foreign:
@@ -59,7 +59,7 @@ def sample_of(row: int, columns: Mapping[str, Any], accepts: frozenset[str]) -> 
     ids_shape = _shape(columns["input_ids"])
     extras = {name: _as_input(row, name, columns[name]) for name in names if _shape(columns[name]) != ids_shape}
     if not extras:
-        return None  # token types and positions of text are what the model takes them to be
+        return None  # the model computes token types and positions of text itself
     per_token = {name: _as_input(row, name, columns[name]) for name in names if name not in extras}
     ids = _token_ids(row, columns["input_ids"])
     inputs = {"input_ids": ids, **per_token, **extras}
@@ -84,14 +84,14 @@ def sample_of(row: int, columns: Mapping[str, Any], accepts: frozenset[str]) -> 
 
 
 def media_without_text(columns: Mapping[str, Any], accepts: frozenset[str]) -> str | None:
-    """The column that only a processor can have made, in a row without input_ids."""
+    """Returns the column of a row without input_ids that only a processor can have made, if there is one."""
     if "input_ids" in columns:
         return None
     return next((name for name, value in columns.items() if name in accepts and _is_media(value)), None)
 
 
 def has_media(messages: list[dict[str, Any]]) -> bool:
-    """Whether a conversation holds images, videos or sound."""
+    """Returns whether a conversation holds images, videos or sound."""
     parts = [part for turn in messages if isinstance(turn.get("content"), list | tuple) for part in turn["content"]]
     return any(isinstance(part, Mapping) and part.get("type") in MEDIA for part in parts)
 
@@ -108,7 +108,7 @@ def _token_ids(row: int, value: Any) -> Tensor:
 
 
 def _is_media(value: Any) -> bool:
-    """A floating-point array of two dimensions or more: pixels, spectra."""
+    """Returns whether `value` is a floating-point array of two or more dimensions, such as pixels or spectra."""
     while isinstance(value, list | tuple) and len(value) and isinstance(value[0], list | tuple | Tensor | np.ndarray):
         if isinstance(value[0], list | tuple) and len(value[0]) and isinstance(value[0][0], float):
             return True
@@ -119,7 +119,7 @@ def _is_media(value: Any) -> bool:
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
-    """None where nested lists are of unequal length."""
+    """Returns the shape, or None if nested lists differ in length."""
     if isinstance(value, Tensor | np.ndarray):
         return tuple(value.shape)
     try:
@@ -129,7 +129,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _as_input(row: int, name: str, value: Any) -> Any:
-    """A tensor on the CPU; a list of them where the entries are of unequal shape."""
+    """Converts `value` to a tensor on the CPU, or to a list of tensors if its entries differ in shape."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, bool | int | float):

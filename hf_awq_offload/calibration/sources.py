@@ -1,8 +1,8 @@
-"""Finding the elements of whatever the user gave as `dataset`: an object, a file or a name.
+"""Opens whatever the user passed as `dataset`: an object, a file or a name.
 
-What has a length and random access (a list, a 2-D tensor, a `datasets.Dataset`, a .json list) is visited in a
-seeded random order, so that a sorted data set is sampled evenly. Everything else (other files, streams,
-generators) is read from its start, and no further than asked.
+Data with a length and random access (a list, a 2-D tensor, a `datasets.Dataset`, a .json list) is visited in a seeded
+random order, so that sorted data is sampled evenly. Everything else (other files, streams, generators) is read from
+the start, and no further than needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..errors import CalibrationDataError
 from .documents import names_of, require_one_form, type_name
 
 OPTIMUM_NAMES = ("wikitext2", "c4", "c4-new")
-"""What `optimum.gptq.data.get_dataset` knows; the names that GPTQ users are used to."""
+"""The names that `optimum.gptq.data.get_dataset` supports, which GPTQ users know."""
 
 _FORMS = (
     "'builtin', a list of texts, a list of token-id lists, a 2-D tensor of token ids, an iterable of dicts "
@@ -38,7 +38,7 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class Source:
-    """The elements of a data set before anyone looked at their form."""
+    """The elements of a data set, whose form has not been checked yet."""
 
     name: str | None  # None = in-memory data without a name
     elements: Iterator[tuple[int, Any]]  # (row, element), in the order in which they are visited
@@ -46,10 +46,10 @@ class Source:
 
 
 def open_source(config: AwqOffloadConfig, get_tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Source:
-    """Find what `config.dataset` means. `get_tokenizer` is called only for optimum's data sets.
+    """Opens `config.dataset`; calls `get_tokenizer` only for optimum's data sets.
 
     Raises:
-        CalibrationDataError: nothing known has that form or name, or it can't be opened.
+        CalibrationDataError: the form or name is unknown, or the data could not be opened.
     """
     dataset = config.dataset
     if not isinstance(dataset, str | os.PathLike):
@@ -98,7 +98,7 @@ def _open_object(dataset: Any, seed: int) -> Source:
     if isinstance(dataset, list | tuple):
         require_one_form(dataset)
         return Source(None, _visit(dataset, seed))
-    # A datasets.Dataset can only be at hand where that module is imported already.
+    # `dataset` can be a datasets.Dataset only if that module has been imported already.
     datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         elements = dataset if isinstance(dataset, datasets.Dataset) else iter(dataset)
@@ -111,7 +111,7 @@ def _open_object(dataset: Any, seed: int) -> Source:
 
 
 def _visit(elements: Any, seed: int) -> Iterator[tuple[int, Any]]:
-    """Number the elements; in a random order if they are not an iterator."""
+    """Yields (row, element), in a random order unless `elements` is an iterator."""
     if isinstance(elements, Iterator):
         yield from enumerate(elements)
         return
@@ -121,7 +121,7 @@ def _visit(elements: Any, seed: int) -> Iterator[tuple[int, Any]]:
 
 
 def _own_name(dataset: Any) -> str | None:
-    """The name that a datasets.Dataset was loaded by; None for those made from memory or loose files."""
+    """Returns the name under which a datasets.Dataset was loaded; None if it was made from memory or loose files."""
     name, builder = dataset.info.dataset_name, dataset.info.builder_name
     return None if name == builder else name  # both are "json", "generator", … for data without a name
 
@@ -137,12 +137,12 @@ def _string_columns(dataset: Any) -> list[str] | None:
 
 
 def _open_file(path: Path) -> Sequence[Any] | Iterator[Any]:
-    """The elements of a local file: a list where the whole file is in memory, else an iterator."""
+    """Returns the elements of a local file: a list if its format is read at once, else an iterator."""
     reader = _FILE_READERS.get(path.suffix.lower())
     if reader is None:
         raise CalibrationDataError(
             f"The dataset file {path} ends in {path.suffix!r}; expected {', '.join(_FILE_READERS)}. Load it "
-            "yourself (datasets.load_dataset reads more formats) and pass the data set."
+            "yourself (datasets.load_dataset reads more formats) and pass the resulting data set."
         )
     what = f"The dataset file {path}"
     remedy = "Check that the file is complete and has the format of its suffix."
@@ -154,12 +154,12 @@ def _open_file(path: Path) -> Sequence[Any] | Iterator[Any]:
 
 
 def _read_txt(path: Path) -> list[str]:
-    # One document, whole: splitting at blank lines would put an EOS between the paragraphs of one text.
+    # The file is one document: splitting at blank lines would put an EOS between the paragraphs of a text.
     return [path.read_text(encoding="utf-8-sig")]
 
 
 def _read_json(path: Path) -> list[Any]:
-    """A list, a single object, or one value per line under the wrong suffix, which is common."""
+    """Reads a list, a single object, or one value per line (which often has this suffix by mistake)."""
     text = path.read_text(encoding="utf-8-sig")
     try:
         parsed = json.loads(text)
@@ -192,7 +192,7 @@ def _json_message(path: Path, line_number: int, error: json.JSONDecodeError) -> 
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    # Read with pyarrow, not datasets: no copy in the cache, and no globbing of the path.
+    # pyarrow, unlike datasets, neither copies the file to a cache nor expands patterns in its path.
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as file:
@@ -201,7 +201,7 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    # pandas and not csv, whose limit of 131072 characters a field can only be lifted for the whole process.
+    # pandas, because csv limits fields to 131072 characters and can lift that only for the whole process.
     import pandas
 
     with pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=256, encoding="utf-8-sig") as chunks:
@@ -219,10 +219,10 @@ _FILE_READERS: dict[str, Callable[[Path], list[Any] | Iterator[Any]]] = {
 
 
 def _looks_like_path(name: str) -> bool:
-    """Data set names are `name` or `owner/name`; what has a file's suffix or other separators is a path."""
+    """Returns whether `name` is a path: data set names are `name` or `owner/name`, without a file's suffix."""
     has_suffix = name.lower().endswith(tuple(_FILE_READERS))
     has_separators = name.count("/") > 1 or name.endswith("/") or "\\" in name
-    is_short = len(name) < 256 and "\n" not in name  # else it's a text, which gets an error of its own
+    is_short = len(name) < 256 and "\n" not in name  # otherwise it is text, which gets a different error
     return is_short and (has_suffix or has_separators or name.startswith((".", "/", "~")))
 
 
@@ -230,14 +230,14 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _builtin_texts() -> list[str]:
-    """About 460 kB of English about Python: the help texts that CPython carries."""
+    """Returns about 460 kB of English text about Python: the help texts that ship with CPython."""
     from pydoc_data.topics import topics  # imported here because of its size
 
     return list(topics.values())
 
 
 def _open_with_datasets(path: str, name: str) -> Source:
-    """Stream the train split, or the first one, of what `datasets.load_dataset` finds under `path`."""
+    """Streams the train split, or else the first one, of the data set that `datasets.load_dataset` finds at `path`."""
     what, remedy = (
         f"The data set {path!r}",
         "Pass 'builtin', the path of a local file, or a list of texts instead.",
@@ -255,7 +255,7 @@ def _open_with_datasets(path: str, name: str) -> Source:
 
 
 def _optimum_rows(name: str, config: AwqOffloadConfig, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Rows of `config.max_seq_len` tokens; the random states that optimum overwrites are put back."""
+    """Returns rows of `config.max_seq_len` tokens; restores the random states that optimum overwrites."""
 
     def load() -> Any:
         from optimum.gptq.data import get_dataset
@@ -270,7 +270,7 @@ def _optimum_rows(name: str, config: AwqOffloadConfig, tokenizer: PreTrainedToke
             return _guarded(
                 load,
                 f"optimum's data set {name!r}",
-                "It is downloaded and needs optimum, datasets and a network; without one pass 'builtin', the "
+                "Downloading it needs optimum, datasets and a network; without these, pass 'builtin', the "
                 "path of a local file, or a list of texts.",
             )
     finally:
@@ -279,14 +279,14 @@ def _optimum_rows(name: str, config: AwqOffloadConfig, tokenizer: PreTrainedToke
 
 
 def _guarded(function: Callable[..., Any], what: str, remedy: str, *arguments: Any) -> Any:
-    """Call; any error becomes a CalibrationDataError. Readers raise dozens of kinds, so all are caught."""
+    """Calls `function`, and turns any error into a CalibrationDataError, because readers raise dozens of kinds."""
     try:
         return function(*arguments)
     except CalibrationDataError:
         raise
     except Exception as error:
         raise CalibrationDataError(
-            f"{what} can't be read ({type(error).__name__}: {str(error)[:500]}). {remedy}"
+            f"{what} could not be read ({type(error).__name__}: {str(error)[:500]}). {remedy}"
         ) from error
 
 

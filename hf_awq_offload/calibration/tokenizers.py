@@ -1,4 +1,4 @@
-"""Tokenizers and processors of calibration data: where they come from, and rendering conversations with images."""
+"""Loads the tokenizer and processor for calibration data, and renders conversations with images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from ..errors import CalibrationDataError
 from .documents import Chat
 
 TEXT_BLOCK_CHARACTERS = 1 << 20
-"""Longer documents are tokenized in blocks, so that a book of any size can be left in the middle."""
+"""Longer documents are tokenized in blocks of this size, so that reading can stop in the middle of a book."""
 
 
 def tokenizer_of(given: Any, load_own: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
-    """`given` itself or what it holds, or the tokenizer of that name or path, or the checkpoint's own for None."""
+    """Returns `given` or its tokenizer, the tokenizer of that name or path, or the checkpoint's own for None.
+
+    Raises:
+        CalibrationDataError: there is none, or it could not be loaded.
+    """
     if isinstance(given, ProcessorMixin):
         return cast(Any, given).tokenizer
     if given is not None and not isinstance(given, str | os.PathLike):
@@ -27,7 +31,7 @@ def tokenizer_of(given: Any, load_own: Callable[[], PreTrainedTokenizerBase]) ->
         tokenizer = load_own() if given is None else AutoTokenizer.from_pretrained(given)
     except Exception as error:  # of any kind: files, network, remote code
         raise CalibrationDataError(
-            f"The calibration data is text, but its tokenizer is missing. {which} can't be loaded "
+            f"The calibration data is text, but its tokenizer is missing. {which} could not be loaded "
             f"({type(error).__name__}: {error}). {remedy}"
         ) from error
     if tokenizer is None:
@@ -36,7 +40,11 @@ def tokenizer_of(given: Any, load_own: Callable[[], PreTrainedTokenizerBase]) ->
 
 
 def processor_of(given: Any, load_own: Callable[[], ProcessorMixin] | None) -> ProcessorMixin:
-    """`given` itself, or the processor of that name or path, or the checkpoint's own for None."""
+    """Returns `given`, the processor of that name or path, or the checkpoint's own for None.
+
+    Raises:
+        CalibrationDataError: there is none, or it could not be loaded.
+    """
     if isinstance(given, ProcessorMixin):
         return given
     remedy = "Set `tokenizer` to the model's processor, or pass what it returns as rows of `dataset`."
@@ -48,7 +56,7 @@ def processor_of(given: Any, load_own: Callable[[], ProcessorMixin] | None) -> P
         processor = load_own() if given is None and load_own is not None else AutoProcessor.from_pretrained(given)
     except Exception as error:  # of any kind: files, network, remote code, missing packages
         raise CalibrationDataError(
-            f"The calibration data holds images, but their processor can't be loaded ({type(error).__name__}: "
+            f"The calibration data holds images, but their processor could not be loaded ({type(error).__name__}: "
             f"{error}). {remedy}"
         ) from error
     if not isinstance(processor, ProcessorMixin):
@@ -60,7 +68,11 @@ def processor_of(given: Any, load_own: Callable[[], ProcessorMixin] | None) -> P
 
 
 def render_with_media(chat: Chat, processor: ProcessorMixin) -> Mapping[str, Any]:
-    """A conversation with images as the processor's chat template renders it."""
+    """Renders a conversation with images with the processor's chat template.
+
+    Raises:
+        CalibrationDataError: the processor failed.
+    """
     try:
         if chat.images is None:
             return cast(Any, processor).apply_chat_template(
@@ -68,15 +80,15 @@ def render_with_media(chat: Chat, processor: ProcessorMixin) -> Mapping[str, Any
             )
         text = cast(Any, processor).apply_chat_template(chat.messages, tokenize=False)
         return processor(text=[text], images=chat.images, return_tensors="pt")
-    except Exception as error:  # templates and image readers raise what they like
+    except Exception as error:  # of any kind: templates and image readers can raise anything
         raise CalibrationDataError(
-            f"The processor (a {type(processor).__name__}) can't render row {chat.row}, column 'messages' "
+            f"The processor (a {type(processor).__name__}) could not render row {chat.row}, column 'messages' "
             f"({type(error).__name__}: {error}). Pass the processor of a chat model, or what it returns as rows."
         ) from error
 
 
 def text_blocks(text: str) -> Iterator[str]:
-    """Blocks of at most TEXT_BLOCK_CHARACTERS, cut after a line end where there is one."""
+    """Yields blocks of at most TEXT_BLOCK_CHARACTERS, cut after the end of a line if there is one."""
     start = 0
     while len(text) - start > TEXT_BLOCK_CHARACTERS:
         end = text.rfind("\n", start, start + TEXT_BLOCK_CHARACTERS) + 1 or start + TEXT_BLOCK_CHARACTERS

@@ -1,1 +1,1 @@
-"""What a model is made of: decoder layers, linears, experts, and where a scale can be folded. Measured, not listed."""
+"""Finds a model's decoder layers, linears, experts and possible folds by measuring it, not by listing architectures."""

@@ -1,4 +1,4 @@
-"""Decoder layers: which modules may be one, what a call of one is, and how to run one alone."""
+"""Finds the modules that may be decoder layers, represents a call of one, and runs a layer on its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..ops.blocks import matmul_dtype
 
 
 class _Hidden:
-    """Stands in recorded arguments where the hidden states go."""
+    """A placeholder for the hidden states in recorded arguments."""
 
     def __repr__(self) -> str:
         return "<hidden states>"
@@ -31,7 +31,7 @@ HIDDEN = _Hidden()
 
 @dataclass(frozen=True)
 class LayerCall:
-    """Arguments of one call of a decoder layer; `HIDDEN` marks the place of the hidden states."""
+    """The arguments of one call of a decoder layer; `HIDDEN` stands for the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -39,10 +39,10 @@ class LayerCall:
     def bind(
         self, hidden: Tensor, move: Callable[[Tensor], Tensor], share_state: bool = False
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with `hidden` in its place; `move` is applied to every tensor (device, dtype).
+        """Returns the arguments with `hidden` filled in and `move` (device, dtype) applied to every tensor.
 
-        Containers that a layer may write to (dicts, lists and objects of other kinds) are copied, so that a call
-        leaves no trace in them; with `share_state` they are passed on themselves, their tensors moved in place.
+        Containers that a layer may write to (dicts, lists and other objects) are copied, so that a call leaves no trace
+        in them. With `share_state` the containers themselves are passed on, and their tensors are moved in place.
         """
 
         def fill(value: Any) -> Any:
@@ -56,14 +56,14 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class ProbeCalls:
-    """Short inputs for one layer, fp32-castable: several tokens, and a single one."""
+    """Short inputs for one layer, castable to fp32: one call with several tokens, and one with a single token."""
 
     several: tuple[LayerCall, Tensor]
     single: tuple[LayerCall, Tensor]
 
 
 def map_leaves(value: Any, fill: Callable[[Any], Any], in_place: bool = False) -> Any:
-    """`value` with `fill` applied to everything that is no container; mutable containers copied, unless `in_place`."""
+    """Applies `fill` to everything in `value` that is not a container; copies mutable containers unless `in_place`."""
     if isinstance(value, tuple):
         items = [map_leaves(item, fill, in_place) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
@@ -84,7 +84,7 @@ def map_leaves(value: Any, fill: Callable[[Any], Any], in_place: bool = False) -
 
 
 def is_state(value: Any) -> bool:
-    """Whether layers could pass something on by writing it into `value`."""
+    """Returns whether layers could pass data to each other by writing it into `value`."""
     if isinstance(value, MutableMapping | list):
         return True
     plain = (Tensor, str, bytes, int, float, complex, tuple, frozenset, torch.dtype, torch.device, nn.Module, _Hidden)
@@ -92,16 +92,19 @@ def is_state(value: Any) -> bool:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested containers, in their order."""
+    """Returns every tensor in nested containers, in order."""
     tensors: list[Tensor] = []
     map_leaves(value, lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None)
     return tensors
 
 
 def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Elements of the outermost module lists that hold linears: what may turn out to be decoder layers.
+    """Returns the candidates for decoder layers by name: elements of the outermost module lists that contain linears.
 
-    A linear that itself stands in a list is a projection, not a layer.
+    A linear that is itself an element of a list is a projection, not a layer.
+
+    Raises:
+        ModelStructureError: there are none.
     """
     layers: dict[str, nn.Module] = {}
     for list_name, module in model.named_modules():
@@ -121,7 +124,7 @@ def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def shared_parameters(model: nn.Module) -> dict[str, set[str]]:
-    """Decoder layer -> names, within it, of parameters that another layer or the rest of the model uses too."""
+    """Maps every decoder layer to the names, within it, of parameters that other parts of the model also use."""
     users: dict[int, set[str]] = defaultdict(set)
     named: dict[str, dict[str, nn.Parameter]] = {}
     inside: set[str] = set()
@@ -145,9 +148,9 @@ def _has_conv1d(model: nn.Module) -> bool:
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no KV cache, restored afterwards, whatever happens inside.
+    """Switches to evaluation mode without a KV cache, and restores both on exit, even after an error.
 
-    A module that is replaced inside the context leaves its mode to the one in its place.
+    A module that takes the place of another inside the context gets the mode of the one that it replaced.
     """
     training = {name: module.training for name, module in model.named_modules()}
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
@@ -169,9 +172,9 @@ class LayerRunner:
 
     Args:
         layer: the decoder layer, already on `device`.
-        device: where it computes.
-        dtype: floating-point tensors (weights and arguments) are cast to it for the computation; the layer's own
-            weights stay as they are, and so do packed ones. None computes in the layer's dtype.
+        device: the device to compute on.
+        dtype: floating-point weights and arguments are cast to this dtype for the computation, except packed weights.
+            The layer's own weights do not change. None computes in the layer's dtype.
     """
 
     def __init__(self, layer: nn.Module, device: torch.device, dtype: torch.dtype | None = None):
@@ -191,7 +194,7 @@ class LayerRunner:
         hidden: Tensor,  # (batch, tokens, hidden)
         overrides: dict[str, Tensor] | None = None,  # parameter name -> tensor used in its place
     ) -> Tensor:
-        """The layer's output hidden states, (batch, tokens, hidden), on `device`."""
+        """Returns the layer's output hidden states, (batch, tokens, hidden), on `device`."""
         return output_hidden(self.run(call.bind(hidden, self._move), overrides))
 
     @torch.no_grad()
@@ -201,17 +204,18 @@ class LayerRunner:
         hidden: Tensor,  # (batch, tokens, hidden)
         overrides: dict[str, Tensor] | None = None,
     ) -> list[Tensor]:
-        """Every floating-point tensor that the call yields: in what the layer returns, and in state it writes to."""
+        """Returns every floating-point tensor that the layer returns or writes to the state among its arguments."""
         bound = call.bind(hidden, self._move)
         yielded = (self.run(bound, overrides), [value for value in (*bound[0], *bound[1].values()) if is_state(value)])
         return [tensor for tensor in tensors_in(yielded) if tensor.is_floating_point()]
 
     @torch.no_grad()
     def run_for_caller(self, call: LayerCall, like: Tensor | None, forward: Callable[..., Any] | None = None) -> Any:
-        """Runs the layer in its caller's stead; returns whatever it returns, on the device and in the dtype of `like`.
+        """Runs the layer and returns its output: tensors on `like`'s device, floating-point ones in `like`'s dtype.
 
-        Integers keep their dtype. State among the call's arguments is written to. With `forward`, which is the layer's
-        own, the layer is not called as a module: this runs inside the module's call, whose hooks run already.
+        The layer may write to the state among the call's arguments. A caller that stands in for the layer's forward
+        passes the original as `forward`; the layer is then not called as a module, whose hooks already run around the
+        caller.
         """
         bound = call.bind(torch.empty(0), self._move, share_state=True)
         output = self.run(bound) if forward is None else self._run_inside(forward, bound)
@@ -224,7 +228,7 @@ class LayerRunner:
         return map_leaves(output, back, in_place=True)
 
     def run(self, bound: tuple[tuple[Any, ...], dict[str, Any]], overrides: dict[str, Tensor] | None = None) -> Any:
-        """What the layer returns for arguments that are bound already."""
+        """Returns the layer's output for bound arguments."""
         args, kwargs = bound
         if self.tensors or overrides:
             return torch.func.functional_call(self.layer, {**self.tensors, **(overrides or {})}, args, kwargs)
@@ -255,13 +259,13 @@ def runner_on(layer: nn.Module, device: torch.device) -> LayerRunner:
 
 
 def output_hidden(output: Any) -> Tensor:
-    """The hidden states in what a decoder layer returns: a tensor, or the first element of a tuple."""
+    """Returns the hidden states from a decoder layer's output, which is a tensor or a tuple that begins with it."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 @contextmanager
 def shadowed_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward` stand in for the module's own (an instance attribute, or accelerate's wrapper, survives)."""
+    """Replaces the module's forward by `forward`, and restores it on exit, including accelerate's wrapper."""
     original = module.__dict__.get("forward")
     module.forward = forward
     try:

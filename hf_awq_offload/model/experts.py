@@ -1,11 +1,11 @@
-"""Mixture of experts: transformers' fused expert weights taken apart into one linear per expert and projection.
+"""Splits transformers' fused mixture-of-experts weights into one linear per expert and projection.
 
 Letters: E experts, H hidden size, I intermediate size, T tokens, k experts per token.
 
-transformers 5 holds the experts of a layer in 3-D parameters, `gate_up_proj` (E, 2I, H), or `up_proj` (E, I, H) without
-a gate, and `down_proj` (E, H, I), on modules that say by flags how to read them: `has_gate`, `has_bias`,
-`is_transposed` ((E, H, 2I) and (E, I, H)), `is_concatenated` (gate rows first, else gate and up rows take turns).
-Whatever carries these flags is unfused, under the names that the per-expert weights have in the original checkpoint.
+transformers 5 holds the experts of a layer in 3-D parameters: `gate_up_proj` (E, 2I, H), or `up_proj` (E, I, H) without
+a gate, and `down_proj` (E, H, I). Flags on the module say how to read them: `has_gate`, `has_bias`, `is_transposed`
+((E, H, 2I) and (E, I, H)), `is_concatenated` (gate rows first; otherwise gate and up rows alternate). Every module with
+these flags is unfused, under the names that the per-expert weights have in the original checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gat
 
 
 class Projections(NamedTuple):
-    """Names of an expert's linears; `gate` is empty where there is none."""
+    """The names of an expert's linears; `gate` is empty if there is no gate."""
 
     gate: str
     up: str
@@ -38,7 +38,7 @@ class Projections(NamedTuple):
 
 
 class Routing(Enum):
-    """Which tokens go through which experts."""
+    """The rule that decides which tokens go through which experts."""
 
     TOP_K = "as the router says"
     EVERY_TOKEN = "every expert computes every token, the output is as the router says"
@@ -46,7 +46,7 @@ class Routing(Enum):
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether `module` carries the experts interface and its fused parameters."""
+    """Returns whether `module` has the experts interface and its fused parameters."""
     has_flags = all(hasattr(module, flag) for flag in FLAGS)
     return has_flags and all(
         isinstance(parameter := getattr(module, name, None), nn.Parameter) and parameter.ndim == 3
@@ -55,12 +55,12 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 
 def fused_names(module: nn.Module) -> list[str]:
-    """Names of the fused weights: the first projection, and the second."""
+    """Returns the names of the fused weights, first and second projection."""
     return ["gate_up_proj" if cast(Any, module).has_gate else "up_proj", "down_proj"]
 
 
 def original_projections(module_name: str, module: nn.Module, conversions: Sequence[Any]) -> Projections | None:
-    """How the checkpoint's per-expert linears are called, read off the converters that merge them; None if none do."""
+    """Reads the names of the checkpoint's per-expert linears from the converters that merge them; None if none does."""
     first, second = (_merged_from(f"{module_name}.{fused}", conversions) for fused in fused_names(module))
     has_gate = cast(Any, module).has_gate
     if first is None or second is None or len(first) != 1 + has_gate or len(second) != 1:
@@ -69,7 +69,7 @@ def original_projections(module_name: str, module: nn.Module, conversions: Seque
 
 
 def _merged_from(parameter_name: str, conversions: Sequence[Any]) -> list[str] | None:
-    """Per-expert linears that are merged into a parameter; None unless <experts>.*.<linear>.weight says so."""
+    """Returns the per-expert linears merged into a parameter; None unless they match <experts>.*.<linear>.weight."""
     experts_name = parameter_name.rpartition(".")[0]
     for converter in conversions:
         if not _merges_into(converter, parameter_name):
@@ -91,7 +91,7 @@ def _merges_into(converter: Any, parameter_name: str) -> bool:
 
 
 def _makes(converter: Any, parameter_name: str) -> bool:
-    """Whether a converter's result is the parameter; some converters serve one part of a model only."""
+    """Returns whether a converter produces the parameter; some converters apply to one part of a model only."""
     scope = getattr(converter, "scope_prefix", None)
     if not isinstance(converter, WeightConverter) or (scope and f".{scope}." not in f".{parameter_name}."):
         return False
@@ -102,7 +102,7 @@ def _makes(converter: Any, parameter_name: str) -> bool:
 
 
 def conversions_without_merging(conversions: Sequence[Any], model: nn.Module) -> list[Any]:
-    """`conversions` less those that make fused weights of experts which `model` holds one by one."""
+    """Returns `conversions` without those that would fuse the weights of experts that `model` holds one by one."""
     fused = [
         f"{name}.{parameter}"
         for name, module in model.named_modules()
@@ -113,10 +113,10 @@ def conversions_without_merging(conversions: Sequence[Any], model: nn.Module) ->
 
 
 def unfused(module: nn.Module, names: Projections | None = None) -> UnfusedExperts:
-    """A module that computes what `module` does, its weights in one linear per expert and projection.
+    """Returns a module that computes what `module` does, with one linear per expert and projection.
 
-    On the meta device if `module` is; else the linears' weights are views of the fused ones wherever these are not
-    transposed or interleaved, so that taking experts apart needs no memory.
+    The result is on the meta device if `module` is. Otherwise the linears' weights are views of the fused ones unless
+    these are transposed or interleaved, so that taking experts apart needs no memory.
     """
     names = names or Projections("gate_proj" if cast(Any, module).has_gate else "", "up_proj", "down_proj")
     result = copy.copy(module)
@@ -199,10 +199,10 @@ def _one_expert(module: nn.Module, expert: int, names: Projections) -> nn.Module
 
 
 class UnfusedExperts(nn.Module):
-    """Experts taken apart: expert e is the submodule named "e". Made by `unfused`.
+    """Experts taken apart by `unfused`; expert e is the submodule named "e".
 
-    It has the attributes that the fused experts had, and their gate, activation and norm stay in use; but it is no
-    instance of their class, whose initialization wants the fused parameters.
+    The module has the attributes of the fused experts and uses their gate, activation and norm. It is not an instance
+    of their class, because that class's initialization needs the fused parameters.
     """
 
     fused_class: type[nn.Module]
@@ -212,7 +212,7 @@ class UnfusedExperts(nn.Module):
     experts_total: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """(T, H) hidden states, (T, k) int64 experts of every token, (T, k) their weights -> (T, H)."""
+        """Runs the experts: (T, H) hidden states, (T, k) int64 experts of each token, (T, k) weights -> (T, H)."""
         signature = inspect.signature(self.fused_class.forward)
         _, hidden_states, top_k_index, top_k_weights = signature.bind(self, *args, **kwargs).args
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -234,11 +234,11 @@ class UnfusedExperts(nn.Module):
         return output.view_as(hidden_states)
 
     def __getattr__(self, name: str) -> Any:
-        """Methods of the fused experts, on this module."""
+        """Binds methods of the fused experts to this module."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in self.__dict__.get("was_fused", ()):  # blocks around experts initialize them by these names
+            if name in self.__dict__.get("was_fused", ()):  # enclosing blocks initialize experts under these names
                 return _initialized_already()
             method = getattr(self.__dict__.get("fused_class"), name, None)
             if not inspect.isfunction(method):
@@ -246,7 +246,7 @@ class UnfusedExperts(nn.Module):
             return functools.partial(method, self)
 
     def _compute(self, expert: int, x: Tensor) -> Tensor:
-        """(t, H) -> (t, H) through one expert."""
+        """Runs one expert: (t, H) -> (t, H)."""
         flags, linears = cast(Any, self), cast(Any, self.get_submodule(str(expert)))
         up = linears.get_submodule(self.projections.up)(x)
         if flags.has_gate:
@@ -260,7 +260,7 @@ class UnfusedExperts(nn.Module):
 
 
 def _initialized_already() -> Tensor:
-    """What transformers' initialization passes over."""
+    """Returns a tensor that transformers' initialization skips."""
     tensor = torch.empty(0)
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     return tensor
@@ -268,7 +268,7 @@ def _initialized_already() -> Tensor:
 
 @contextmanager
 def routed(layer: nn.Module, routing: Routing) -> Iterator[None]:
-    """Every expert module of `layer` routes its tokens in this way inside."""
+    """Makes every expert module of `layer` use `routing`, and restores the previous routing on exit."""
     modules = [module for module in layer.modules() if isinstance(module, UnfusedExperts)]
     before = [module.routing for module in modules]
     for module in modules:
@@ -281,11 +281,11 @@ def routed(layer: nn.Module, routing: Routing) -> Iterator[None]:
 
 
 def router_linears(layer: nn.Module) -> set[str]:
-    """Linears within `layer` that choose experts: beside the experts, with an output for each of them."""
+    """Returns the linears of `layer` that choose experts: those beside the experts with one output per expert."""
     routers = set()
     for name, module in layer.named_modules():
         fused = [value.shape for value in module.parameters(recurse=False) if value.ndim == 3]
-        counts = {shape[0] for shape in fused if shape[0] <= min(shape[1:])}  # else of a convolution, or heads
+        counts = {shape[0] for shape in fused if shape[0] <= min(shape[1:])}  # otherwise of a convolution, or heads
         if isinstance(module, UnfusedExperts):
             counts.add(module.experts_total)
         block_name, _, _ = name.rpartition(".")
@@ -298,7 +298,7 @@ def router_linears(layer: nn.Module) -> set[str]:
 
 
 class ExpertPart(NamedTuple):
-    """Where a linear stands among experts."""
+    """The position of a linear among a layer's experts."""
 
     experts: str  # name of the experts module within the layer
     expert: int
@@ -306,7 +306,7 @@ class ExpertPart(NamedTuple):
 
     @property
     def family(self) -> str:
-        """The same for this projection of all experts."""
+        """A name that this projection shares over all experts."""
         return f"{self.experts}.*.{self.projection}"
 
     @property
@@ -315,7 +315,7 @@ class ExpertPart(NamedTuple):
 
 
 def expert_parts(layer: nn.Module) -> dict[str, ExpertPart]:
-    """Every linear of an unfused expert by its name within `layer`."""
+    """Returns the position of every linear of an unfused expert, by its name within `layer`."""
     return {
         f"{name}.{expert}.{projection}": ExpertPart(name, expert, projection)
         for name, module in layer.named_modules()

@@ -1,17 +1,17 @@
-"""Which scales can be folded away, found by measuring a decoder layer instead of naming architectures.
+"""Finds which scales can be folded away by measuring a decoder layer instead of listing architectures.
 
-1. Linears that receive equal inputs form one *input group*: they share s. Other parameters that multiply the same
-   input (a router's, fused experts') are its *readers*.
-2. Every *producer* candidate (a norm's weight w, a norm that multiplies by 1 + w, a linear's rows) gets its output
-   channels multiplied by known factors; where an input channel c changes by exactly the factor of row r, for every
-   token, c is fed by r, linearly. That finds q/k/v ← norm, o ← v with grouped queries (several c for one r), down ← up.
-3. Of linears that compute several things at once, only some rows feed an input: of a fused qkv those that do on a lone
-   token, whose softmax is constant; of a fused gate and up one half, or every second row.
-4. A fold is used only after a proof on the layer at hand: random scales, compensated in the consumers, must leave
-   everything that the layer yields unchanged.
+1. Linears that receive equal inputs form one *input group* and share s. Other parameters that multiply the same input
+   (those of a router or of fused experts) are the group's *readers*.
+2. The probe multiplies the output channels of every *producer* candidate (a norm's weight w, a norm that multiplies by
+   1 + w, a linear's rows) by known factors. If an input channel c changes by exactly the factor of row r, for every
+   token, then r feeds c, linearly. This finds q/k/v ← norm, down ← up, and o ← v with grouped queries (many c per r).
+3. In linears that compute several things at once, only some rows feed an input. In a fused qkv the probe finds them
+   with a single token, whose softmax is constant; in a fused gate and up they are one half, or every second row.
+4. A fold is used only after a proof on the layer at hand: random scales, compensated in the consumers, must leave all
+   outputs of the layer unchanged.
 
-Projections of experts are probed together, all experts at once. Probes run in fp32 on copies
-(`torch.func.functional_call`): the layer's own weights are never written.
+The same projection of all experts is probed at once. Probes run in fp32 on copies (`torch.func.functional_call`); the
+layer's own weights are never written.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from .linears import is_linear, linears_in
 from .row_maps import LEVELS, complete_row_map, factor_index, level_factors, row_subsets
 
 PROOF_SENSITIVITY = 1e-4
-"""A proof counts only if scaling the producer *without* compensation changes the output by at least this much …"""
+"""Least relative change of the output that scaling *without* compensation must cause for a proof to count …"""
 PROOF_TOLERANCE = 1e-3
-"""… and compensation undoes the change to this fraction of it, or to fp32 rounding."""
+"""… and largest fraction of that change that may remain with compensation, unless it is below fp32 rounding."""
 ROUNDING_CHANGE = 3e-6
 """Relative change of a layer's output that fp32 rounding alone may cause."""
 
 CURVATURE = 0.01
-"""Second difference of the output, relative to the first, from which on a linear's output acts not linearly."""
+"""Second difference of the output, relative to the first, above which a linear's effect counts as nonlinear."""
 MAX_PAIRED = 4
-"""Among more linears that read one input, no pairs are tried."""
+"""Most linears that read one input for which pairs are tried."""
 
 MAX_READER_CHOICES = 8
-"""Sets of parameters that are tried as a group's readers."""
+"""Most sets of parameters that are tried as a group's readers."""
 
 
 Candidate = tuple[Fold, ...]
-"""Producers that are scaled together: one norm or linear, or a projection of every expert. Equal kind and rows."""
+"""Producers of equal kind and rows that are scaled together: one norm or linear, or one projection of every expert."""
 
 
 def discover_structure(layer: nn.Module, probes: ProbeCalls, device: torch.device, seed: int) -> LayerStructure:
-    """Probe `layer` (on `device`); costs one short forward per linear and norm, and a few for each fold found."""
-    with routed(layer, Routing.UNIFORM):  # so that every expert computes, and matters
+    """Probes `layer` (on `device`) with one short forward per linear and norm, and a few more for each fold found."""
+    with routed(layer, Routing.UNIFORM):  # so that every expert contributes to the output
         probe = _Probe(layer, probes, device, seed)
         inputs, reads = probe.inputs({}), probe.reads
         groups = [
@@ -67,7 +67,7 @@ def discover_structure(layer: nn.Module, probes: ProbeCalls, device: torch.devic
 def without_refuted_folds(
     layer: nn.Module, structure: LayerStructure, probes: ProbeCalls, device: torch.device, seed: int
 ) -> LayerStructure:
-    """`structure`, found on this layer or another one, less the folds that this layer's weights contradict."""
+    """Returns `structure`, found on this layer or a similar one, without the folds that this layer's weights refute."""
     routings = [Routing.TOP_K]
     if any(isinstance(module, UnfusedExperts) for module in layer.modules()):
         routings.append(Routing.UNIFORM)
@@ -87,7 +87,7 @@ def without_refuted_folds(
 
 
 class _Probe:
-    """Runs one layer in fp32 with overridden parameters and looks at linear inputs and outputs."""
+    """Runs one layer in fp32 with overridden parameters and observes its outputs and the inputs of its linears."""
 
     def __init__(self, layer: nn.Module, probes: ProbeCalls, device: torch.device, seed: int):
         self.layer = layer
@@ -103,9 +103,9 @@ class _Probe:
         self.reads: dict[Reader, Tensor] = {}
 
     def inputs(self, overrides: dict[str, Tensor], lone: bool = False) -> dict[str, Tensor]:
-        """Input of every linear that ran, (tokens, in) fp32, in the order of their calls; of one token if `lone`.
+        """Returns the input of every linear that ran, (tokens, in) fp32, in call order; of a single token if `lone`.
 
-        What other parameters read is left in `reads`.
+        Also stores the inputs of other parameters in `reads`.
         """
         seen: dict[str, Tensor] = {}
         self.reads = {}
@@ -137,7 +137,7 @@ class _Probe:
         return seen
 
     def candidates(self) -> list[Candidate]:
-        """Everything that might absorb a scale, norms first, with the identity for its row map."""
+        """Returns everything that might absorb a scale, norms first, with the identity as its row map."""
         families: dict[tuple[str, ProducerKind], list[Fold]] = defaultdict(list)
         for name, module in self.layer.named_modules():
             weight = getattr(module, "weight", None)
@@ -155,11 +155,11 @@ class _Probe:
         return sorted(map(tuple, families.values()), key=lambda folds: folds[0].kind is ProducerKind.ROWS)
 
     def family(self, name: str) -> str:
-        """One name for the same projection of all experts; other modules keep their own."""
+        """Returns one common name for the same projection of all experts, and the own name of any other module."""
         return self.experts[name].family if name in self.experts else name
 
     def families(self, groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
-        """Groups of the same projection of different experts together."""
+        """Collects the groups of the same projection of different experts."""
         families: dict[str, list[InputGroup]] = defaultdict(list)
         for group in groups:
             assert group.fold is not None
@@ -167,10 +167,10 @@ class _Probe:
         return list(families.values())
 
     def proves(self, groups: Sequence[InputGroup]) -> bool:
-        """Whether random scales on all of `groups`, compensated, leave what the layer yields as it is.
+        """Returns whether random scales on all of `groups`, compensated, leave the layer's outputs unchanged.
 
-        What the residual stream carries past the linears would drown a fault, so the change is held against the one
-        that the same scales cause without compensation.
+        The residual stream would mask an error of the linears, so the change is compared with the one that the same
+        scales cause without compensation.
         """
         scaled = dict(self.parameters)
         compensation: dict[str, Tensor] = {}
@@ -191,10 +191,10 @@ class _Probe:
         return uncompensated >= PROOF_SENSITIVITY and compensated <= allowed
 
     def without_influence_on_a_lone_token(self) -> frozenset[str]:
-        """Linears whose weights a single token's output does not depend on: a softmax over one token is constant."""
+        """Returns the linears that do not influence the output for a single token, where the softmax is constant."""
         reference = self.runner.observe(*self.probes.single)
         families: dict[str, list[str]] = defaultdict(list)
-        for name in self.inputs({}, lone=True):  # one that does not even run proves nothing
+        for name in self.inputs({}, lone=True):  # a linear that did not run proves nothing
             families[self.family(name)].append(name)
         without_influence: list[str] = []
         for names in families.values():
@@ -209,9 +209,9 @@ class _Probe:
         return frozenset(without_influence)
 
     def factors_of_a_softmax(self, groups: Sequence[tuple[str, ...]], known: frozenset[str]) -> frozenset[str]:
-        """Pairs of linears with one input of which the layer sees only the product, and that not linearly.
+        """Finds pairs of linears with one input whose outputs affect the layer only as a product, and nonlinearly.
 
-        Where attention has a sink, the softmax of a lone token is not constant; but q·c and k/c are still q and k.
+        With an attention sink, the softmax of a single token is not constant, but q·c and k/c still act as q and k.
         """
         factors: set[str] = set()
         for consumers in groups:
@@ -235,12 +235,12 @@ class _Probe:
         return frozenset(factors)
 
     def _multiplied(self, name: str, factor: float) -> dict[str, Tensor]:
-        """A linear's parameters times `factor`."""
+        """Returns a linear's parameters times `factor`."""
         names = [key for key in (f"{name}.weight", f"{name}.bias") if key in self.parameters]
         return {key: self.parameters[key] * factor for key in names}
 
     def _change(self, overrides: dict[str, Tensor]) -> float:
-        """The largest ‖output - reference‖ / ‖reference‖ of all outputs, infinite where that is not a number."""
+        """Returns the largest ‖output - reference‖ / ‖reference‖ over all outputs, infinite if any is not finite."""
         largest = 0.0
         for output, reference in zip(self.runner.observe(*self.probes.several, overrides), self.reference, strict=True):
             if output.shape != reference.shape:
@@ -251,7 +251,7 @@ class _Probe:
 
 
 def _readers_in(name: str, module: nn.Module, channels: int) -> list[Reader]:
-    """Direct parameters of `module` that can multiply `channels` input channels."""
+    """Returns the direct parameters of `module` that can multiply `channels` input channels."""
     readers = []
     for parameter_name, parameter in module.named_parameters(recurse=False):
         full_name = f"{name}.{parameter_name}" if name else parameter_name
@@ -267,7 +267,7 @@ def _readers_of(x: Tensor, reads: Mapping[Reader, Tensor]) -> tuple[Reader, ...]
 
 
 def _group_equal_inputs(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
-    """Names of linears whose inputs are equal in value, one tuple per distinct input."""
+    """Returns the names of linears with equal inputs, one tuple per distinct input."""
     groups: list[list[str]] = []
     for name, x in inputs.items():
         for group in groups:
@@ -283,9 +283,9 @@ def _group_equal_inputs(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
 def _with_folds(
     probe: _Probe,
     inputs: Mapping[str, Tensor],
-    groups: Sequence[InputGroup],  # with everything that may be a reader
+    groups: Sequence[InputGroup],  # with every possible reader
 ) -> list[InputGroup]:
-    """Every group with the first producer whose rows feed all its channels and that passes the proof, if any."""
+    """Returns every group with the first producer that feeds all its channels and passes the proof, if there is one."""
     folded = list(groups)
 
     def try_rows(candidate: Candidate, inputs: Mapping[str, Tensor], rows: Tensor | None, lone: bool) -> None:
@@ -325,9 +325,9 @@ def _with_folds(
 
 
 def _proven(probe: _Probe, family: Sequence[InputGroup]) -> dict[tuple[str, ...], InputGroup]:
-    """Groups of a family by their consumers, with those readers that make the proof succeed; empty if none do.
+    """Returns the groups of a family, by consumers, with the readers that make the proof succeed; empty if none do.
 
-    A parameter that fits an input by its shape need not multiply it.
+    Several sets of readers are tried, because a parameter that fits an input by its shape need not multiply it.
     """
     most = max(len(group.readers) for group in family)
     kept = [range(most), *(chosen for size in range(most) for chosen in combinations(range(most), size))]
@@ -342,7 +342,7 @@ def _proven(probe: _Probe, family: Sequence[InputGroup]) -> dict[tuple[str, ...]
 
 
 def _member_for(probe: _Probe, candidate: Candidate, group: InputGroup) -> Fold | None:
-    """The producer among those scaled together that could feed `group`: of the same expert, and no consumer of it."""
+    """Returns the candidate's producer that could feed `group`: of the same expert, and not one of its consumers."""
     if any(member.producer in group.consumers for member in candidate):
         return None
     if len(candidate) == 1:
@@ -363,9 +363,9 @@ def _rows_feeding(
     subset: Tensor | None,  # (rows,) bool: rows that are scaled; None for all
     lone: bool,
 ) -> dict[int, Tensor]:
-    """Group index -> (in,) row of `candidate` that feeds each channel, for the groups that it feeds wholly.
+    """Maps the index of each group that `candidate` feeds entirely to the row that feeds each channel, (in,).
 
-    Row indices are read digit by digit: one probe tells which of `LEVELS` factors a channel was multiplied by.
+    Row indices are decoded digit by digit: each probe shows which of `LEVELS` factors a channel was multiplied by.
     """
     factors = level_factors(probe.device)
     total = candidate[0].rows

@@ -1,7 +1,7 @@
-"""Folds: what of a decoder layer can absorb the scales of a linear's input, and how it is done.
+"""Folds the scales of a linear's input into the norm or linear that produces it.
 
-AWQ multiplies the input channels of a linear by s and divides whatever produces that input by s. Which norm or linear
-that is, `fold_probing.py` finds by measuring; here is what it may be, and how it is divided without losing precision.
+AWQ multiplies the input channels of a linear by s and divides the producer of that input by s. `fold_probing.py` finds
+the producer by measuring; this file defines the kinds of producers and divides them without losing precision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NOT_EXACT = "a scale would change what this layer yields: the proof failed"
 
 
 class ProducerKind(Enum):
-    """How a producer's output channels are multiplied by a factor."""
+    """The way in which a producer's output channels are multiplied by a factor."""
 
     ROWS = "rows"  # a linear: weight rows and bias
     NORM = "norm"  # a norm: weight, and bias if there is one
@@ -27,7 +27,7 @@ class ProducerKind(Enum):
 
 @dataclass(frozen=True)
 class Fold:
-    """A producer that can absorb 1/s of an input group."""
+    """A producer that can absorb the 1/s of an input group."""
 
     producer: str  # module name within the layer
     kind: ProducerKind
@@ -35,7 +35,7 @@ class Fold:
     rows: int  # output rows of the producer
 
     def fed_rows(self) -> Tensor:
-        """Which output rows of the producer feed an input channel, (rows,) bool; the others are not scaled."""
+        """Returns which output rows of the producer feed an input channel, (rows,) bool; the others are not scaled."""
         fed = torch.zeros(self.rows, dtype=torch.bool)
         fed[self.row_of_channel.cpu()] = True
         return fed
@@ -44,16 +44,16 @@ class Fold:
         self,
         row_scale: Tensor,  # (rows,)
     ) -> Tensor:
-        """The scale of every input channel, (in,)."""
+        """Returns the scale of every input channel, (in,)."""
         return row_scale[self.row_of_channel.to(row_scale.device)]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A parameter that multiplies a group's input without being a linear's weight: a router's, fused experts'."""
+    """A parameter other than a linear's weight that multiplies a group's input, such as a router's."""
 
     parameter: str  # name within the layer
-    axis: int  # along which the input channels stand
+    axis: int  # axis of the input channels
 
     def multiplier(
         self,
@@ -68,27 +68,27 @@ class Reader:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linears that read the same input, and what can absorb its scale (None: nothing, proven or found)."""
+    """Linears that read the same input, and the fold that can absorb its scale (None: none was found or proven)."""
 
     consumers: tuple[str, ...]
     fold: Fold | None
     readers: tuple[Reader, ...] = ()
-    """What else has to be multiplied by the scale; used with a fold only."""
+    """Other parameters that have to be multiplied by the scale; used only together with a fold."""
     refused: str | None = None
     """Why a fold that was found is not used."""
 
 
 @dataclass(frozen=True)
 class LayerStructure:
-    """What probing found in one decoder layer; layers of equal `structure_key` share it."""
+    """The structure that probing found in one decoder layer; layers with equal `structure_key` share it."""
 
     groups: tuple[InputGroup, ...]
     softmax_only: frozenset[str]
-    """Linears without influence on a lone token's output: those that only steer a softmax over tokens (q, k)."""
+    """Linears that only steer a softmax over tokens (q, k), and so do not influence the output for a single token."""
 
 
 def structure_key(layer: nn.Module) -> tuple[object, ...]:
-    """Equal for layers of the same classes, shapes and plain settings, whatever their weights and their index."""
+    """Returns a key of a layer's classes, shapes and plain settings, which depends on neither weights nor index."""
     key: list[object] = []
     for name, module in layer.named_modules():
         settings = tuple(
@@ -105,7 +105,7 @@ def without_folds_of(
     structure: LayerStructure,
     parameters: Collection[str],  # names within the layer
 ) -> LayerStructure:
-    """`structure` less the folds that would change one of `parameters`, as producer or as consumer."""
+    """Returns `structure` without the folds that would change any of `parameters`."""
 
     def touches(group: InputGroup) -> bool:
         modules = group.consumers if group.fold is None else (*group.consumers, group.fold.producer)
@@ -124,7 +124,7 @@ def scaled_producer(
     fold: Fold,
     factor: Tensor,  # (rows,)
 ) -> dict[str, Tensor]:
-    """The producer's parameters with its output row r multiplied by factor[r]; computed in factor's dtype."""
+    """Returns the producer's parameters with output row r multiplied by factor[r], computed in factor's dtype."""
     weight = tensors[f"{fold.producer}.weight"].to(factor.dtype)
     if fold.kind is ProducerKind.NORM_PLUS_ONE:
         scaled = (1 + weight) * factor - 1
@@ -142,10 +142,10 @@ def storable_scale(
     fold: Fold,
     row_scale: Tensor,  # (rows,) fp32
 ) -> Tensor | None:
-    """The scale that dividing the producer by `row_scale` amounts to, (rows,) fp32; None if it can't be stored.
+    """Returns the effective scale of dividing the producer by `row_scale`, (rows,) fp32; None if it cannot be stored.
 
-    A norm's weight w is rounded to its dtype once it is divided by s. Multiplying the consumers by w / round(w / s)
-    makes the fold exact in spite of that (all but a bias, whose own rounding stays). It can't be stored where a
+    After the division by s, a norm's weight w is rounded to its dtype. Multiplying the consumers by w / round(w / s)
+    makes the fold exact despite that (except for a bias, whose own rounding remains). The scale cannot be stored if a
     channel would overflow, vanish or change its sign.
     """
     divided = _divided_producer(layer, fold, row_scale)
@@ -167,13 +167,13 @@ def absorb(
     fold: Fold,
     row_scale: Tensor,  # (rows,) fp32, as `storable_scale` returned it
 ) -> None:
-    """Divide the producer's output channels by `row_scale`, in place."""
+    """Divides the producer's output channels by `row_scale`, in place."""
     for name, value in _divided_producer(layer, fold, row_scale).items():
         layer.get_parameter(name).data.copy_(value)
 
 
 def _divided_producer(layer: nn.Module, fold: Fold, row_scale: Tensor) -> dict[str, Tensor]:
-    """The producer's parameters, divided by `row_scale` and rounded to their dtypes."""
+    """Returns the producer's parameters, divided by `row_scale` and rounded to their dtypes."""
     module = layer.get_submodule(fold.producer)
     tensors = {f"{fold.producer}.{name}": value.detach() for name, value in module.named_parameters(recurse=False)}
     return {

@@ -1,4 +1,4 @@
-"""Which modules are linears: x Wᵀ + b and nothing else, whatever their class is called."""
+"""Tells which modules are linears: those that compute x Wᵀ + b and nothing else, whatever their class is called."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 LEAST_SIDE = 32
-"""A parameter of at least two dimensions of this size may be the matrix of a product; 32 is the least group size."""
+"""A parameter may be a matrix if at least two of its dimensions are this large; 32 is the smallest group size."""
 
 PRODUCT_TOLERANCE = 1e-4
-"""Relative deviation that fp32 rounding may cause between two ways to compute a matrix product."""
+"""Largest relative deviation that fp32 rounding may cause between two ways to compute a matrix product."""
 
 
 def linears_in(layer: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear inside `layer` by its name there, in the order of definition."""
+    """Returns every linear inside `layer` by its name there, in the order of definition."""
     return {name: module for name, module in layer.named_modules() if is_linear(module)}
 
 
 def matrices_outside_linears(layer: nn.Module) -> dict[str, str]:
-    """What in `layer` may be multiplied by activations and is no linear, by name -> what it is.
+    """Finds what in `layer` may be multiplied by activations but is not a linear: name -> description.
 
-    Of a module that holds such parameters and no linear, the module's name; else the parameter's.
+    The name is that of the module if it holds such parameters and no linear, otherwise that of the parameter.
     """
     described = {}
     for name, module in layer.named_modules():
@@ -42,7 +42,7 @@ def matrices_outside_linears(layer: nn.Module) -> dict[str, str]:
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `module` computes x Wᵀ + b: an nn.Linear, or of a subclass that computes nothing else."""
+    """Returns whether `module` computes x Wᵀ + b: an nn.Linear, or a subclass that computes nothing else."""
     if not isinstance(module, nn.Linear):
         return False
     if type(module).forward is nn.Linear.forward:
@@ -59,7 +59,7 @@ _PRODUCTS: WeakKeyDictionary[type, dict[tuple[int, int, bool], bool]] = WeakKeyD
 
 
 def _computes_product(linear: nn.Linear) -> bool:
-    """Try it, on random weights."""
+    """Compares the module's forward with x Wᵀ + b on random weights."""
     generator = torch.Generator().manual_seed(0)
     twin = copy.copy(linear)
     with torch.device("cpu"), torch.no_grad():
@@ -71,7 +71,7 @@ def _computes_product(linear: nn.Linear) -> bool:
         x = torch.randn(2, 3, linear.in_features, generator=generator) * 10
         try:
             output = type(linear).forward(twin, x)
-        except Exception:  # of any kind: it wants another input, so it is something else
+        except Exception:  # any error means that it needs another input, so it is not a linear
             return False
         expected = nn.functional.linear(x, tensors["weight"], tensors.get("bias"))
         if not isinstance(output, Tensor) or output.shape != expected.shape:

@@ -1,4 +1,4 @@
-"""Reading off which producer row feeds which input channel, from inputs before and after the rows were scaled."""
+"""Works out which producer row feeds which input channel from the inputs before and after the rows were scaled."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 LEVELS = 32
-"""Distinct factors of one probe: 1.25 … 5, about 4.6 % apart; a row's index is read as digits in this base."""
+"""Distinct factors of one probe: 1.25 … 5, about 4.6 % apart. A row's index is decoded as digits in this base."""
 RATIO_TOLERANCE = 1e-3
-"""Largest relative deviation of a channel from an exact multiple; fp32 rounding mostly stays well below it …"""
+"""Largest relative deviation of a channel from an exact multiple; fp32 rounding mostly stays well below this …"""
 ROUNDING_NOISE = 3e-6
-"""… except in channels in which large terms cancel: relative to the root mean square of all channels, …"""
+"""… except where large terms cancel: a channel may deviate by this share of the root mean square of all channels …"""
 LARGEST_TOLERANCE = 0.02
-"""… as long as factors can be told apart."""
+"""… but by no more than this share of itself, so that factors can be told apart."""
 
 
 def level_factors(device: torch.device) -> Tensor:
-    """What a row is multiplied by for each digit, (LEVELS,) fp32."""
+    """Returns the factor that stands for each digit, (LEVELS,) fp32."""
     return torch.logspace(0, 1, LEVELS, base=4.0, device=device) * 1.25
 
 
 def row_subsets(rows: int) -> list[Tensor]:
-    """Halves of the rows of a linear that computes two things: (rows,) bool each; last, first, odd, even."""
+    """Returns halves of a linear's rows, in case it computes two things: last, first, odd, even; (rows,) bool each."""
     row = torch.arange(rows)
     return [row >= rows // 2, row < rows // 2, row % 2 == 1, row % 2 == 0]
 
@@ -31,9 +31,9 @@ def factor_index(
     after: Tensor,  # (tokens, in)
     factors: Tensor,  # (LEVELS,)
 ) -> Tensor | None:
-    """Which factor every channel was multiplied by, (in,) int64; -1 for channels that are zero throughout.
+    """Returns the index of the factor that every channel was multiplied by, (in,) int64; -1 for all-zero channels.
 
-    None when some channel changed in any other way: not at all, by another factor, or differently from token to token.
+    Returns None if a channel changed in any other way: not at all, by another factor, or differently between tokens.
     """
     if before.shape != after.shape:
         return None
@@ -57,7 +57,7 @@ def complete_row_map(
     row_of_channel: Tensor,  # (in,) int64, negative where the probe saw only zeros
     rows: int,
 ) -> Tensor | None:
-    """Fill in channels that were zero on the probe when all others say "row c feeds channel c"; else None."""
+    """Fills in channels that were zero on the probe if row c feeds channel c for all others; otherwise returns None."""
     known = row_of_channel >= 0
     channels = torch.arange(row_of_channel.shape[0], device=row_of_channel.device)
     if bool((row_of_channel[known] >= rows).any()):

@@ -1,8 +1,8 @@
-"""The calibration hidden states between two decoder layers: in RAM, or in a file that is mapped into memory.
+"""Stores the calibration hidden states between two decoder layers, in RAM or in a memory-mapped file.
 
-Two generations exist while a layer runs, its inputs and its outputs: a layer that ran out of memory half way, or a run
-that was killed, starts over from the inputs. A file holds the bytes of the sequences one after the other, so that it
-says the same whatever micro-batches it is read in.
+While a layer runs, both its inputs and its outputs exist, so that a layer that ran out of memory halfway, or a run that
+was killed, can start over from the inputs. A file holds the bytes of the sequences one after the other, so its contents
+do not depend on the micro-batches that it is read or written in.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """What enters a decoder layer, batch by batch."""
+    """The inputs of a decoder layer, batch by batch."""
 
     batches: list[Tensor]  # each (sequences, tokens, ...), on the CPU
-    file: Path | None = None  # what `batches` are views of
+    file: Path | None = None  # the file that `batches` are views of
 
     @classmethod
     def from_file(cls, file: Path, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> HiddenStates:
-        """Mapped: read when used, readable when the file is renamed or removed; changes do not reach the file."""
+        """Maps `file` into memory; changes are not written back, and the file may be renamed or removed meanwhile."""
         sizes = [math.prod(shape) for shape in shapes]
         flat = torch.from_file(str(file), shared=False, size=sum(sizes), dtype=dtype)
         parts = zip(flat.split(sizes), shapes, strict=True)
@@ -45,7 +45,7 @@ class HiddenStates:
         self,
         sizes: Sequence[int],  # sequences of each new batch
     ) -> HiddenStates:
-        """The same sequences in the same order, in batches of other sizes."""
+        """Returns these sequences, in this order, in batches of other sizes."""
         sequences = [sequence for batch in self.batches for sequence in batch.unbind(0)]
         assert sum(sizes) == len(sequences)
         groups = torch.arange(len(sequences)).split(list(sizes))
@@ -56,10 +56,10 @@ class HiddenStates:
 
 
 class HiddenWriter:
-    """Takes a layer's outputs batch by batch.
+    """Stores a layer's outputs batch by batch.
 
     Args:
-        file: where they go; None keeps them in RAM.
+        file: the file to write to; None keeps the outputs in RAM.
     """
 
     def __init__(self, file: Path | None = None):
@@ -71,11 +71,11 @@ class HiddenWriter:
         self._opened = None if file is None else file.open("wb")
 
     def append(self, batch: Tensor) -> None:
-        """`batch` is (sequences, tokens, ...) on the CPU; all of one dtype.
+        """Adds a batch, (sequences, tokens, ...) on the CPU; all batches have one dtype.
 
         Raises:
-            ModelStructureError: its dtype is another one than those before had.
-            StorageError: the file can't be written.
+            ModelStructureError: its dtype differs from that of the batches before it.
+            StorageError: the file could not be written.
         """
         if self.dtype not in (None, batch.dtype):
             raise ModelStructureError(
@@ -93,13 +93,13 @@ class HiddenWriter:
             self._opened.write(data)
         except OSError as error:
             raise StorageError(
-                f"The hidden states can't be written to {self.file}: {error}. What was committed before is whole: make "
-                "room, and repeat the call."
+                f"The hidden states could not be written to {self.file}: {error}. What was committed before is intact: "
+                "make room, and repeat the call."
             ) from error
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the bytes written to a file."""
+        """The SHA-256 of the bytes written to a file."""
         return self._digest.hexdigest()
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class HiddenWriter:
             self._opened.close()
 
     def finish(self) -> HiddenStates:
-        """The batches that were taken."""
+        """Closes the file and returns all batches."""
         self.close()
         if self.file is None:
             return HiddenStates(self._batches)

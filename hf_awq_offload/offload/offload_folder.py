@@ -1,5 +1,4 @@
-"""Where quantized layers stay that the caller's device_map leaves on the disk: a file each, which accelerate's hooks
-read."""
+"""Stores the quantized layers that the caller's device_map keeps on disk, in one file each, for accelerate's hooks."""
 
 from __future__ import annotations
 
@@ -17,21 +16,21 @@ DISK = "disk"
 
 
 class OffloadFolder:
-    """The caller's `offload_folder`, for the modules that `device_map` has on the disk.
+    """The caller's `offload_folder`, for the modules that `device_map` puts on disk.
 
     Args:
-        folder: made if it is not there.
-        device_map: module name -> device, as `from_pretrained` takes it.
+        folder: the folder, which is created if it does not exist.
+        device_map: module name -> device, as in `from_pretrained`.
     """
 
     def __init__(self, folder: Path, device_map: Mapping[str, Any]):
         self.folder = folder
         self.device_map = device_map
         self.index: dict[str, dict[str, str]] = {}
-        """Parameter -> where it lies, as accelerate's `offload_index`."""
+        """Parameter -> its file and name there, in the form of accelerate's `offload_index`."""
 
     def has(self, name: str) -> bool:
-        """Whether a parameter, or all of a module, belongs on the disk."""
+        """Returns whether a parameter, or an entire module, belongs on disk."""
         inside = [device for module, device in self.device_map.items() if module.startswith(f"{name}.")]
         parts = name.split(".")
         above = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
@@ -39,10 +38,10 @@ class OffloadFolder:
         return all(device == DISK for device in inside) if inside else nearest == DISK
 
     def put(self, file_name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors, under their names in the model, to a file of their own.
+        """Writes tensors to one file, under their names in the model.
 
         Raises:
-            StorageError: that fails.
+            StorageError: the file could not be written.
         """
         file = self.folder / f"{file_name}.safetensors"
         try:
@@ -50,7 +49,7 @@ class OffloadFolder:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
         except (OSError, SafetensorError) as error:
             raise StorageError(
-                f"Quantized weights can't be written to the offload_folder {self.folder}: {error}. Make room, or name "
-                "another folder."
+                f"Quantized weights could not be written to the offload_folder {self.folder}: {error}. Make room, or "
+                "name another folder."
             ) from error
         self.index |= {name: {"safetensors_file": str(file), "weight_name": name} for name in tensors}

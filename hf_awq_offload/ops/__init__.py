@@ -1,4 +1,4 @@
-"""Products with a packed weight: custom ops, and backends behind one dispatch. See schema.py and dispatch.py."""
+"""Multiplies by packed weights: custom ops (schema.py) and the backends that they dispatch to (dispatch.py)."""
 
 from .backend import Backend, LinearShape, NativeBackend, NativeWeight
 from .dispatch import BACKENDS, ENVIRONMENT_VARIABLE, choose

@@ -1,7 +1,7 @@
-"""What a backend is: it says which linears it can't serve, and multiplies by a packed weight of the others.
+"""Defines the interface of a backend: it says which linears it cannot serve, and multiplies by the weights of the rest.
 
 There are two kinds. A `WordsBackend` reads the AWQ words themselves. A `NativeBackend` needs another layout of the
-same 4-bit integers; it is made from the words, and the words from it, so that only one of the two is held.
+same 4-bit integers. Words and layout can each be computed from the other, so only one of them is kept in memory.
 
 Shapes, in all files of this package: M = rows of x, K = input channels, N = output channels, n = groups = K / g.
 """
@@ -19,7 +19,7 @@ from .blocks import Blocks, blocks_of_words, joined
 
 
 class LinearShape(NamedTuple):
-    """What a backend is asked to serve: a linear of this shape, on this kind of device, for inputs of this dtype."""
+    """The shape of a linear, the type of its device, and the dtype of its inputs."""
 
     device_type: str
     dtype: torch.dtype
@@ -35,24 +35,24 @@ class LinearShape(NamedTuple):
 
 
 class NativeWeight(NamedTuple):
-    """A weight in a backend's own layout; both tensors are opaque to all but that backend."""
+    """A weight in a backend's own layout, which only that backend can read."""
 
     words: Tensor  # the integers, as many bytes as the AWQ words
     parameters: Tensor  # scales and zero points
 
 
 class Backend(ABC):
-    """A way to compute x Wᵀ. Backends have no state: one instance serves all linears and threads."""
+    """One way to compute x Wᵀ. Backends have no state: one instance serves all linears and threads."""
 
     name: str
 
     @abstractmethod
     def refusal(self, linear: LinearShape) -> str | None:
-        """Why this backend can't serve `linear` on this machine, or None when it can."""
+        """Returns why this backend cannot serve `linear` on this machine, or None if it can."""
 
 
 class WordsBackend(Backend):
-    """Reads the AWQ words."""
+    """A backend that reads the AWQ words."""
 
     @abstractmethod
     def linear(
@@ -60,14 +60,14 @@ class WordsBackend(Backend):
         x: Tensor,  # (M, K), M ≥ 1
         packed: PackedWeight,
     ) -> Tensor:
-        """x Wᵀ, (M, N) in x's dtype."""
+        """Returns x Wᵀ, (M, N) in x's dtype."""
 
     def blocks(
         self,
         packed: PackedWeight,
         dtype: torch.dtype,
     ) -> Blocks:
-        """The weight in `dtype`, block by block; exact up to that rounding."""
+        """Yields the weight block by block, rounded once to `dtype`."""
         return blocks_of_words(packed, dtype)
 
     def dequantize(
@@ -75,17 +75,17 @@ class WordsBackend(Backend):
         packed: PackedWeight,
         dtype: torch.dtype,
     ) -> Tensor:
-        """The weight, contiguous (N, K) in `dtype`; exact up to that rounding."""
+        """Returns the weight, contiguous (N, K), rounded once to `dtype`."""
         in_features, scales = packed.qweight.shape[0], packed.scales
         return joined(self.blocks(packed, dtype), scales, scales.shape[1], in_features, dtype)
 
 
 class NativeBackend(Backend):
-    """Reads a layout of its own."""
+    """A backend that reads a layout of its own."""
 
     @abstractmethod
     def pack(self, packed: PackedWeight) -> NativeWeight:
-        """The same weight in this backend's layout."""
+        """Returns the weight in this backend's layout."""
 
     @abstractmethod
     def unpack(
@@ -94,7 +94,7 @@ class NativeBackend(Backend):
         in_features: int,
         out_features: int,
     ) -> Tensor:
-        """Inverse of `pack`, to the bit: qweight (K, N / 8) int32."""
+        """Inverts `pack` bit by bit, and returns qweight, (K, N / 8) int32."""
 
     @abstractmethod
     def linear(
@@ -104,7 +104,7 @@ class NativeBackend(Backend):
         qzeros: Tensor,  # (n, N / 8) int32
         scales: Tensor,  # (n, N)
     ) -> Tensor:
-        """x Wᵀ, (M, N) in x's dtype."""
+        """Returns x Wᵀ, (M, N) in x's dtype."""
 
     def blocks(
         self,
@@ -114,11 +114,11 @@ class NativeBackend(Backend):
         in_features: int,
         dtype: torch.dtype,
     ) -> Blocks:
-        """The weight in `dtype`, block by block; exact up to that rounding."""
+        """Yields the weight block by block, rounded once to `dtype`."""
         qweight = self.unpack(words, in_features, scales.shape[1])
         return blocks_of_words(PackedWeight(qweight, qzeros, scales), dtype)
 
     def dequantize(self, words: Tensor, qzeros: Tensor, scales: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-        """The weight, contiguous (N, K) in `dtype`; exact up to that rounding."""
+        """Returns the weight, contiguous (N, K), rounded once to `dtype`."""
         weight_blocks = self.blocks(words, qzeros, scales, in_features, dtype)
         return joined(weight_blocks, scales, scales.shape[1], in_features, dtype)

@@ -1,11 +1,11 @@
-"""Dequantization in blocks of output channels, and the matrix products that go with it. Plain torch, any device.
+"""Dequantizes in blocks of output channels, and multiplies by them. Plain torch, any device.
 
-A block is made in a buffer that the next block uses again: it stays in the cache, and no full-precision weight is ever
-held. AWQ puts output channels 2i and 2i + 1 of eight, columns of Wᵀ, into bits 4i and 16 + 4i of a word:
+Each block is written to a buffer that the next block reuses: the buffer stays in the cache, and no full-precision
+weight is ever kept. AWQ stores output channels 2i and 2i + 1 of eight, columns of Wᵀ, at bits 4i and 16 + 4i of a word:
 
     (word >> 4i) & 0x000F000F, read as two int16  ->  columns 2i, 2i + 1
 
-so four shifts of whole words give eight columns in their order.
+so four shifts of whole words yield eight columns in order.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from torch import Tensor
 from ..formats.awq import BITS, COLUMNS_PER_WORD, PackedWeight, unpack_columns
 
 BLOCK_CHANNELS = 512
-"""Of 256, 512 and 1024 the fastest on the CPU of docs/kernels.md, with 4096 input channels."""
+"""Output channels of a block: fastest of 256, 512 and 1024 on the CPU of docs/kernels.md, with 4096 input channels."""
 
 PAIR_MASK = 0x000F000F
 
 Codes = Callable[[int, int], Tensor]
-"""(first, last) -> the integers of output columns first … last - 1, (K, last - first) in any dtype."""
+"""Maps (first, last) to the integers of output columns first … last - 1, (K, last - first) in any dtype."""
 
 Blocks = Iterable[tuple[slice, Tensor]]
-"""(channels, W[channels]) for all output channels; W[channels] is (channels, K), in memory that the next one reuses."""
+"""Pairs (channels, W[channels]) for all output channels; the next pair reuses the memory of W[channels], (rows, K)."""
 
 BlocksIn = Callable[[torch.dtype], Blocks]
-"""The weight in a dtype."""
+"""Maps a dtype to the blocks of the weight in that dtype."""
 
 
 def codes_of_words(
     qweight: Tensor,  # (K, N / 8) int32
 ) -> Codes:
-    """Reads AWQ words."""
+    """Returns a function that reads columns from AWQ words."""
 
     def codes(first: int, last: int) -> Tensor:
         words = qweight[:, first // COLUMNS_PER_WORD : last // COLUMNS_PER_WORD]
@@ -55,7 +55,7 @@ def blocks(
     in_features: int,
     dtype: torch.dtype,
 ) -> Blocks:
-    """W in `dtype`: (q - z) · Δ is computed in fp32 (fp64 for fp64) and rounded once."""
+    """Yields W in `dtype`: (q - z) · Δ is computed in fp32 (fp64 for fp64) and rounded once."""
     n, out_features = scales.shape
     working = torch.promote_types(dtype, torch.float32)
     zeros = unpack_columns(qzeros)
@@ -74,7 +74,7 @@ def blocks(
 
 
 def blocks_of_words(packed: PackedWeight, dtype: torch.dtype) -> Blocks:
-    """As `blocks`, from AWQ words."""
+    """Does what `blocks` does, with integers from AWQ words."""
     codes = codes_of_words(packed.qweight)
     return blocks(codes, packed.qzeros, packed.scales, packed.qweight.shape[0], dtype)
 
@@ -86,7 +86,7 @@ def joined(
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The whole weight, contiguous (N, K) in `dtype`, on the device of `like`."""
+    """Returns the whole weight, contiguous (N, K) in `dtype`, on the device of `like`."""
     weight = like.new_empty(out_features, in_features, dtype=dtype)
     for channels, block in weight_blocks:
         weight[channels] = block
@@ -98,7 +98,7 @@ def multiply_blocks(
     weight: BlocksIn,
     out_features: int,
 ) -> Tensor:
-    """x Wᵀ, multiplied in `matmul_dtype`, (M, N) in x's dtype."""
+    """Returns x Wᵀ, (M, N) in x's dtype, multiplied in `matmul_dtype`."""
     dtype = matmul_dtype(x.device.type, x.dtype)
     wide = x.to(dtype)
     output = x.new_empty(x.shape[0], out_features)
@@ -112,7 +112,7 @@ def multiply_blocks_back(
     weight: BlocksIn,
     in_features: int,
 ) -> Tensor:
-    """The gradient of x, `gradient` W: multiplied in `matmul_dtype`, blocks summed in fp32; (M, K) in its own dtype."""
+    """Returns the gradient of x, `gradient` W, (M, K) in its dtype; multiplies in `matmul_dtype` and sums in fp32."""
     dtype = matmul_dtype(gradient.device.type, gradient.dtype)
     wide = gradient.to(dtype)
     total = gradient.new_zeros(gradient.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32))
@@ -126,9 +126,9 @@ def multiply_blocks_back(
 
 @cache
 def matmul_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype to multiply in: fp32 for half precision on a CPU that has no instructions for it, else `dtype`.
+    """Returns the dtype to multiply in: fp32 for half precision on a CPU without instructions for it, else `dtype`.
 
-    Without such instructions a CPU multiplies bf16 and fp16 matrices several times slower than fp32 ones (docs/log.md).
+    Such a CPU multiplies bf16 and fp16 matrices several times slower than fp32 ones (docs/log.md).
     """
     if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype

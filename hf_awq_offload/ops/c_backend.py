@@ -1,7 +1,7 @@
-"""Kernels in C, compiled once by the system's compiler: a fused product for few rows, fast dequantization for many.
+"""Runs C kernels that the system's compiler builds once: a fused product for few rows, fast dequantization for many.
 
-They read the AWQ words as they are stored, so that no other layout is ever made, and compute in fp32 whatever the
-input's dtype. See c_kernels/ and c_library.py.
+The kernels read the AWQ words as they are stored, so no other layout is ever made, and compute in fp32 for every input
+dtype. See c_kernels/ and c_library.py.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from .c_library import DTYPES, library, weight_arguments
 
 FEW_ROWS = {torch.float32: 256, torch.bfloat16: 32, torch.float16: 32}
 """Most rows for which the fused product beats a product with dequantized blocks, by the dtype of the latter. Measured
-for fp32 (docs/kernels.md); the others concern CPUs with instructions for them, where it is an estimate."""
+for fp32 (docs/kernels.md); the others apply to CPUs with instructions for these dtypes, and are estimates."""
 CHANNELS_PER_BLOCK = 64
-"""Output channels that the fused product computes together, BLOCK_COLUMNS of c_kernels/product.c."""
+"""Output channels that the fused product computes together: BLOCK_COLUMNS in c_kernels/product.c."""
 CACHE_BYTES = 128 * 2**10
-"""Sums that one part of a product may hold: of 32 to 256 KiB none is faster on the CPU of docs/kernels.md."""
+"""Bytes of sums in one part of a product: no size from 32 to 256 KiB is faster on the CPU of docs/kernels.md."""
 PRODUCTS_PER_THREAD = 2**18
-"""Multiplications below which another thread costs more than it saves."""
+"""Multiplications below which another thread costs more time than it saves."""
 WEIGHTS_PER_THREAD = 2**16
-"""Weights, to be dequantized, below which it does; each takes as long as about four multiplications."""
+"""Weights to dequantize below which it does not pay either; each takes about as long as four multiplications."""
 THREADS_PER_BLOCK = 4
-"""Threads that a block of BLOCK_CHANNELS keeps busy; more of them get larger blocks. An estimate: two were measured."""
+"""Threads that a block of BLOCK_CHANNELS keeps busy; more threads get larger blocks. An estimate: two were measured."""
 MOST_CHANNELS = 4096
-"""Output channels of the largest block."""
+"""Most output channels in a block."""
 
 
 class CBackend(WordsBackend):
-    """See the module."""
+    """Multiplies with the C kernels; see the module."""
 
     name = "c"
 
@@ -43,7 +43,7 @@ class CBackend(WordsBackend):
         if linear.device_type != "cpu":
             return f"it runs on the CPU only, the input is on {linear.device_type!r}"
         if linear.dtype not in DTYPES:
-            return f"it computes in fp32, which is too coarse for {linear.dtype}"
+            return f"it computes in fp32, which is not precise enough for {linear.dtype}"
         kernels = library()
         return kernels if isinstance(kernels, str) else None
 
@@ -67,7 +67,7 @@ def product(
     x: Tensor,  # (M, K) in one of DTYPES
     packed: PackedWeight,
 ) -> Tensor:
-    """x Wᵀ by the fused kernel, in fp32, rounded to x's dtype once."""
+    """Returns x Wᵀ, (M, N), computed by the fused kernel in fp32 and rounded once to x's dtype."""
     x = x.contiguous()
     (rows, in_features), (_, out_features) = x.shape, packed.scales.shape
     output = x.new_empty(rows, out_features)
@@ -82,14 +82,15 @@ def product(
 
 
 def product_in_blocks(x: Tensor, packed: PackedWeight) -> Tensor:
-    """x Wᵀ with blocks of output channels that are dequantized before."""
+    """Returns x Wᵀ, (M, N), multiplied by dequantized blocks of output channels."""
     return multiply_blocks(x, partial(_blocks, packed), packed.scales.shape[1])
 
 
 def _blocks(packed: PackedWeight, dtype: torch.dtype) -> Blocks:
-    """W in `dtype`.
+    """Yields W in `dtype`.
 
-    Memory that is new for each block would cost more than dequantizing: the system hands it out page by page.
+    All blocks share one buffer: fresh memory for each would cost more than dequantizing, because the system allocates
+    it page by page.
     """
     in_features, out_features = packed.qweight.shape[0], packed.scales.shape[1]
     size = min(BLOCK_CHANNELS * max(1, torch.get_num_threads() // THREADS_PER_BLOCK), MOST_CHANNELS, out_features)
@@ -121,7 +122,7 @@ def _kernels() -> CDLL:
 
 
 def _readable(packed: PackedWeight) -> PackedWeight:
-    """The tensors as the kernels read them; copies only where something is unusual."""
+    """Returns the tensors as the kernels read them; copies only tensors with an unusual layout or dtype."""
     qweight, qzeros, scales = (tensor.contiguous() for tensor in packed)
     return PackedWeight(qweight, qzeros, scales if scales.dtype in DTYPES else scales.float())
 

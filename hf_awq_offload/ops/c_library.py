@@ -1,8 +1,8 @@
-"""Compiles c_kernels/ with the system's GCC, once per machine, and loads it.
+"""Compiles c_kernels/ with the system's GCC, once per machine, and loads the result.
 
-The library goes to `$HF_HOME/hf_awq_offload`, under a name that depends on the source, the flags and the CPU, since a
-home may be shared by machines. It takes under a second. It contains no OpenMP runtime: its calls bind to the one that
-torch has loaded, so that there is one pool of threads.
+The library is stored in `$HF_HOME/hf_awq_offload`, under a name that depends on the source, the flags and the CPU,
+because machines may share a home. Compiling takes less than a second. The library contains no OpenMP runtime: its calls
+bind to the one that torch has loaded, so that there is only one thread pool.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-
 COMPILERS = ("gcc", "cc")
 COMPILE_TIMEOUT_SECONDS = 120
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-"""The dtypes that the kernels know, and their numbers there."""
+"""The dtypes that the kernels support, with their numbers in C."""
 
 
 class KernelsUnavailable(Exception):
-    """Why there are no compiled kernels here; `library` hands it on as text."""
+    """Raised with the reason why there are no compiled kernels; `library` returns it as text."""
 
 
 def weight_arguments(packed: PackedWeight) -> tuple[int, ...]:
-    """A kernel's first arguments, for contiguous tensors that `schema.check_packed` has passed. They hold addresses."""
+    """Returns a kernel's first arguments, among them addresses of tensors.
+
+    The tensors must be contiguous and have passed `schema.check_packed`.
+    """
     qweight, qzeros, scales = packed
     in_features, width = qweight.shape
     group_size = in_features // scales.shape[0]
@@ -52,38 +55,38 @@ def weight_arguments(packed: PackedWeight) -> tuple[int, ...]:
 
 @cache
 def library() -> ctypes.CDLL | str:
-    """The compiled kernels, or why there are none."""
+    """Returns the compiled kernels, or the reason why there are none."""
     if os.name != "posix":
-        return f"its kernels have not been tried on {platform.system()}"
+        return f"its kernels have not been tested on {platform.system()}"
     try:
         return load()
     except KernelsUnavailable as error:
-        logger.warning(f"There are no C kernels for quantized linears on the CPU, others are slower: {error}.")
+        logger.warning(f"C kernels for quantized linears on the CPU are unavailable, and others are slower: {error}.")
         return str(error)
 
 
 def load() -> ctypes.CDLL:
-    """The kernels, compiled unless they are in the cache.
+    """Loads the kernels, and compiles them first unless they are in the cache.
 
     Raises:
-        KernelsUnavailable: there is no compiler, or what it makes can't be loaded.
+        KernelsUnavailable: there is no compiler, or its output could not be loaded.
     """
     try:
         return _open(built(Path(HF_HOME) / "hf_awq_offload"))
-    except OSError:  # the folder can't be written, is open to others, or may not hold programs
+    except OSError:  # the folder is not writable, is writable by others, or forbids executables
         with tempfile.TemporaryDirectory() as folder:
             try:
                 return _open(built(Path(folder)))
             except OSError as error:
-                raise KernelsUnavailable(f"the compiled kernels can't be loaded: {error}") from error
+                raise KernelsUnavailable(f"the compiled kernels could not be loaded: {error}") from error
 
 
 def built(folder: Path) -> Path:
-    """The library in `folder`, compiled if need be.
+    """Returns the path of the library in `folder`, and compiles it if needed.
 
     Raises:
         KernelsUnavailable: there is no compiler, or it fails.
-        OSError: the folder can't be written, or others can change what is in it.
+        OSError: the folder is not writable, or other users can change its contents.
     """
     texts = {name: (resources.files(__package__) / FOLDER / name).read_bytes() for name in SOURCES}
     key = hashlib.sha256(b"\0".join([*texts.values(), " ".join(FLAGS).encode(), cpu().encode()])).hexdigest()[:16]
@@ -91,7 +94,7 @@ def built(folder: Path) -> Path:
     if not is_whole(path):
         compiler = find_compiler()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # others may be compiling, too: the last one wins
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # if processes race, the last wins
             for name, text in texts.items():
                 (Path(scratch) / name).write_bytes(text)
             for command in commands(compiler):
@@ -108,17 +111,17 @@ def built(folder: Path) -> Path:
 
 
 def commands(compiler: list[str]) -> list[list[str]]:
-    """What makes kernels.so of SOURCES in the working folder."""
+    """Returns the commands that build kernels.so from SOURCES in the working folder."""
     units = [Path(name).stem for name in SOURCES if name.endswith(".c")]
     return [
         [*compiler, *FLAGS, "-c", *(f"{unit}.c" for unit in units)],
-        # Without -fopenmp, which would bring an OpenMP runtime of its own.
+        # Without -fopenmp, which would link a second OpenMP runtime.
         [*compiler, "-shared", *(f"{unit}.o" for unit in units), "-o", "kernels.so"],
     ]
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the library is there and ends in the digest of the rest: a shortened one would crash whoever loads it."""
+    """Returns whether the library exists and ends in the digest of the rest; loading a truncated one would crash."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -128,7 +131,11 @@ def is_whole(path: Path) -> bool:
 
 
 def find_compiler() -> list[str]:
-    """The compiler's command: the environment variable CC, or the first of COMPILERS in the path."""
+    """Returns the compiler's command: the environment variable CC, or the first of COMPILERS in the path.
+
+    Raises:
+        KernelsUnavailable: there is none.
+    """
     own = os.environ.get("CC", "").strip()
     names = (own,) if own else COMPILERS
     for name in names:
@@ -140,7 +147,7 @@ def find_compiler() -> list[str]:
 
 
 def cpu() -> str:
-    """What distinguishes CPUs for which the compiler makes different code."""
+    """Returns a text that differs between CPUs for which the compiler generates different code."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

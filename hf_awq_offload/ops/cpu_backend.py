@@ -1,13 +1,13 @@
-"""CPU: `aten._weight_int4pack_mm_for_cpu` for few rows, dequantized blocks and a matrix product for many.
+"""Multiplies on the CPU with `aten._weight_int4pack_mm_for_cpu` for few rows, and by dequantized blocks for many.
 
     the op computes  w = (q - 8) · scale + zero,  so zero = (8 - z) · scale,  all in bf16
 
-It is a bf16 kernel (fp32 and fp16 take its scalar path, ten times slower than a dense product): other dtypes are cast
-around it. Backend "torch" is the way to opt out of that. Its layout depends on the CPU: blocks of output channels,
-inside of which the bytes of one input channel lie together. The block's size and the order in it are found once per
-process by packing known integers; the layout is never stored in a checkpoint.
+The op is a bf16 kernel, and other dtypes are cast around it (its fp32 and fp16 path is scalar and ten times slower than
+a dense product). To opt out of that, choose backend "torch". The op's layout depends on the CPU: it consists of blocks
+of output channels, in which the bytes of one input channel are contiguous. The block size and the order inside a block
+are detected once per process by packing known integers; the layout is never stored in a checkpoint.
 
-Rejected: keeping the AWQ words beside the packed ones (twice the memory for good), and getting the words back by a
+Rejected: keeping the AWQ words beside the packed ones (permanently twice the memory), and recovering the words by a
 product with the identity (about 8 s for 4096² at the op's rate with AVX2).
 """
 
@@ -25,21 +25,21 @@ from .blocks import Blocks, Codes, blocks, codes_of_words, multiply_blocks
 
 KERNEL_GROUP_SIZES = (256, 128, 64, 32)
 FEW_ROWS = 48
-"""Most rows for which the op beats dequantizing first: equal there with AVX2 (docs/kernels.md), and, by the design's
-measurement on a CPU with AMX, between 32 and 128 rows there too."""
+"""Most rows for which the op beats dequantizing first. With AVX2 the two break even here (docs/kernels.md); on a CPU
+with AMX the design measured the break-even between 32 and 128 rows."""
 PACK_COLUMNS = 1024
-"""Output channels packed at a time: bounds the int32 copy that the packing op wants."""
+"""Output channels packed at a time, which limits the int32 copy that the packing op needs."""
 
 
 class Layout(NamedTuple):
-    """How the packed bytes are ordered: (N / block, K, block / 2) bytes of two output channels each."""
+    """The order of the packed bytes: (N / block, K, block / 2) bytes of two output channels each."""
 
     block: int
-    halves: bool  # byte j: channels j and j + block / 2; else channels 2j and 2j + 1 (low bits first)
+    halves: bool  # byte j holds channels j and j + block / 2; else 2j and 2j + 1 (low bits first)
 
 
 class CpuBackend(NativeBackend):
-    """See the module."""
+    """Multiplies with torch's int4 op for the CPU; see the module."""
 
     name = "cpu"
 
@@ -47,10 +47,10 @@ class CpuBackend(NativeBackend):
         if linear.device_type != "cpu":
             return f"it runs on the CPU only, the input is on {linear.device_type!r}"
         if linear.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"it computes in bf16, which is too coarse for {linear.dtype}"
+            return f"it computes in bf16, which is not precise enough for {linear.dtype}"
         layout = cpu_layout()
         if layout is None:
-            return "torch's int4 packing is not available, or not understood, on this CPU"
+            return "torch's int4 packing is unavailable on this CPU, or has an unknown layout"
         if linear.out_features % layout.block:
             return f"out_features {linear.out_features} is not a multiple of {layout.block}, this CPU's block"
         if kernel_group_size(linear.group_size) is None:
@@ -105,7 +105,7 @@ BACKEND = CpuBackend()
 
 
 def kernel_group_size(group_size: int) -> int | None:
-    """The largest group of the op into which groups of `group_size` split; None where there is none."""
+    """Returns the largest group size of the op that divides `group_size`; None if there is none."""
     return next((size for size in KERNEL_GROUP_SIZES if group_size % size == 0), None)
 
 
@@ -113,7 +113,7 @@ def codes_of_native(
     words: Tensor,  # (N, K / 2) uint8 in this CPU's layout
     in_features: int,
 ) -> Codes:
-    """Reads the op's layout; `first` and `last` are multiples of its block."""
+    """Returns a function that reads columns `first` to `last`, multiples of the block size, from the op's layout."""
     layout = cpu_layout()
     assert layout is not None
     return lambda first, last: _read(words[first:last], in_features, layout)
@@ -121,7 +121,7 @@ def codes_of_native(
 
 @cache
 def cpu_layout() -> Layout | None:
-    """The layout that this CPU packs to, found by packing random integers; None where it is none of the known."""
+    """Detects this CPU's layout by packing random integers; None if it is none of the known layouts."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (256, 64), generator=generator, dtype=torch.int32)
     try:
@@ -141,7 +141,7 @@ def _read(
     in_features: int,
     layout: Layout,
 ) -> Tensor:
-    """(K, rows) uint8, values 0 … 15."""
+    """Unpacks whole blocks to (K, rows) uint8, values 0 … 15."""
     bytes_ = words.view(-1, in_features, layout.block // 2)
     codes = torch.empty(in_features, bytes_.shape[0], 2, layout.block // 2, dtype=torch.uint8, device=words.device)
     by_block = codes.permute(1, 0, 2, 3)

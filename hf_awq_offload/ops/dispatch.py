@@ -1,8 +1,8 @@
-"""Which backend serves a linear: the one asked for, else the first in the device's order that does not refuse.
+"""Chooses the backend for a linear: the requested one, or the first in the device's order that does not refuse.
 
-Asked for by the environment variable HF_AWQ_OFFLOAD_BACKEND, which goes first, or by `AwqLinear.backend`
-(`AwqOffloadConfig(backend=...)`). Asking for one that can't serve is an error that says why; "auto" goes on to the
-next.
+A backend is requested by the environment variable HF_AWQ_OFFLOAD_BACKEND, which takes precedence, or by
+`AwqLinear.backend` (`AwqOffloadConfig(backend=...)`). If a requested backend cannot serve the linear, an error says
+why; "auto" tries the next one instead.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from .backend import Backend, LinearShape, WordsBackend
 ENVIRONMENT_VARIABLE = "HF_AWQ_OFFLOAD_BACKEND"
 
 BACKENDS = ("auto", "torch", "c", "cpu", "triton", "tinygemm", "xpu")
-"""Values of the environment variable and of the config's field."""
+"""The valid values of the environment variable and of the config's field."""
 
 ORDER = {"cpu": ("c", "cpu"), "cuda": ("triton", "tinygemm"), "xpu": ("xpu",)}
-"""Device type -> backends to try; "torch" serves what they all refuse."""
+"""Device type -> backends in the order to try; "torch" serves the linears that all of them refuse."""
 
 
 def choose(
     requested: str,  # one of BACKENDS
     linear: LinearShape,
 ) -> Backend:
-    """The backend for `linear`.
+    """Returns the backend for `linear`.
 
     Raises:
-        ConfigError: the backend that was asked for is unknown, or refuses.
+        ConfigError: the requested backend is unknown, or refuses.
     """
     return _choose(os.environ.get(ENVIRONMENT_VARIABLE, ""), requested, linear)
 
 
 def dequantizer(requested: str, linear: LinearShape) -> WordsBackend:
-    """Who dequantizes to `linear.dtype`: the backend for `linear` if it reads the AWQ words, else torch's.
+    """Returns the backend that dequantizes to `linear.dtype`: the one for `linear` if it reads AWQ words, else "torch".
 
-    None is refused: a backend that multiplies in few dtypes only is no reason not to read a weight.
+    Never raises: a weight can be read in any dtype, even if the backend multiplies only in a few.
     """
     try:
         backend = choose(requested, linear)
@@ -51,7 +51,7 @@ def dequantizer(requested: str, linear: LinearShape) -> WordsBackend:
 
 
 def backend_named(name: str) -> Backend:
-    """The backend; its file is imported now, so that what it needs may be missing until then."""
+    """Returns a backend; imports its module only now, so that unused backends may lack their dependencies."""
     return import_module(f".{name}_backend", __package__).BACKEND
 
 
@@ -60,14 +60,14 @@ def _choose(environment: str, requested: str, linear: LinearShape) -> Backend:
     name = environment or requested
     source = f"{ENVIRONMENT_VARIABLE}={environment}" if environment else f"backend={requested!r}"
     if name not in BACKENDS:
-        raise ConfigError(f"{source} is not a backend; known: {', '.join(BACKENDS)}.")
+        raise ConfigError(f"{source} is not a backend; expected one of {', '.join(BACKENDS)}.")
     if name != "auto":
         backend = backend_named(name)
         reason = backend.refusal(linear)
         if reason is not None:
             raise ConfigError(
                 f"{source} can't serve a linear of {linear.in_features} to {linear.out_features} channels: {reason}. "
-                "Choose 'auto' or 'torch'."
+                "Choose 'auto' or 'torch' instead."
             )
         return backend
     for candidate in ORDER.get(linear.device_type, ()):

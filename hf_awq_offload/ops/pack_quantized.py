@@ -1,11 +1,11 @@
-"""Products with a weight in the pack-quantized layout, as custom ops. Plain torch, any device.
+"""Defines custom ops that multiply by a weight in the pack-quantized layout. Plain torch, any device.
 
     linear_pack_quantized(x, packed, scale, zero_point, bits)                             x Wᵀ: (…, K) -> (…, N)
     linear_back_pack_quantized(gradient, packed, scale, zero_point, in_features, bits)    gradient W: (…, N) -> (…, K)
     dequantize_pack_quantized(packed, scale, zero_point, in_features, bits, dtype)        W: (N, K)
 
-A block of rows of W is dequantized and multiplied at a time, so that no full-precision weight is held. The gradient
-flows to x alone; the backward pass dequantizes again and keeps nothing but the packed tensors.
+The ops dequantize and multiply one block of rows of W at a time, so that no full-precision weight is kept. Only x gets
+a gradient; the backward pass dequantizes again, and only the packed tensors are saved for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def linear(
     weight: PackQuantizedWeight,
     bits: int,
 ) -> Tensor:
-    """x Wᵀ: (…, N) in x's dtype, differentiable in x.
+    """Returns x Wᵀ, (…, N) in x's dtype, differentiable with respect to x.
 
     Raises:
         ValueError: the tensors' shapes or dtypes contradict each other.
@@ -48,7 +48,7 @@ def dequantize(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight (N, K) in `dtype`; (q - z) · Δ is computed in fp32 and rounded once."""
+    """Returns the weight, (N, K) in `dtype`; (q - z) · Δ is computed in fp32 and rounded once."""
     return _ops.dequantize_pack_quantized(
         weight.weight_packed, weight.weight_scale, weight.weight_zero_point, in_features, bits, dtype
     )
@@ -91,7 +91,7 @@ def _blocks(
 
 
 def _check(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, bits: int) -> None:
-    """ValueError unless the tensors are a linear's: dtypes and sizes."""
+    """Raises a ValueError unless dtypes and sizes of the tensors are those of one linear."""
     out_features = packed.shape[0]
     n = scale.shape[-1]
     expected = {
@@ -150,7 +150,7 @@ def _keep_packed_back(ctx, inputs, output) -> None:
 
 
 def _linear_back_backward(ctx, grad_output: Tensor):
-    """What is linear in x is linear in the gradient: its own gradient is the product again."""
+    """Differentiates the backward pass: it is linear in the gradient, so its gradient is the forward product."""
     return _ops.linear_pack_quantized(grad_output, *ctx.saved_tensors, ctx.bits), None, None, None, None, None
 
 

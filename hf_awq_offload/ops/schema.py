@@ -1,15 +1,15 @@
-"""The custom ops: what the compiler, autograd and the dispatcher know of a product with a packed weight.
+"""Defines the custom ops, through which the compiler, autograd and the dispatcher see a product with a packed weight.
 
     linear(x, qweight, qzeros, scales, backend)                         x Wᵀ: (…, K) -> (…, N)
     linear_back(gradient, qweight, qzeros, scales, backend)             the gradient of x, gradient W: (…, N) -> (…, K)
     dequantize(qweight, qzeros, scales, dtype, backend)                 W: (N, K)
 
-    linear_native(x, words, parameters, qzeros, scales, backend)        the same from a backend's own layout
+    linear_native(x, words, parameters, qzeros, scales, backend)        as above, with a backend's own layout
     linear_back_native(gradient, words, qzeros, scales, in_features, backend)
     dequantize_native(words, qzeros, scales, in_features, dtype, backend)
 
-The gradient flows to x alone; the backward pass dequantizes again, block by block, and keeps nothing but the packed
-tensors. Sizes are checked before a kernel sees a pointer: AWQ tensors come from files.
+Only x gets a gradient; the backward pass dequantizes again, block by block, and only the packed tensors are saved for
+it. AWQ tensors come from files, so sizes are checked before a kernel gets a pointer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _linear(
     check_packed(qweight, qzeros, scales)
     check_input(x, qweight.shape[0], qweight.device)
     chosen = chosen or choose(backend, LinearShape.of(x, scales))
-    if not isinstance(chosen, WordsBackend):  # its own layout has not been made, as under torch.compile
+    if not isinstance(chosen, WordsBackend):  # the weight is not in the backend's own layout, as under torch.compile
         chosen = backend_named("torch")
     assert isinstance(chosen, WordsBackend)
     rows = x.reshape(-1, x.shape[-1])
@@ -121,12 +121,12 @@ def linear(
     x: Tensor,  # (…, K)
     packed: PackedWeight,
     backend: str = "auto",
-    chosen: Backend | None = None,  # what `choose` says, where the caller has asked
+    chosen: Backend | None = None,  # the result of `choose`, if the caller already has it
 ) -> Tensor:
-    """x Wᵀ: (…, N) in x's dtype, differentiable in x.
+    """Returns x Wᵀ, (…, N) in x's dtype, differentiable with respect to x.
 
     Raises:
-        ConfigError: `backend`, or the one that the environment asks for, can't serve this case.
+        ConfigError: `backend`, or the one that the environment requests, cannot serve this linear.
         ValueError: the tensors' shapes or dtypes contradict each other.
     """
     if is_unobserved(x):
@@ -135,9 +135,9 @@ def linear(
 
 
 def is_unobserved(x: Tensor) -> bool:
-    """Whether it is the same to call an op's kernel: no gradient, compiler, tracer, mode or subclass has to see the op.
+    """Returns whether an op's kernel can be called directly: no gradient, compiler, tracer, mode or subclass is active.
 
-    The way through the dispatcher and back to Python takes as long as a product of 2048 × 2048 with one row.
+    Going through the dispatcher and back to Python takes as long as a product of 2048 × 2048 with one row.
     """
     return (
         not torch.compiler.is_compiling()
@@ -151,31 +151,31 @@ def is_unobserved(x: Tensor) -> bool:
 
 
 def linear_native(x: Tensor, native: NativeWeight, qzeros: Tensor, scales: Tensor, backend: str) -> Tensor:
-    """As `linear`, for a weight in the layout of `backend`."""
+    """Does what `linear` does, with a weight in the layout of `backend`."""
     return _ops.linear_native(x, native.words, native.parameters, qzeros, scales, backend)
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype, backend: str = "auto") -> Tensor:
-    """The weight (N, K) in `dtype`; (q - z) · Δ is computed in fp32 and rounded once."""
+    """Returns the weight, (N, K) in `dtype`; (q - z) · Δ is computed in fp32 and rounded once."""
     return _ops.dequantize(*packed, dtype, backend)
 
 
 def dequantize_native(
     words: Tensor, qzeros: Tensor, scales: Tensor, in_features: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """As `dequantize`, for a weight in the layout of `backend`."""
+    """Does what `dequantize` does, with a weight in the layout of `backend`."""
     return _ops.dequantize_native(words, qzeros, scales, in_features, dtype, backend)
 
 
 def native_backend(name: str) -> NativeBackend:
-    """The backend `name`, which has a layout of its own."""
+    """Returns the backend `name`, which must have a layout of its own."""
     backend = backend_named(name)
     assert isinstance(backend, NativeBackend), name
     return backend
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Inside, ops compute in the dtypes that they are given; a backend chooses its own."""
+    """Disables autocast, so that ops compute in the dtypes that a backend chooses."""
     enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
@@ -184,7 +184,7 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 
 def check_packed(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> None:
-    """ValueError unless the three are a linear's: dtypes, sizes, memory layout, one device."""
+    """Raises a ValueError unless the three tensors form one linear: dtypes, sizes, and one device."""
     if qweight.dtype != torch.int32 or qweight.ndim != 2:
         raise ValueError(f"qweight is {_describe(qweight)}; expected int32 (in, out / 8).")
     check_groups(qweight.shape[0], qzeros, scales)
@@ -200,7 +200,7 @@ def check_packed(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> None:
 
 
 def check_groups(in_features: int, qzeros: Tensor, scales: Tensor) -> None:
-    """ValueError unless zero points and scales are of one shape that divides `in_features` into groups."""
+    """Raises a ValueError unless zero points and scales have matching shapes that divide `in_features` into groups."""
     if not scales.is_floating_point() or scales.ndim != 2 or not scales.shape[0] or in_features % scales.shape[0]:
         raise ValueError(
             f"scales are {_describe(scales)}; expected floating point (in / group_size, out), in being {in_features}."
@@ -214,7 +214,7 @@ def check_groups(in_features: int, qzeros: Tensor, scales: Tensor) -> None:
 
 
 def check_input(x: Tensor, features: int, device: torch.device) -> None:
-    """ValueError unless x is (…, features) in floating point, on the weight's device: kernels follow addresses."""
+    """Raises a ValueError unless x is floating point (…, features) on the weight's device, as kernels assume."""
     if not x.is_floating_point() or not x.ndim or x.shape[-1] != features:
         raise ValueError(f"The input is {_describe(x)}; expected floating point (…, {features}).")
     if x.device != device:
@@ -229,7 +229,7 @@ def _unflatten(
     output: Tensor,  # (M, N)
     x: Tensor,  # (…, K)
 ) -> Tensor:
-    """(…, N), reshaped in place: autograd must not take it for a view, callers may add to it."""
+    """Reshapes to (…, N) in place, because autograd must not take the result for a view; callers may add to it."""
     return output if x.ndim == 2 else output.resize_(*x.shape[:-1], output.shape[1])
 
 
@@ -249,7 +249,7 @@ def times_blocks(
     weight: BlocksIn,
     in_features: int,
 ) -> Tensor:
-    """`gradient` W, (…, K) in its dtype."""
+    """Returns `gradient` W, (…, K) in the dtype of `gradient`."""
     with without_autocast(gradient.device.type):
         rows = multiply_blocks_back(gradient.reshape(-1, gradient.shape[-1]), weight, in_features)
     return _unflatten(rows, gradient)
@@ -303,7 +303,7 @@ def _linear_backward(ctx, grad_output: Tensor):
 
 
 def _linear_back_backward(ctx, grad_output: Tensor):
-    """What is linear in x is linear in its gradient, too: the gradient of that is the product again."""
+    """Differentiates the backward pass: it is linear in the gradient, so its gradient is the forward product."""
     return _ops.linear(grad_output, *ctx.saved_tensors, ctx.backend), None, None, None, None
 
 

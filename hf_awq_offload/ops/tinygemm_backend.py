@@ -1,9 +1,9 @@
-"""CUDA without Triton: `aten._weight_int4pack_mm`, for bf16 on GPUs of compute capability 8.0 and up.
+"""Multiplies on CUDA without Triton: `aten._weight_int4pack_mm`, for bf16 on GPUs of compute capability 8.0 and up.
 
     w = (q - 8) · scale + zero,  zero = (8 - z) · scale, in bf16
 
-The same formula as on the CPU with another layout; bf16 holds q - 8 exactly, so that the layout can be read back.
-No machine that has tested this package had to choose it; docs/kernels.md says what has been run.
+The formula is that of the CPU, but the layout differs. A product with the identity reads it back: q - 8 is exact.
+No machine that has tested this package needed this backend; docs/kernels.md says what has been run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KERNEL_GROUP_SIZES = (256, 128, 64, 32)
 
 
 class TinygemmBackend(Int4PackBackend):
-    """See the module."""
+    """Multiplies with torch's int4 op for CUDA; see the module."""
 
     name = "tinygemm"
     identity_dtype = torch.bfloat16
@@ -33,7 +33,7 @@ class TinygemmBackend(Int4PackBackend):
         if torch.version.hip is not None:
             return "it runs on NVIDIA GPUs only"
         if torch.cuda.get_device_capability() < (8, 0):
-            return f"it wants compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
+            return f"it needs compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
         if linear.dtype != torch.bfloat16:
             return f"it serves bf16, the input is {linear.dtype}"
         if linear.group_size not in KERNEL_GROUP_SIZES:

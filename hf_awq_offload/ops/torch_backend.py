@@ -1,4 +1,4 @@
-"""The reference, and what is used where nothing faster is: dequantize a block of columns, multiply, next block."""
+"""Multiplies block by block in plain torch: the reference, and the fallback where no faster backend is available."""
 
 from __future__ import annotations
 

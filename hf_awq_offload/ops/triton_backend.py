@@ -1,7 +1,7 @@
-"""CUDA and ROCm: Triton kernels that dequantize in registers, and for many rows dequantize + the vendor's product.
+"""Multiplies on CUDA and ROCm: Triton kernels dequantize in registers; for many rows, dequantize and multiply densely.
 
-Block sizes are fixed, not autotuned: autotuning compiles dozens of kernels at the first token. They, and the row
-count from which a dense product is used, are estimates until a GPU has measured them (docs/kernels.md).
+Block sizes are fixed, not autotuned, because autotuning compiles dozens of kernels at the first token. The block sizes,
+and the row count from which a dense product is used, are estimates until a GPU has measured them (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .backend import LinearShape, WordsBackend
 from .blocks import Blocks
 
 MANY_ROWS = 256
-"""From here on, dequantizing once and a dense product: then the product, not reading the weight, takes the time."""
+"""Rows from which the weight is dequantized for a dense product: the product then takes longer than reading it."""
 
-MIN_BLOCK_K = 16  # the smallest that tl.dot takes
+MIN_BLOCK_K = 16  # the smallest that tl.dot accepts
 MAX_BLOCK_K = 64
 BLOCK_N = 64
 PROGRAMS_PER_PROCESSOR = 4
 
 
 class TritonBackend(WordsBackend):
-    """See the module."""
+    """Multiplies with Triton kernels; see the module."""
 
     name = "triton"
 
@@ -77,7 +77,7 @@ def _fused(
     x: Tensor,  # (M, K), any strides
     packed: PackedWeight,
 ) -> Tensor:
-    """x Wᵀ without a full-precision weight, (M, N)."""
+    """Returns x Wᵀ, (M, N), without dequantizing the whole weight."""
     from .triton_kernels import gemm_kernel, gemv_kernel, triton
 
     (rows, in_features), out_features = x.shape, packed.scales.shape[1]
@@ -87,7 +87,7 @@ def _fused(
     tiles_of_k = in_features // block_k
     tiles_of_output = triton.cdiv(out_features, BLOCK_N) * triton.cdiv(rows, block_m)
     splits = max(1, min(PROGRAMS_PER_PROCESSOR * _processors(x.device) // tiles_of_output, tiles_of_k))
-    # A power of two: TILES is compiled into the kernel, and few values of it mean few compilations.
+    # A power of two, because TILES is compiled into the kernel: fewer values mean fewer compilations.
     tiles = triton.next_power_of_2(triton.cdiv(tiles_of_k, splits))
     splits = triton.cdiv(tiles_of_k, tiles)
     partial = torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
@@ -107,7 +107,7 @@ def _fused(
 
 
 def block_k_for(group_size: int) -> int:
-    """The largest power of two up to MAX_BLOCK_K that divides the group size."""
+    """Returns the largest power of two up to MAX_BLOCK_K that divides the group size."""
     block = MAX_BLOCK_K
     while group_size % block:
         block //= 2
@@ -115,7 +115,7 @@ def block_k_for(group_size: int) -> int:
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU; for tests."""
+    """Returns whether Triton runs kernels in its interpreter on the CPU, as tests do."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -125,5 +125,5 @@ def _processors(device: torch.device) -> int:
 
 
 def _on_device(tensor: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Makes the tensor's device the current one, on which Triton launches kernels."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()

@@ -1,12 +1,12 @@
-"""Triton kernels over AWQ words: dequantize, multiply one row, multiply a tile of rows.
+"""Triton kernels on AWQ words that dequantize, multiply one row, or multiply a tile of rows.
 
-A tile of words (BLOCK_K, BLOCK_N / 8) becomes weights (BLOCK_K, BLOCK_N) in registers. Column c of eight is in bits
+A tile of words (BLOCK_K, BLOCK_N / 8) becomes weights (BLOCK_K, BLOCK_N) in registers. Column c of eight starts at bit
 
     4 * (c // 2) + 16 * (c % 2)        columns 0 … 7  ->  positions 0 4 1 5 2 6 3 7
 
 of its word. BLOCK_K divides the group size, so that a tile has one scale and one zero point per column. Sums are in
-fp32. Both products split K: few output tiles would leave most of the GPU idle. Each split writes its own partial sums,
-which are added in a fixed order afterwards (atomics would be faster by a few microseconds, and not repeatable).
+fp32. Both products split K, because a few output tiles would leave most of the GPU idle. Each split writes its own
+partial sums, which are then added in a fixed order (atomics would save a few microseconds, but not be reproducible).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _tile_of_weights(
     qweight, qzeros, scales, first_k, columns, words, N, K_GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Rows first_k … of Wᵀ at `columns`: (BLOCK_K, BLOCK_N) fp32; `words` are the columns' words."""
+    """Returns BLOCK_K rows of Wᵀ from first_k on, (BLOCK_K, BLOCK_N) fp32; `words` are the words of `columns`."""
     shifts = (tl.arange(0, 8) // 2) * 4 + (tl.arange(0, 8) % 2) * 16
     group = first_k // K_GROUP
     row_words = N // 8
@@ -38,7 +38,7 @@ def _tile_of_weights(
 def dequantize_kernel(
     qweight, qzeros, scales, weight, K, N, K_GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """weight (N, K): one tile per program."""
+    """Writes `weight` (N, K), one tile per program."""
     first_k = tl.program_id(0) * BLOCK_K
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     words = tl.program_id(1) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
@@ -53,7 +53,7 @@ def gemv_kernel(
     x, qweight, qzeros, scales, partial, K, N, stride_xk, TILES: tl.constexpr, K_GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """partial (splits, N) fp32 from one row x (K,): a program sums TILES tiles of K for BLOCK_N columns."""
+    """Writes `partial` (splits, N) fp32 for one row x (K,): a program sums TILES tiles of K for BLOCK_N columns."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     words = tl.program_id(0) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
     split = tl.program_id(1)
@@ -71,9 +71,9 @@ def gemm_kernel(
     x, qweight, qzeros, scales, partial, M, K, N, stride_xm, stride_xk, TILES: tl.constexpr, K_GROUP: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """partial (splits, M, N) fp32: a program sums TILES tiles of K for BLOCK_M rows and BLOCK_N columns.
+    """Writes `partial` (splits, M, N) fp32: a program sums TILES tiles of K for BLOCK_M rows and BLOCK_N columns.
 
-    The product is in x's dtype, in fp32 where UPCAST (Triton's interpreter multiplies bf16 tiles wrongly).
+    It multiplies in x's dtype, or in fp32 if UPCAST is set (Triton's interpreter multiplies bf16 tiles wrongly).
     """
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

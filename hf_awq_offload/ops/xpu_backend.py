@@ -1,9 +1,9 @@
-"""Intel GPUs: `aten._weight_int4pack_mm_with_scales_and_zeros`, which takes AWQ's zero points as they are.
+"""Multiplies on Intel GPUs with `aten._weight_int4pack_mm_with_scales_and_zeros`, which takes AWQ's zero points as is.
 
     w = (q - z) · scale
 
-Written after torch's and torchao's use of the op; no machine that has tested this package had such a GPU
-(docs/kernels.md).
+The layout is read back by a product with the identity. This backend follows torch's and torchao's use of the op; no
+machine that has tested this package had such a GPU (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ IDENTITY_GROUP_SIZE = 32
 
 
 class XpuBackend(Int4PackBackend):
-    """See the module. `NativeWeight.parameters` is the zero points; scales are used as they are stored."""
+    """Multiplies with torch's int4 op for Intel GPUs; see the module.
+
+    `NativeWeight.parameters` holds the zero points; scales are used as they are stored.
+    """
 
     name = "xpu"
     identity_dtype = torch.float16

@@ -1,1 +1,4 @@
-"""Pure searches on (weight, statistics): scales, clipping ranges. No module, no model, no file is seen here."""
+"""Pure functions that search for scales, clipping ranges and codes from a weight and its input statistics.
+
+Nothing here knows about modules, models or files.
+"""

@@ -1,10 +1,10 @@
-"""Search for a clipping range per group (AutoAWQ's `auto_clip`, Lin et al. 2023, on the gram matrix).
+"""Searches for a clipping range per group (AutoAWQ's `auto_clip`, Lin et al. 2023, on the gram matrix).
 
-Shrinking a group's range makes its grid finer and saturates its largest weights. For every (row, group) the candidate
-c = max|w| · (1 - i/20), i = 0 … 9, with the least error is taken. The error of a group alone is dᵀ G_gg d, with
-G_gg the (group × group) diagonal block of the gram matrix: what other groups do is held at zero, so that groups are
-independent and no activation is needed. Errors of a row's groups can still add up: whoever rounds keeps the clipped
-ranges of a row only where they lower its error on the full gram matrix (`rounding.round_weight`).
+Shrinking a group's range makes its grid finer but saturates its largest weights. For every (row, group) the search
+picks the candidate c = max|w| · (1 - i/20), i = 0 … 9, with the least error. The error of a group on its own is
+dᵀ G_gg d, where G_gg is the (group × group) diagonal block of the gram matrix. The errors of all other groups are taken
+to be zero, so groups are independent and no activations are needed. The errors of a row's groups can still add up, so
+`rounding.round_weight` keeps the clipped ranges of a row only where they lower its error on the full gram matrix.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def search_clip(
     gram: Tensor,  # (in, in) fp32, of the scaled input
     grid: Grid,
 ) -> GroupRange:
-    """The best range of every group, (out, n) each."""
+    """Returns the best range of every group, (out, n) each."""
     blocks = gram_blocks(gram, grid)
     chunks = [_search_rows(weight[span].float(), blocks, grid) for span in row_chunks(weight)]
     return GroupRange(torch.cat([chunk.low for chunk in chunks]), torch.cat([chunk.high for chunk in chunks]))
@@ -35,7 +35,7 @@ def gram_blocks(
     gram: Tensor,  # (in, in)
     grid: Grid,
 ) -> Tensor:
-    """The diagonal blocks, (n, group_size, group_size)."""
+    """Returns the diagonal blocks of the gram matrix, (n, group_size, group_size)."""
     n = gram.shape[0] // grid.group_size
     index = torch.arange(n, device=gram.device)
     return gram.unflatten(0, (n, -1)).unflatten(2, (n, -1))[index, :, index]
@@ -46,7 +46,7 @@ def group_mse(
     blocks: Tensor,  # (n, group_size, group_size)
     grid: Grid,
 ) -> Tensor:
-    """dᵀ G_gg d of every group, (rows, n)."""
+    """Returns dᵀ G_gg d for every group, (rows, n)."""
     groups = grid.groups(difference).transpose(0, 1)  # (n, rows, group_size)
     return (groups @ blocks).mul_(groups).sum(dim=-1).t()
 
@@ -56,7 +56,7 @@ def _search_rows(
     blocks: Tensor,  # (n, group_size, group_size)
     grid: Grid,
 ) -> GroupRange:
-    """Every second step first, then the two next to the best of these: the error has one minimum in most groups."""
+    """Tries every second step, then the two next to the best of these; in most groups the error has one minimum."""
     full = group_range(rows, grid)
     best_step = torch.zeros_like(full.low)
     best_error = group_mse(quantize_dequantize(rows, grid, full).sub_(rows), blocks, grid)
@@ -64,7 +64,7 @@ def _search_rows(
         best_step, best_error = _better(
             rows, blocks, grid, full, torch.full_like(best_step, coarse), best_step, best_error
         )
-    inward = torch.where(best_step == STEPS - 1, -1.0, 1.0)  # the two next to an end lie on one side of it
+    inward = torch.where(best_step == STEPS - 1, -1.0, 1.0)  # at either end, both neighbours lie on the same side
     outward = torch.where(best_step == 0, 2.0, torch.where(best_step == STEPS - 1, -2.0, -1.0))
     center = best_step
     for offset in (inward, outward):
@@ -89,7 +89,7 @@ def _better(
     best_step: Tensor,
     best_error: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The better step of every group, and its error."""
+    """Returns the better of `step` and `best_step` for every group, and its error."""
     error = group_mse(quantize_dequantize(rows, grid, clipped_range(full, step)).sub_(rows), blocks, grid)
     better = error < best_error
     return torch.where(better, step, best_step), torch.where(better, error, best_error)

@@ -1,8 +1,8 @@
-"""The channel-by-channel part of error feedback as one Triton kernel (formulas: `rounding.py`).
+"""Runs the channel-by-channel part of error feedback as one Triton kernel (formulas: `rounding.py`).
 
-Rows of the weight are independent, channels are not: a program keeps LEAF channels × BLOCK rows in registers, picks one
-channel after another by a mask (registers have no dynamic index) and passes its error on to those after it. Without it
-an accelerator starts some ten kernels for every input channel.
+Rows of the weight are independent of each other, channels are not. Each program keeps LEAF channels × BLOCK rows in
+registers, selects one channel after another with a mask (registers cannot be indexed dynamically) and adds its error to
+the channels after it. Without this kernel an accelerator launches about ten kernels for every input channel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK_ROWS = 64
 
 @triton.jit
 def _nearest(x):
-    """The nearest integers, halves to even as torch.round has it."""
+    """Rounds to the nearest integer, halves to even, as torch.round does."""
     up = tl.floor(x + 0.5)
     is_odd_tie = (up - x == 0.5) & (tl.floor(up * 0.5) * 2.0 != up)
     return tl.where(is_odd_tie, up - 1.0, up)
@@ -28,7 +28,7 @@ def leaf_kernel(
     remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots, start, channels, rows, coupling_stride,
     levels, LEAF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rounds channels start … start + channels of `rows` rows; what the tensors are is said in `FeedbackState`."""
+    """Rounds channels start … start + channels of `rows` rows; `FeedbackState` describes the tensors."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < rows
     leaf = tl.arange(0, LEAF)
@@ -59,7 +59,7 @@ def round_leaf(
     stop: int,
     levels: int,
 ) -> None:
-    """Round the channels start … stop, in place."""
+    """Rounds channels start … stop in place."""
     rows = state.remaining.shape[1]
     leaf_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
         *state, start, stop - start, rows, state.coupling.stride(0), float(levels),

@@ -1,12 +1,12 @@
-"""Scales judged by what error feedback makes of them.
+"""Ranks scales by their loss after rounding with error feedback.
 
-Error feedback makes up for part of what a scale is there to prevent, and so does best with milder ones than rounding to
-nearest (docs/design/004). Candidates are rounded together: in the units of a reference scale r, that is on inputs x / r
-and weights W · r, a candidate s changes nothing but the steps of the grid, which are Δ · r_k / s_k for channel k. All
-share one gram matrix, one order of the channels and one factor.
+Error feedback already corrects part of the error that a scale prevents, so it works best with milder scales than
+rounding to nearest does (docs/design/004). All candidates are rounded together. In the units of a reference scale r,
+with inputs x / r and weights W · r, a candidate s changes only the steps of the grid, to Δ · r_k / s_k for channel k.
+So all candidates share one gram matrix, one channel order and one factorization.
 
-The loss is that on the damped matrix, which error feedback works on; without λ it would favour what fits the
-calibration text alone (KL 0.0092 instead of 0.0089 on the shipped model at 3 bits, docs/log.md).
+The loss is measured on the damped matrix that error feedback uses. Without λ, the ranking would overfit to the
+calibration text (KL 0.0092 instead of 0.0089 on the shipped model at 3 bits, docs/log.md).
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from .loss import ACCELERATOR_ELEMENTS, RowSample
 from .rounding import feedback_order, round_with_feedback
 
 CPU_ELEMENTS = 2**20
-"""Weights of all candidates that are rounded together: 4 MiB for each of nine fp32 temporaries."""
+"""Weights, over all candidates, that are rounded at once: 4 MiB for each of nine fp32 temporaries."""
 
 
 def feedback_losses(
     samples: Iterable[RowSample],
     gram: Tensor,  # (in, in) fp32
-    reference: Tensor,  # (in,) a scale that is not far from the best
+    reference: Tensor,  # (in,) a scale close to the best one
     candidates: Sequence[Tensor],  # (in,) each
 ) -> list[float]:
-    """Of every candidate, the loss of rounding W·s with error feedback on full ranges; comparable with each other only.
+    """Returns the loss of rounding W·s with error feedback on full ranges, one per candidate.
+
+    The losses can be compared only with each other.
 
     Raises:
-        NumericalError: the gram matrix can't be factorized.
+        NumericalError: the gram matrix could not be factorized.
     """
     inverse = reference.reciprocal()
     order = feedback_order(gram * inverse[:, None] * inverse)
-    order = order._replace(damping=torch.zeros_like(order.damping))  # which leaves λ in the losses
+    order = order._replace(damping=torch.zeros_like(order.damping))  # keeps λ in the losses
     losses = torch.zeros(len(candidates), dtype=torch.float64, device=gram.device)
     most_elements = CPU_ELEMENTS if gram.device.type == "cpu" else ACCELERATOR_ELEMENTS
     for sample in samples:
@@ -59,7 +61,7 @@ def _steps(
     reference: Tensor,  # (in,)
     candidates: Sequence[Tensor],  # (in,) each
 ) -> GroupParameters:
-    """The grid of rows · scale for every channel, in the units of the reference, (candidates · rows, in)."""
+    """Returns the grid of rows · scale per channel, in the units of the reference, (candidates · rows, in)."""
     steps, zeros = [], []
     for scale in candidates:
         parameters = group_parameters(group_range(sample.rows * scale, sample.grid), sample.grid)

@@ -1,7 +1,7 @@
-"""The scales that suit given codes best: least squares in closed form, per row.
+"""Fits the scales to given codes: least squares in closed form, per row.
 
-A row is Σ_g Δ_g q_g with q_g = codes - zero point in the channels of group g and zero elsewhere. With the codes held
-fixed, its output error is a quadratic form in the Δ of its groups, on the damped matrix that error feedback works on:
+A quantized row is Σ_g Δ_g q_g with q_g = codes - zero point in the channels of group g and zero elsewhere. With the
+codes held fixed, its output error is quadratic in the Δ of its groups. On the damped matrix that error feedback uses:
 
     min_Δ (w - Δ Q)(G + λI)(w - Δ Q)ᵀ   ->   Δ (Q H Qᵀ) = w H Qᵀ,   H = G + λI,   Q = (q_1; …; q_n)
 """
@@ -15,7 +15,7 @@ from ..formats.grid import Grid, GroupParameters, stored_scale
 from .loss import row_chunks
 
 MOST_SYSTEM_ELEMENTS = 2**24
-"""Of the equations that are solved together: 64 MiB."""
+"""Matrix elements of the equations that are solved at once: 64 MiB."""
 
 
 def refitted(
@@ -26,10 +26,10 @@ def refitted(
     damping: Tensor,  # () fp32: λ
     grid: Grid,
 ) -> tuple[GroupParameters, Tensor]:
-    """New scales as they can be stored, the same zero points; and by what the error of each row changes, (out,).
+    """Returns storable new scales with the zero points unchanged, and the change of each row's error, (out,).
 
-    The error is that on G alone, without λ. A group whose best scale is not positive, and a row whose equations can't
-    be solved, keep what they have.
+    The change is measured on G alone, without λ. A group whose best scale is not positive keeps its old scale, and so
+    does a row whose equations have no solution.
     """
     scale, change = torch.empty_like(parameters.scale), torch.empty_like(weight[:, 0])
     for span in row_chunks(weight):
@@ -49,7 +49,7 @@ def _equations(
     centered: Tensor,  # (rows, n, group_size): codes - zero point
     gram: Tensor,  # (in, in)
 ) -> tuple[Tensor, Tensor]:
-    """Q G Qᵀ of every row, (rows, n, n), and w G Qᵀ, (rows, n)."""
+    """Returns Q G Qᵀ, (rows, n, n), and w G Qᵀ, (rows, n), for every row."""
     n, group_size = centered.shape[1:]
     matrix, right = weight.new_empty(len(weight), n, n), weight.new_empty(len(weight), n)
     for group in range(n):
@@ -61,10 +61,10 @@ def _equations(
 
 def _solved(
     matrix: Tensor,  # (rows, n, n)
-    diagonal: Tensor,  # (rows, n), added to it
+    diagonal: Tensor,  # (rows, n), added to the diagonals of `matrix`
     right: Tensor,  # (rows, n)
 ) -> Tensor:
-    """Solutions, (rows, n); 0 where there is none."""
+    """Solves every row's system and returns the solutions, (rows, n); 0 where there is none."""
     rows = max(1, MOST_SYSTEM_ELEMENTS // matrix[0].numel())
     solutions = []
     for part, added, side in zip(matrix.split(rows), diagonal.split(rows), right.split(rows), strict=True):

@@ -1,18 +1,18 @@
-"""Rounding to the grid: to the nearest integer, or with the error fed back into what is still to be rounded.
+"""Rounds to the grid: to the nearest integer, or with each error fed back into the channels still to be rounded.
 
-Error feedback is GPTQ (Frantar et al. 2023, arXiv:2210.17323) on the gram matrix that the scale search has already, in
+Error feedback is GPTQ (Frantar et al. 2023, arXiv:2210.17323) on the gram matrix that the scale search already has, in
 the form of LDLQ (Chee et al. 2023, arXiv:2307.13304, theorem 6: the same codes), which needs no inverse. Input channels
-are rounded one after another, each corrected for what rounding the earlier ones does to the output:
+are rounded one after another, each corrected for the output error that rounding the earlier ones caused:
 
     G + λI = (I + N) diag(c²) (I + N)ᵀ,  N strictly upper triangular
     w'_k = w_k + Σ_{j<k} (w_j - ŵ_j) N_jk,   ŵ_k = nearest to w'_k on the grid,   loss = Σ_k c_k² (w'_k - ŵ_k)²
 
-The loss is least where the pivots are even: c_k² is what channel k varies by once those rounded after it are known. So
-the order is made from its end, each time of the channel that varies least given those that come after it (by falling
-G_ii, GPTQ's "act order", is worse, natural order more so: docs/design/002). The grid of every group is fixed first,
-from the weights as they are, so that the order leaves no trace in the checkpoint, which stays a standard one ("static
-groups" in GPTQ implementations). Then scales are fitted to the codes (refit.py) and rows rounded once more on these, as
-far as either lowers the error.
+The loss is least where the pivots are even: c_k² is the variance of channel k given the channels rounded after it. So
+the order is built from its end, each time with the channel that has the least variance given those that come after it
+(descending G_ii, GPTQ's "act order", is worse, and natural order worse still: docs/design/002). The grid of every group
+is fixed beforehand from the original weights, so the order leaves no trace in the checkpoint, which stays a standard
+one ("static groups" in GPTQ implementations). Afterwards the scales are fitted to the codes (refit.py) and the rows
+are rounded once more with these scales; either is kept only where it lowers the error.
 """
 
 from __future__ import annotations
@@ -30,46 +30,46 @@ from .loss import row_chunks, row_mse
 from .refit import refitted
 
 LEAF_CHANNELS = 16
-"""Channels rounded one by one between two matrix products."""
+"""Channels that are rounded one by one between two matrix products."""
 ROWS_ELEMENTS = 2**26
-"""Weights that are rounded together: 256 MiB for each fp32 temporary."""
+"""Weights that are rounded at once: 256 MiB for each fp32 temporary."""
 DAMPING = 0.01
-"""λ, relative to the mean of G's diagonal; it is multiplied by ten until the factorization succeeds."""
+"""λ relative to the mean of G's diagonal; it is multiplied by ten until the factorization succeeds."""
 LARGEST_DAMPING = 1e3
 ORDER_BLOCKS = 32
-"""Channels are put in order by so many blocks; one by one would read the matrix once for every channel."""
+"""Number of blocks in which channels are ordered; ordering them one by one would read the matrix once per channel."""
 
 
 class FeedbackOrder(NamedTuple):
-    """What rounding all linears of one input shares."""
+    """Channel order and factorization, shared by all linears that read one input."""
 
-    channels: Tensor  # (in,) int64: input channels in the order in which they are rounded, see the module's text
+    channels: Tensor  # (in,) int64: input channels in the order in which they are rounded
     coupling: Tensor  # (in, in) fp32, contiguous: I + N, for channels in that order
     pivots: Tensor  # (in,) fp32: c², in that order
     damping: Tensor  # () fp32: λ
 
 
 class RoundedWeight(NamedTuple):
-    """A weight on the grid, what that costs, and what was gained."""
+    """A weight on the grid, with its error and the error of rounding to nearest."""
 
     codes: Tensor  # (out, in) fp32 integers
     mse: Tensor  # (out,) fp32, squared output error per token of every row
     parameters: GroupParameters  # (out, n)
-    nearest_mse: Tensor  # (out,) the same of rounding to the nearest on the full range
-    improved: Tensor  # (out,) bool: rows that clipping and error feedback were kept for
+    nearest_mse: Tensor  # (out,) mse of rounding to nearest on the full range
+    improved: Tensor  # (out,) bool: rows that kept clipping and error feedback
     clip_ratio: Tensor | None  # (out, n) share of its full range that a group kept; None: no clipped ranges were given
 
 
 def feedback_order(
     gram: Tensor,  # (in, in) fp32
 ) -> FeedbackOrder:
-    """Order of the channels and the unit triangular factor of the damped matrix.
+    """Returns the order of the channels and the unit triangular factor of the damped matrix.
 
     Raises:
-        NumericalError: the matrix can't be factorized even when strongly damped (it is not finite).
+        NumericalError: the matrix could not be factorized even when strongly damped (it is not finite).
     """
     backwards = _from_the_last(gram)
-    # The upper factor of a matrix is the lower one of the matrix in reversed order, reversed.
+    # The upper factor of a matrix is the reversed lower factor of the reversed matrix.
     lower, damping = _damped_cholesky(gram.index_select(0, backwards).index_select(1, backwards), DAMPING)
     upper = lower.flip((0, 1)).contiguous()  # LAPACK's factors have contiguous columns
     diagonal = upper.diagonal().clone()
@@ -82,12 +82,12 @@ def round_weight(
     grid: Grid,
     *,
     clipped: GroupRange | None = None,  # (out, n); None: the full range
-    order: FeedbackOrder | None = None,  # None: to the nearest
-    nearest_mse: Tensor | None = None,  # (out,) of rounding to the nearest on the full range, where it is known
+    order: FeedbackOrder | None = None,  # None: round to nearest
+    nearest_mse: Tensor | None = None,  # (out,) mse of rounding to nearest on the full range, if already known
 ) -> RoundedWeight:
-    """The weight rounded with error feedback (`order`) on `clipped` ranges, as far as that pays.
+    """Rounds a weight with error feedback (`order`) on `clipped` ranges, row by row where that helps.
 
-    A row that both together do not improve is rounded to the nearest on its full range: never worse than that.
+    A row that the two together do not improve is rounded to nearest on its full range, so no row is worse than that.
     """
     full_range = group_range(weight, grid)
     full = group_parameters(full_range, grid)
@@ -121,7 +121,7 @@ def _round_and_refit(
     parameters: GroupParameters,  # (out, n)
     grid: Grid,
 ) -> tuple[Tensor, Tensor, GroupParameters]:
-    """Codes, mse, grid; of each row the best: as rounded, on scales fitted to the codes, or rounded again on these."""
+    """Returns codes, mse and grid, each row the best of three: as rounded, with refitted scales, or rounded again."""
     codes, mse = round_with_feedback(weight, order, parameters, grid)
     fitting, change = refitted(weight, codes, parameters, gram, order.damping, grid)
     codes_again, mse_again = round_with_feedback(weight, order, fitting, grid)
@@ -138,7 +138,7 @@ def round_with_feedback(
     parameters: GroupParameters,  # (out, n)
     grid: Grid,
 ) -> tuple[Tensor, Tensor]:
-    """Integers on the grid, (out, in) in fp32, that keep tr(D G Dᵀ) low, and that of each row, (out,).
+    """Rounds to integers on the grid, (out, in) in fp32, that keep tr(D G Dᵀ) low, and returns the mse per row, (out,).
 
     Rows are independent of each other.
     """
@@ -156,9 +156,9 @@ def _round_rows(
     order: FeedbackOrder,
     grid: Grid,
 ) -> tuple[Tensor, Tensor]:
-    # Transposed first: gathering rows of a contiguous matrix is several times faster than columns.
-    errors = weight.t().contiguous().index_select(0, order.channels)  # (in, out), w - ŵ once rounded
-    remaining = errors.clone()  # w', codes once rounded
+    # Transposed first: gathering rows of a contiguous matrix is several times faster than gathering columns.
+    errors = weight.t().contiguous().index_select(0, order.channels)  # (in, out): w, replaced by w - ŵ once rounded
+    remaining = errors.clone()  # w', replaced by the codes once rounded
     squares = torch.zeros_like(errors[0])
     scale, zero = (part.t().contiguous() for part in parameters)  # (n, out)
     group_of_channel = order.channels // grid.group_size
@@ -167,7 +167,7 @@ def _round_rows(
     if weight.is_cuda and find_spec("triton") is not None:
         from .feedback_kernel import round_leaf
 
-    spans = [(0, len(errors), False)]  # a stack: no recursive closure, which would keep all these tensors alive
+    spans = [(0, len(errors), False)]  # a stack, because a recursive closure would keep all these tensors alive
     while spans:
         start, stop, is_half_done = spans.pop()
         middle = (start + stop) // 2
@@ -189,7 +189,7 @@ def _round_leaf(
     stop: int,
     levels: int,
 ) -> None:
-    """Round the channels start … stop one by one, in place."""
+    """Rounds channels start … stop one by one, in place."""
     remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots = state
     groups = group_of_channel[start:stop].tolist()
     for i, group, pivot in zip(range(start, stop), groups, pivots[start:stop].tolist(), strict=True):
@@ -205,10 +205,14 @@ def _round_leaf(
 def _from_the_last(
     gram: Tensor,  # (in, in) fp32
 ) -> Tensor:
-    """Channels, (in,) int64, by blocks of those that vary least given what is before them; by G_ii where that fails."""
+    """Returns the channels, (in,) int64, in reverse rounding order.
+
+    They are chosen in blocks: those that have the least variance given the channels before them. Where a block cannot
+    be factorized, all channels are ordered by G_ii.
+    """
     size = -(-len(gram) // ORDER_BLOCKS)
     rest = torch.arange(len(gram), device=gram.device)
-    unexplained = gram.clone()  # the Schur complement: what channels vary by given those in `chosen`
+    unexplained = gram.clone()  # the Schur complement: covariance given the channels in `chosen`
     unexplained.diagonal().add_(DAMPING * gram.diagonal().mean())
     chosen = []
     while len(rest) > size:
@@ -229,12 +233,12 @@ def _from_the_last(
 
 def _damped_cholesky(
     gram: Tensor,  # (in, in) fp32
-    damping: float,  # relative to the mean of the diagonal; times ten until the factorization succeeds
+    damping: float,  # relative to the mean of the diagonal; multiplied by ten until the factorization succeeds
 ) -> tuple[Tensor, Tensor]:
-    """Lower L, (in, in), with L Lᵀ = G + λI, and λ, ().
+    """Returns lower triangular L, (in, in), with L Lᵀ = G + λI, and λ, ().
 
     Raises:
-        NumericalError: the matrix can't be factorized even when strongly damped (it is not finite).
+        NumericalError: the matrix could not be factorized even when strongly damped (it is not finite).
     """
     mean = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
     while damping <= LARGEST_DAMPING:
@@ -245,7 +249,7 @@ def _damped_cholesky(
             return lower, damping * mean
         damping *= 10
     raise NumericalError(
-        f"A gram matrix of {gram.shape[0]} channels can't be factorized even with damping {LARGEST_DAMPING:g}; "
+        f"A gram matrix of {gram.shape[0]} channels could not be factorized even with damping {LARGEST_DAMPING:g}; "
         "expected finite calibration activations. Use other calibration data, or rounding='nearest'."
     )
 
@@ -255,9 +259,9 @@ def _nearest(
     gram: Tensor,  # (in, in)
     parameters: GroupParameters,  # (out, n)
     grid: Grid,
-    mse: Tensor | None = None,  # (out,) where it is known
+    mse: Tensor | None = None,  # (out,) if already known
 ) -> tuple[Tensor, Tensor]:
-    """The nearest integers, (out, in), and the squared output error per token of every row, (out,)."""
+    """Rounds to the nearest integers, (out, in), and returns them with the squared error per token per row, (out,)."""
     codes = torch.empty_like(weight)
     losses = torch.empty_like(weight[:, 0]) if mse is None else mse
     for span in row_chunks(weight):
@@ -273,6 +277,6 @@ def _rows_of(parameters: GroupParameters, rows: slice | Tensor) -> GroupParamete
 
 
 def _ratio(clipped: GroupRange, full: GroupRange) -> Tensor:
-    """The largest magnitude in each clipped range relative to that in the full one, (out, n); 1 for zeros."""
+    """Returns the largest magnitude in each clipped range relative to the full range's, (out, n); 1 for zero groups."""
     ours, theirs = (torch.maximum(-ends.low, ends.high) for ends in (clipped, full))
     return torch.where(theirs > 0, ours / theirs, 1.0)

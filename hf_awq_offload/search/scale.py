@@ -1,20 +1,20 @@
-"""Search for the per-channel scales of one input group (Lin et al. 2023, arXiv:2306.00978, section 3.2).
+"""Searches for the per-channel scales of one input group (Lin et al. 2023, arXiv:2306.00978, section 3.2).
 
     s* = argmin_s  Σ over linears of tr(D G Dᵀ),   D = Q(W·s)/s - W,   G = the input's gram matrix
 
-over a one-parameter family: s = x̄^α, or with `duo_scaling` s = x̄^α / w̄^(1-α), x̄ the mean magnitude of an input
-channel and w̄ that of its weights relative to their group's largest, normalized so that √(max s · min s) = 1.
-The identity is always a candidate: under duo scaling α = 0 is 1/w̄, not 1, and a search without the identity can lose
-to rounding to nearest.
+over a one-parameter family: s = x̄^α, or s = x̄^α / w̄^(1-α) with `duo_scaling`. x̄ is the mean magnitude of an input
+channel, w̄ the mean magnitude of its weights relative to the largest in their group; s is normalized so that
+√(max s · min s) = 1. The identity is always a candidate: under duo scaling α = 0 gives 1/w̄, not 1, and a search that
+lacks the identity can do worse than rounding to nearest.
 
-Candidates are ranked on a sample of the rows, first every COARSE_STEP-th α and then those around the best two of these.
-A few rows make most of the loss, so rows are drawn in proportion to their share of it under the identity (evenly drawn
-ones took scales that cost up to 1.5 times the best, docs/log.md). Where weights will be rounded with error feedback,
-those around the winner are then ranked by what that makes of the same rows (feedback_ranking.py). Whether what is taken
-beats the identity, rounding to nearest, is decided on all rows.
+Candidates are ranked on a sample of the rows: first every COARSE_STEP-th α, then those around the best two. A few rows
+cause most of the loss, so rows are drawn in proportion to their share of it under the identity (uniform sampling chose
+scales that cost up to 1.5 times the best, docs/log.md). Where weights will be rounded with error feedback, the
+candidates around the winner are then ranked by their loss with error feedback on the same rows (feedback_ranking.py).
+Whether the chosen scale beats the identity under rounding to nearest is decided on all rows.
 
-Where several input channels are fed by one producer row (grouped queries), they share that row's scale: x̄ and w̄
-are pooled over them first.
+Where one producer row feeds several input channels (grouped queries), these share that row's scale: x̄ and w̄ are
+first pooled over them.
 """
 
 from __future__ import annotations
@@ -32,34 +32,35 @@ from .statistics import InputStatistics
 
 SMALLEST_SCALE = 1e-4
 SAMPLE_ROWS = 256
-"""About so many rows of a group's weights are what candidates are ranked on."""
+"""Expected number of rows, over all weights of a group, on which candidates are ranked."""
 SMALLEST_SHARE = 0.05
-"""Of the mean: even a row without error under the identity may have some under another scale."""
+"""Share of the mean added to every row's loss: a row without error under the identity may have some under a scale."""
 COARSE_STEP = 3
 FEEDBACK_STEPS_DOWN, FEEDBACK_STEPS_UP = 6, 2
-"""Candidates around the best for rounding to nearest that are tried with error feedback, which takes smaller α."""
+"""Candidates below and above the best for rounding to nearest that are tried with error feedback, which prefers
+smaller α."""
 
 
 @dataclass(frozen=True)
 class ScaleSearch:
-    """Result: the scale of every producer row, and what it gains."""
+    """The result of a search: the scale of every producer row, and the loss with and without it."""
 
     row_scale: Tensor  # (rows,) fp32; all ones when the identity won
     alpha: float | None  # exponent of the winner, None for the identity
     identity_loss: float  # mean squared output error of rounding to nearest without scales
     row_mse: Tensor  # (out_0 + out_1 + …,) fp32: squared output error per token of every row with the winner
-    candidates: int = 0  # scales that the identity was held against
+    candidates: int = 0  # scales that were compared with the identity
 
     @property
     def loss(self) -> float:
-        """Mean squared output error of rounding to nearest with the winner, ≤ identity_loss."""
+        """Mean squared output error of rounding to nearest with the winner, at most identity_loss."""
         return float(self.row_mse.sum(dtype=torch.float64))
 
 
 def search_scale(
     weights: Sequence[Tensor],  # (out_i, in) each: linears that share the input, any float dtype
     statistics: InputStatistics,
-    grids: Sequence[Grid],  # of each weight
+    grids: Sequence[Grid],  # one per weight
     *,
     n_grid: int,
     duo_scaling: bool,
@@ -68,10 +69,10 @@ def search_scale(
     with_feedback: bool = False,  # for weights that will be rounded with error feedback
     storable: Callable[[Tensor], Tensor | None] = lambda row_scale: row_scale,
 ) -> ScaleSearch:
-    """The best of `n_grid` candidates and the identity.
+    """Returns the best of `n_grid` candidates and the identity.
 
-    `storable` says what a candidate (rows,) amounts to once it is folded into the producer's dtype, None if it can't
-    be: candidates are judged by that, so that the scale which is used is the one that was measured.
+    `storable` maps a candidate (rows,) to its effective value after it is folded into the producer's dtype, or to None
+    if it cannot be folded. The search measures that value, so that the scale that is used is the one that was measured.
     """
     row_of_channel = row_of_channel.to(statistics.gram.device)
     without = without_scale(weights, grids, statistics.gram, rows)
@@ -100,7 +101,7 @@ def _best(
     scales: Mapping[float, Tensor],  # α, in rising order -> (in,)
     with_feedback: bool,
 ) -> list[float]:
-    """The best α; with error feedback, after it what to fall back on, the best for rounding to nearest."""
+    """Returns the α to try, best first: with error feedback, the best for rounding to nearest follows as a fallback."""
     alphas = [*scales]
     for_nearest = _coarse_to_fine(alphas, lambda alpha: _sampled_loss(samples, gram, scales[alpha]))
     if not with_feedback:
@@ -117,7 +118,7 @@ def without_scale(
     gram: Tensor,  # (in, in) fp32
     rows: int,
 ) -> ScaleSearch:
-    """The identity, and what it costs."""
+    """Returns the identity and its loss."""
     mse = weights_mse(weights, grids, gram)
     ones = torch.ones(rows, device=gram.device)
     return ScaleSearch(ones, None, float(mse.sum(dtype=torch.float64)), mse)
@@ -128,7 +129,7 @@ def scale_candidates(
     w_mean: Tensor | None,  # (rows,); None for plain scaling
     n_grid: int,
 ) -> Iterator[tuple[float, Tensor]]:
-    """(α, scale (rows,)) for α = 0, 1/n … (n-1)/n; dead channels keep 1, what is not finite is left out."""
+    """Yields (α, scale (rows,)) for α = 0, 1/n … (n-1)/n; dead channels keep 1, and non-finite scales are skipped."""
     dead = x_mean == 0
     for step in range(n_grid):
         alpha = step / n_grid
@@ -150,7 +151,7 @@ def weights_mse(
     gram: Tensor,  # (in, in) fp32
     scale: Tensor | None = None,  # (in,)
 ) -> Tensor:
-    """Squared output error per token of rounding W·s to nearest, for every row of all weights, (out_0 + out_1 + …,)."""
+    """Returns the squared output error per token of rounding W·s to nearest for each row, (out_0 + out_1 + …,)."""
     parts = [
         row_mse(_difference(weight[span].float(), grid, scale), gram)
         for weight, grid in zip(weights, grids, strict=True)
@@ -164,7 +165,7 @@ def _difference(
     grid: Grid,
     scale: Tensor | None,  # (in,)
 ) -> Tensor:
-    """D = Q(W·s)/s - W, (rows, in)."""
+    """Returns D = Q(W·s)/s - W, (rows, in)."""
     if scale is None:
         return quantize_dequantize(rows, grid).sub_(rows)
     return quantize_dequantize(rows * scale, grid).div_(scale).sub_(rows)
@@ -173,11 +174,11 @@ def _difference(
 def _row_samples(
     weights: Sequence[Tensor],  # (out_i, in) each
     grids: Sequence[Grid],
-    mse: Tensor,  # (out_0 + out_1 + …,) of the identity
+    mse: Tensor,  # (out_0 + out_1 + …,) under the identity
 ) -> list[RowSample]:
-    """Rows to estimate the loss of a scale by, without bias.
+    """Draws rows that give an unbiased estimate of the loss of a scale.
 
-    A row is drawn with a probability in proportion to its share of the identity's loss, and counts by the inverse.
+    A row is drawn with a probability proportional to its share of the identity's loss, and weighted by the inverse.
     """
     generator = torch.Generator().manual_seed(0)
     chance = _inclusion(mse.double().cpu(), SAMPLE_ROWS)
@@ -190,7 +191,7 @@ def _row_samples(
         strict=True,
     ):
         rows = own.nonzero().squeeze(1).to(weight.device)
-        if len(rows):  # of a small weight none may be drawn
+        if len(rows):  # a small weight may have no rows drawn
             samples.append(RowSample(weight[rows].float(), grid, p[own].reciprocal().to(mse.device)))
     return samples
 
@@ -200,7 +201,7 @@ def _sampled_loss(
     gram: Tensor,  # (in, in) fp32
     scale: Tensor,  # (in,)
 ) -> float:
-    """An estimate of the loss of rounding W·s to nearest."""
+    """Estimates the loss of rounding W·s to nearest."""
     loss = torch.zeros((), dtype=torch.float64, device=gram.device)
     for rows, grid, share in samples:
         for span in row_chunks(rows):
@@ -213,12 +214,12 @@ def _inclusion(
     sizes: Tensor,  # (n,) fp64
     count: int,
 ) -> Tensor:
-    """Probabilities of drawing each of n items, in proportion to its size, 1 at most, that sum up to `count`, (n,)."""
+    """Returns the probability of drawing each item, (n,): proportional to its size, at most 1, summing to `count`."""
     if count >= len(sizes):
         return torch.ones_like(sizes)
     sizes = sizes + SMALLEST_SHARE * sizes.mean() + torch.finfo(sizes.dtype).tiny
     chance = torch.zeros_like(sizes)
-    while True:  # those that are sure to be drawn leave less for the others
+    while True:  # items that are certain to be drawn leave less for the others
         sure = chance >= 1
         chance = torch.where(sure, 1.0, sizes * (count - int(sure.sum())) / sizes[~sure].sum())
         if not bool((chance > 1).any()):
@@ -226,7 +227,7 @@ def _inclusion(
 
 
 def _coarse_to_fine(alphas: Sequence[float], loss_of: Callable[[float], float]) -> float:
-    """The α with the least loss among every COARSE_STEP-th and the neighbours of the best two of these."""
+    """Returns the α with the least loss among every COARSE_STEP-th one and the neighbours of the best two of these."""
     losses = {alpha: loss_of(alpha) for alpha in alphas[::COARSE_STEP]}
     for best in sorted(losses, key=losses.__getitem__)[:2]:
         center = alphas.index(best)
@@ -240,7 +241,7 @@ def mean_relative_magnitude(
     weights: Sequence[Tensor],  # (out_i, in) each
     grids: Sequence[Grid],
 ) -> Tensor:
-    """w̄: per input channel, |W| relative to the largest of its group, averaged over the rows of all linears, (in,)."""
+    """Returns w̄, (in,): |W| relative to the largest in its group, averaged over the rows of all linears."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
     for weight, grid in zip(weights, grids, strict=True):
         for span in row_chunks(weight):
@@ -255,7 +256,7 @@ def _pool(
     row_of_channel: Tensor,  # (in,)
     rows: int,
 ) -> Tensor:
-    """Mean over the channels that a producer row feeds, (rows,); 0 for a row that feeds none."""
+    """Averages `values` over the channels that each producer row feeds, (rows,); 0 for a row that feeds none."""
     sums = torch.zeros(rows, device=values.device).index_add_(0, row_of_channel, values)
     counts = torch.zeros(rows, device=values.device).index_add_(0, row_of_channel, torch.ones_like(values))
     return sums / counts.clamp(min=1)

@@ -1,11 +1,11 @@
-"""Sufficient statistics of a linear's input.
+"""Defines the sufficient statistics of a linear's input.
 
 For a weight W (out, in) and inputs X (tokens, in), the mean squared output error of any replacement Ŵ needs X only
 through its gram matrix (docs/design/001-sufficient-statistics.md):
 
     ‖X (Ŵ - W)ᵀ‖² / tokens = tr( D G Dᵀ ),   D = Ŵ - W,   G = XᵀX / tokens
 
-One forward pass collects G; scale search, clip search and rounding never see an activation again.
+One forward pass collects G; the scale search, clip search and rounding need no activations after that.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class InputStatistics:
         self,
         scale: Tensor,  # (in,)
     ) -> InputStatistics:
-        """The statistics of X / scale, what a linear sees once `scale` is folded into what produces X."""
+        """Returns the statistics of X / scale: the input once `scale` has been folded into the producer of X."""
         return InputStatistics(self.gram / torch.outer(scale, scale), self.mean_abs / scale, self.tokens)
 
     def to(self, device: torch.device) -> InputStatistics:
-        """The same on `device`."""
+        """Returns these statistics on `device`."""
         return InputStatistics(self.gram.to(device), self.mean_abs.to(device), self.tokens)
 
 
 def pooled(statistics: Sequence[InputStatistics]) -> InputStatistics:
-    """The statistics over the tokens of all together; of inputs of equal width, not empty."""
+    """Combines the statistics of several inputs of equal width over all their tokens; `statistics` is not empty."""
     tokens = sum(part.tokens for part in statistics)
     gram, mean_abs = torch.zeros_like(statistics[0].gram), torch.zeros_like(statistics[0].mean_abs)
     for part in statistics:
@@ -48,7 +48,7 @@ def pooled(statistics: Sequence[InputStatistics]) -> InputStatistics:
 
 
 def blended(own: InputStatistics, pool: InputStatistics, min_tokens: int) -> InputStatistics:
-    """`own`, or where it counts fewer than `min_tokens` tokens, filled up to so many from `pool`."""
+    """Returns `own`, topped up from `pool` to `min_tokens` tokens where it has fewer."""
     if own.tokens >= min_tokens:
         return own
     share = own.tokens / min_tokens

@@ -1,4 +1,4 @@
-"""Calibration data: every form that `dataset` takes, every way in which it can be wrong, and no token lost."""
+"""Tests calibration data: every form of `dataset`, every way in which it can be wrong, and that no token is lost."""
 
 import json
 import random
@@ -36,7 +36,7 @@ def bos_tokenizer():
 
 @pytest.fixture
 def load(tokenizer):
-    """load(dataset, **fields) with the fixture's tokenizer as the checkpoint's own."""
+    """Returns load(dataset, **fields), which uses the fixture's tokenizer as the checkpoint's own."""
 
     def call(dataset, *, load_tokenizer=lambda: tokenizer, vocab_size=VOCAB_SIZE, **fields) -> CalibrationSet:
         fields = {"n_samples": 1000, "max_seq_len": 16} | fields
@@ -50,7 +50,7 @@ def load(tokenizer):
 
 @pytest.fixture
 def log(monkeypatch):
-    """The messages of the module's logger, formatted, as a list of (level, message)."""
+    """Returns a list that collects the module logger's formatted messages as (level, message)."""
     records = []
     for level in ("info", "warning"):
         monkeypatch.setattr(
@@ -94,7 +94,7 @@ def same(a, b):
 
 
 def joined_ids(tokenizer, texts):
-    """What the texts are before they are cut: EOS between the documents."""
+    """Returns the token ids of the texts before they are cut, with EOS between documents."""
     ids = []
     for text in texts:
         ids += [tokenizer.eos_token_id] if ids else []
@@ -151,11 +151,11 @@ def test_bos_starts_each_document_and_each_sequence(load, bos_tokenizer):
     assert all(sequence[0] == bos_tokenizer.bos_token_id for sequence in as_lists(calibration))
     text = bos_tokenizer.decode(flat(calibration)).replace(BOS, "")
     assert text == EOS.join(TEXTS)[: len(text)]
-    assert len(EOS.join(TEXTS)) - len(text) < 8 * 16  # less than a shortest tail
+    assert len(EOS.join(TEXTS)) - len(text) < 8 * 16  # shorter than the shortest tail
     for sequence in as_lists(calibration):
         eos_at = [i for i, token in enumerate(sequence[:-1]) if token == bos_tokenizer.eos_token_id]
         assert all(sequence[i + 1] == bos_tokenizer.bos_token_id for i in eos_at)
-    # A sequence that starts with a document has one BOS, not two.
+    # A sequence that begins with the start of a document has one BOS, not two.
     assert as_lists(calibration)[0][:2].count(bos_tokenizer.bos_token_id) == 1
 
 
@@ -177,7 +177,7 @@ def test_long_documents_are_tokenized_in_blocks(load, monkeypatch):
     expected = load(lines)
     monkeypatch.setattr(tokenizers, "TEXT_BLOCK_CHARACTERS", 300)
     assert same(load(lines), expected)
-    unbroken = load(["abcdefgh" * 1000], n_samples=2)  # no line end; left after the tokens that are needed
+    unbroken = load(["abcdefgh" * 1000], n_samples=2)  # no line ends; reading stops after the tokens needed
     assert unbroken.tokens == 32
 
 
@@ -275,7 +275,7 @@ def test_loss_mask_and_labels_become_counted(load, log):
     masks = [None if mask is None else mask.int().tolist() for mask in calibration.counted]
     assert masks == [[0, 0] + [1] * 8, None, [0] * 9 + [1], None, None, [1] + [0] * 9]
     assert any(
-        level == "warning" and "1 sequences of which loss_mask or labels count nothing (10 tokens)" in message
+        level == "warning" and "1 sequences in which loss_mask or labels exclude every token (10 tokens)" in message
         for level, message in log
     )
 
@@ -308,7 +308,7 @@ def test_messages_go_through_the_chat_template(load, tokenizer):
 
 @pytest.fixture
 def file_of(tmp_path):
-    """file_of(name, content) writes a file into a folder whose name would be a pattern to a globber."""
+    """Returns file_of(name, content), which writes a file into a folder whose name looks like a glob pattern."""
     folder = tmp_path / "a [b]"
     folder.mkdir()
 
@@ -385,7 +385,7 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("name", ["nobody/no-such-data-set", "no-such-data-set", "wikitext2", "c4", "c4-new"])
 def test_names_that_need_the_network_say_what_to_do_without(load, offline, name):
-    with pytest.raises(CalibrationDataError, match=rf"'{name}' can't be read \(\w+: .*builtin.*list of texts"):
+    with pytest.raises(CalibrationDataError, match=rf"'{name}' could not be read \(\w+: .*builtin.*list of texts"):
         load(name)
 
 
@@ -411,7 +411,7 @@ def test_stream_that_breaks_midway_is_an_error_of_the_data(load, monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *_, **__: {"train": datasets.IterableDataset.from_generator(rows)}
     )
-    with pytest.raises(CalibrationDataError, match=r"'someone/some-data' can't be read \(ConnectionError"):
+    with pytest.raises(CalibrationDataError, match=r"'someone/some-data' could not be read \(ConnectionError"):
         load("someone/some-data")
 
 
@@ -516,7 +516,7 @@ def test_the_log_accounts_for_every_token(load, log, dataset, n_samples):
     calibration = load(dataset, n_samples=n_samples)
     message = next(message for level, message in log if level == "info")
     read_tokens = int(re.search(r"documents, (\d+) tokens", message)[1])
-    assert f"use {len(calibration.sequences)} sequences" in message
+    assert f"using {len(calibration.sequences)} sequences" in message
     left_over = message.split("Left over: ")[1]
     left_tokens = sum(map(int, re.findall(r"(\d+) tokens\)", left_over)))
     left_tokens += sum(map(int, re.findall(r"the last (\d+) tokens", left_over)))
@@ -568,13 +568,13 @@ def test_tokenizer_that_fails(load):
     def broken(text, **_):
         raise KeyError("unk")
 
-    with pytest.raises(CalibrationDataError, match=r"tokenizer \(a function\) fails on row 0 .*KeyError"):
+    with pytest.raises(CalibrationDataError, match=r"tokenizer \(a function\) failed on row 0 .*KeyError"):
         load([TEXTS[0]], tokenizer=broken)
 
 
 def test_messages_without_a_template(load):
     chats = [{"messages": chat} for chat in CHATS]
-    with pytest.raises(CalibrationDataError, match=r"can't render row \d.*set tokenizer.chat_template"):
+    with pytest.raises(CalibrationDataError, match=r"could not render row \d.*set tokenizer.chat_template"):
         load(chats, tokenizer=make_tokenizer(chat_template=None))
     refuses = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(CalibrationDataError, match="roles must alternate"):
@@ -604,7 +604,7 @@ IDS = list(range(10))
         (["a b"], r"0 usable tokens .*the last \d tokens of the text"),
         ([[1, 2, 3]], "3 usable tokens"),
         ([[]], "0 usable tokens"),
-        ([{"input_ids": IDS, "loss_mask": [0] * 10}], "count nothing"),
+        ([{"input_ids": IDS, "loss_mask": [0] * 10}], "exclude every token"),
         ([IDS, [1, 2, VOCAB_SIZE]], r"Row 1 .*token id 300 at position 2; .*from 0 to 299 \(size 300\)"),
         ([[1, -100, 2]], "token id -100 at position 1"),
         ([{"input_ids": [1, 2, 5000]}], "token id 5000 at position 2"),
@@ -615,7 +615,7 @@ IDS = list(range(10))
         ([["a", "b"]], "values of type <U1"),
         ([[1, None]], "Row 0 holds None; expected token ids"),
         ([CHATS[0]], r"Row 0 holds a dict; .*Wrap conversations: \{'messages'"),
-        ([[[1, 2], [3]]], "Row 0 can't be read as token ids"),
+        ([[[1, 2], [3]]], "Row 0 could not be read as token ids"),
         ([*TEXTS, IDS], "Row 0 of the dataset is a text, row 20 is token ids"),
         ([IDS, {"input_ids": IDS}], "row 1 is a dict; all rows must have the same form"),
         (iter(["a", {"text": "b"}]), "row 1 is a dict"),
@@ -674,11 +674,11 @@ def test_text_column_that_is_not_there(load):
         ("a.json", '["a", {"text": "b"}]', "row 1 is a dict"),
         ("a.jsonl", "", "empty: it has no rows"),
         ("a.txt", "", "0 usable tokens in 1 documents"),
-        ("a.txt", b"\xff\xfe\xff" * 9, r"a.txt can't be read \(UnicodeDecodeError"),
-        ("a.jsonl", b"\xff\xfe\xff" * 9, r"a.jsonl can't be read \(UnicodeDecodeError"),
-        ("a.parquet", b"nonsense", r"a.parquet can't be read \(Arrow"),
-        ("a.csv", "", r"a.csv can't be read \(EmptyDataError"),
-        ("a.csv", 'text\n"a\n', r"a.csv can't be read \(ParserError"),
+        ("a.txt", b"\xff\xfe\xff" * 9, r"a.txt could not be read \(UnicodeDecodeError"),
+        ("a.jsonl", b"\xff\xfe\xff" * 9, r"a.jsonl could not be read \(UnicodeDecodeError"),
+        ("a.parquet", b"nonsense", r"a.parquet could not be read \(Arrow"),
+        ("a.csv", "", r"a.csv could not be read \(EmptyDataError"),
+        ("a.csv", 'text\n"a\n', r"a.csv could not be read \(ParserError"),
         ("a.pdf", "x", r"ends in '.pdf'; expected .txt, .jsonl, .json, .parquet, .csv"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Layers that form no chain get what the model really gives them, and the model is left as it was."""
+"""Tests that layers that form no chain get the model's real inputs, and that the model is left unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Layer(nn.Module):
-    """Adds what it computes; may take something extra, and write to a state."""
+    """A residual layer that may take an extra argument and write to a state."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Runs its layers as `how` says."""
+    """A model that runs its layers as `how` says."""
 
     def __init__(self, how: str):
         super().__init__()

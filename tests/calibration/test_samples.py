@@ -1,4 +1,4 @@
-"""What a processor returns as calibration data: what is taken over, what is refused, and that nothing is cut."""
+"""Tests a processor's output as calibration data: what is accepted, what is refused, and that nothing is cut."""
 
 from __future__ import annotations
 
@@ -150,12 +150,12 @@ def test_texts_go_through_a_processors_tokenizer(processor):
 
 @pytest.mark.parametrize("tokenizer", [None, "processor.tokenizer"])
 def test_conversations_with_images_need_a_processor(processor, tokenizer):
-    with pytest.raises(CalibrationDataError, match="their processor can't be loaded"):
+    with pytest.raises(CalibrationDataError, match="their processor could not be loaded"):
         load([chat(picture())], tokenizer=None if tokenizer is None else processor.tokenizer)
 
 
 def test_what_a_processor_can_not_render_is_an_error(processor):
-    with pytest.raises(CalibrationDataError, match="can't render row 0"):
+    with pytest.raises(CalibrationDataError, match="could not render row 0"):
         load([chat("no such file.png")], tokenizer=processor)
 
 

@@ -1,4 +1,4 @@
-"""Statistics collected by hooks against the same sums computed directly from the inputs."""
+"""Tests statistics collected by hooks against sums computed directly from the inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IN = 6
 
 
 class Layer(nn.Module):
-    """Two linears with inputs of different widths, as in a decoder layer."""
+    """Two linears whose inputs differ in width, as in a decoder layer."""
 
     def __init__(self, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -44,7 +44,7 @@ def collect(
 
 
 def assert_statistics_of(statistics: InputStatistics, rows: Tensor) -> None:
-    """`rows` (tokens, in) are all the inputs; sums over them one by one, in fp64."""
+    """Asserts that the statistics are those of all inputs, `rows` (tokens, in), summed one by one in fp64."""
     gram, mean_abs = torch.zeros(rows.shape[1], rows.shape[1]).double(), torch.zeros(rows.shape[1]).double()
     for row in rows.double():
         gram += torch.outer(row, row)
@@ -83,7 +83,7 @@ def test_how_tokens_are_cut_into_batches_does_not_matter(seed, cut, magnitude):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_inputs_are_summed_in_fp32(dtype):
-    """4096 squares of 8 in fp16 would be 2¹⁸, beyond its range; in bf16 the sum would stop growing."""
+    """The sum of 4096 squares of 8 is 2¹⁸, beyond the range of fp16; in bf16 the sum would stop growing."""
     layer = Layer(dtype)
     statistics = collect(layer, [torch.full((1, 4096, IN), 8.0, dtype=dtype)])["up"]
     assert torch.equal(statistics.gram, torch.full((IN, IN), 64.0))

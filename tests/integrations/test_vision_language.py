@@ -90,7 +90,7 @@ def test_a_failing_sample_leaves_the_model_as_it_was(processor):
     broken = dict(sample(processor))
     broken["input_ids"] = broken["input_ids"][:, :5]
     broken["attention_mask"] = broken["attention_mask"][:, :5]
-    with pytest.raises(CalibrationDataError, match="fails on a sample with the keys"):
+    with pytest.raises(CalibrationDataError, match="failed on a sample with the keys"):
         quantize_model(model, recipe([sample(processor), broken]))
     assert not packed(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""The skeleton pass gives every layer exactly what the model would, and leaves the model as it was."""
+"""Tests that the skeleton pass gives every layer exactly what the model would, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ToyLayer(nn.Module):
 
 
 class ToyModel(nn.Module):
-    """Embedding, layers, nothing else; `run` is how it runs its layers."""
+    """An embedding and layers, nothing else; subclasses override `run`, which runs the layers."""
 
     def __init__(self, layers: int = 3, returns_tuple: bool = False):
         super().__init__()
@@ -67,7 +67,7 @@ class ToyModel(nn.Module):
 
 
 def layer_outputs(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-    """What every decoder layer returns in the model's own forward pass."""
+    """Returns the output of every decoder layer in the model's own forward pass."""
     outputs: dict[str, Tensor] = {}
     handles = [
         layer.register_forward_hook(lambda m, args, output, name=name: outputs.update({name: output_hidden(output)}))
@@ -97,7 +97,7 @@ def test_lists_inside_layers_and_lists_without_linears_are_no_candidates():
 
 
 def test_names_that_begin_alike_are_told_apart():
-    """layers.1 is not the parent of layers.10, nor "layers" that of "layers_after"."""
+    """layers.1 is not the parent of layers.10, and "layers" is not the parent of "layers_after"."""
     model = ToyModel(11)
     model.layers_after = nn.ModuleList([ToyLayer()])
     assert list(candidate_layers(model)) == [*(f"layers.{i}" for i in range(11)), "layers_after.0"]
@@ -139,7 +139,7 @@ def masks(skeleton: Skeleton, batch: int = 0) -> list[Tensor]:
 
 @pytest.mark.parametrize("build", [tiny_gemma2, tiny_gemma3], ids=lambda build: build.__name__)
 def test_sliding_and_global_layers_are_given_masks_of_their_own(build):
-    """20 tokens, of which a sliding layer sees the last 8."""
+    """Uses 20 tokens, of which a sliding layer sees the last 8."""
     skeleton = record_skeleton(build(attn_implementation="eager"), [token_batch(1, 20)])
     sliding, full = masks(skeleton)
     assert [int((mask[0, 0, -1] == 0).sum()) for mask in (sliding, full)] == [8, 20]
@@ -205,7 +205,7 @@ def test_hidden_states_may_be_given_by_name():
 
 
 def snapshot(model: nn.Module) -> tuple:
-    """What a skeleton pass must leave as it is; module attributes by identity."""
+    """Returns everything that a skeleton pass must not change; module attributes by identity."""
     return (
         {name: dict(vars(module)) for name, module in model.named_modules()},
         {name: tensor.clone() for name, tensor in model.state_dict().items()},
@@ -262,7 +262,7 @@ def test_the_models_forward_is_restored_when_a_layer_fails():
     def fail(*args, **kwargs):
         raise KeyError("inside")
 
-    model.layers[0].forward = fail  # as wrappers of a module's forward do: on the instance
+    model.layers[0].forward = fail  # on the instance, as wrappers of a module's forward do
     before = snapshot(model)
     with pytest.raises(KeyError, match="inside"):
         record_skeleton(model, [token_batch(1, 4)])
@@ -287,7 +287,7 @@ def test_a_model_without_a_list_of_layers_is_refused():
 
 
 class Odd(ToyModel):
-    """Runs its layers in a way that can't be calibrated layer by layer."""
+    """A model that runs its layers in a way that cannot be calibrated layer by layer."""
 
     def __init__(self, how: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fused experts taken apart compute the same, are told apart by flags alone, and go by their original names."""
+"""Tests that unfused experts compute the same as fused ones, are recognized by flags alone, and get original names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hf_awq_offload.model.experts import (
 
 
 class FlaggedExperts(nn.Module):
-    """Experts of any layout, computed as plainly as can be."""
+    """Fused experts of any layout, computed in the plainest way."""
 
     def __init__(self, has_gate: bool, has_bias: bool, is_transposed: bool, is_concatenated: bool):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Folds are found by measuring, and only those that keep the layer's function are believed."""
+"""Tests that folds are found by measuring, and that only those that preserve the layer's function are accepted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def structure_of(model: nn.Module, layer: int = 0) -> LayerStructure:
 
 
 def grouped_query_rows(model: nn.Module) -> Tensor:
-    """Row of v_proj that feeds each input channel of o_proj: query head h reads KV head h // (heads per KV head)."""
+    """Returns the row of v_proj that feeds each input channel of o_proj: query head h reads KV head h // (heads per KV
+    head)."""
     config = model.config
     per_kv_head = config.num_attention_heads // config.num_key_value_heads
     rows = [
@@ -126,7 +127,7 @@ def test_probing_changes_nothing(build):
 
 
 class ToyMlp(nn.Module):
-    """x + fc2(act(fc1(norm(x)))) and, if `leak` is not zero, the norm's output once more past the linears."""
+    """Computes x + fc2(act(fc1(norm(x)))); if `leak` is not zero, the norm's output also bypasses the linears."""
 
     def __init__(
         self,
@@ -233,7 +234,7 @@ def test_a_linear_feeding_a_permuted_and_repeated_input_is_found_with_its_row_ma
 
 
 def test_a_structure_found_on_one_layer_is_proven_anew_on_another():
-    """Equal classes and shapes, but in the second layer a buffer leaks the norm's output past the linears."""
+    """The layers have equal classes and shapes, but a buffer of the second leaks the norm's output past the linears."""
     sound, leaky = ToyMlp(), ToyMlp(leak=1.0)
     assert structure_key(sound) == structure_key(leaky)
     structure = discover_structure(sound, toy_probes(), CPU, seed=0)
@@ -258,12 +259,12 @@ def test_whatever_the_seed_the_same_folds_are_found(seed):
 
 
 def wide_scale(rows: int, seed: int = 0) -> Tensor:
-    """Scales from 1/20 to 20."""
+    """Returns scales from 1/20 to 20."""
     return torch.exp((torch.rand(rows, generator=torch.Generator().manual_seed(seed)) * 2 - 1) * 3)
 
 
 def fold_in(layer: nn.Module, fold: Fold, scale: Tensor) -> Tensor:
-    """Fold what can be stored of `scale`, and return it."""
+    """Folds the storable scale for `scale`, and returns it."""
     effective = storable_scale(layer, fold, scale)
     assert effective is not None
     absorb(layer, fold, effective)
@@ -290,7 +291,7 @@ def test_absorbed_scales_compensated_in_the_consumers_keep_the_layers_function(b
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", [ProducerKind.NORM, ProducerKind.NORM_PLUS_ONE])
 def test_a_norm_rounded_to_its_dtype_is_exact_again_with_the_effective_scale(dtype, kind):
-    """w_folded · s_eff = w up to fp32 rounding: consumers, multiplied by s_eff in fp32, lose nothing."""
+    """w_folded · s_eff = w up to fp32 rounding, so consumers that are multiplied by s_eff in fp32 lose nothing."""
     layer = ToyMlp().to(dtype)
     offset = 1 if kind is ProducerKind.NORM_PLUS_ONE else 0
     with torch.no_grad():
@@ -301,7 +302,7 @@ def test_a_norm_rounded_to_its_dtype_is_exact_again_with_the_effective_scale(dty
     folded = layer.norm.weight.detach().float() + offset
     assert layer.norm.weight.dtype == dtype
     torch.testing.assert_close(folded * effective, before, rtol=3e-7, atol=0)
-    # … and it is the scale that was asked for, as far as the dtype can tell numbers around the stored weight apart.
+    # … and it is the requested scale, up to the resolution of the dtype around the stored weight.
     stored_precision = torch.finfo(dtype).eps * layer.norm.weight.detach().float().abs() / folded.abs()
     assert bool(((effective / scale - 1).abs() <= 0.51 * stored_precision + 1e-5).all())
 
@@ -310,7 +311,7 @@ def test_a_norm_rounded_to_its_dtype_is_exact_again_with_the_effective_scale(dty
 @pytest.mark.parametrize("kind", [ProducerKind.NORM, ProducerKind.NORM_PLUS_ONE])
 @pytest.mark.parametrize("size", [300.0, 3000.0, 1e-3])
 def test_a_scale_is_folded_exactly_or_said_not_to_be_storable(dtype, kind, size):
-    """1 + w near zero is where bf16 runs out: (1 + w) / 3000 - 1 rounds to -1, and the channel would be gone."""
+    """bf16 lacks precision where 1 + w is near zero: (1 + w) / 3000 - 1 rounds to -1, and the channel would vanish."""
     layer = ToyMlp().to(dtype)
     offset = 1 if kind is ProducerKind.NORM_PLUS_ONE else 0
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Factors read off inputs before and after rows were scaled."""
+"""Tests reading factors from the inputs before and after rows were scaled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FACTORS = level_factors(torch.device("cpu"))
 
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_channels_in_which_large_terms_cancel_are_read_too(tokens):
-    """Of thousands of channels some are nearly zero on a lone token: rounding is large beside them."""
+    """Some of the many channels are nearly zero for a single token, so that rounding errors are relatively large."""
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(8192, 256, generator=generator), torch.randn(tokens, 256, generator=generator)
     for row in range(0, 8192, 64):  # almost orthogonal to all tokens
@@ -20,7 +20,7 @@ def test_channels_in_which_large_terms_cancel_are_read_too(tokens):
     digits = torch.randint(LEVELS, (8192,), generator=generator)
     before, after = x @ weight.T, x @ (weight * FACTORS[digits, None]).T
     off = (after / before / FACTORS[digits] - 1).abs()
-    assert float(off.max()) > 1e-3  # so the case is there
+    assert float(off.max()) > 1e-3  # so such channels exist
     found = factor_index(before, after, FACTORS)
     assert found is not None
     assert torch.equal(found, digits)

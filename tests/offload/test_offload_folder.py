@@ -163,7 +163,7 @@ def test_weights_that_can_not_be_read_lazily_are_refused(tmp_path):
 
 def test_a_folder_that_can_not_be_written_to_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"can't be written to the offload_folder .*Make room"):
+    with pytest.raises(StorageError, match=r"could not be written to the offload_folder .*Make room"):
         OffloadFolder(tmp_path / "file", ALL).put("a", {"a": torch.ones(1)})
 
 

@@ -1,4 +1,4 @@
-"""The backends that this machine can test: triton runs in its interpreter where there is no GPU (conftest.py)."""
+"""Lists the backends that this machine can test: triton runs in its interpreter if there is no GPU (conftest.py)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One suite for every backend: each computes x Wᵀ with the weight that the AWQ words stand for.
+"""Tests every backend with one suite: each computes x Wᵀ with the weight that the AWQ words encode.
 
-The reference is a product in fp64 with the weight that tests/references unpacks, independently of the package.
+The reference is a product in fp64 with the weight that tests/references unpacks independently of the package.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MANY_ROWS = 300  # above every backend's crossover
 
 
 def make(backend: str, dtype: torch.dtype, in_features=256, out_features=128, group_size=64, **kwargs) -> AwqLinear:
-    """A linear that asks for `backend`; for "auto", which must serve all, where that refuses and says why."""
+    """Returns a linear that requests `backend`, or "auto", which must serve every linear, if `backend` refuses."""
     linear = random_awq_linear(in_features, out_features, dtype=dtype, group_size=group_size, **kwargs)
     linear = linear.to(DEVICE[backend])
     linear.backend = backend
@@ -42,25 +42,25 @@ def make_input(linear: AwqLinear, *shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def reference_weight(linear: AwqLinear) -> Tensor:
-    """In fp64, on the linear's device."""
+    """Returns the linear's weight in fp64, on its device."""
     packed = copy.deepcopy(linear).packed
     weight = torch.from_numpy(dequantize_linear(*(tensor.detach().cpu().numpy() for tensor in packed)))
     return weight.double().to(linear.scales.device)
 
 
 def reference(linear: AwqLinear, x: Tensor) -> Tensor:
-    """In fp64."""
+    """Returns the expected output in fp64."""
     output = x.detach().double() @ reference_weight(linear).t()
     return output if linear.bias is None else output + linear.bias.double()
 
 
 def assert_close(actual: Tensor, expected: Tensor, linear: AwqLinear, dtype: torch.dtype) -> None:
-    """Errors of rounding x, the weight and the output average out over a sum; in fp32 those of the sum remain."""
+    """Asserts equality up to rounding, which averages out over a sum for x and the weight, but not for fp32 sums."""
     assert actual.shape == expected.shape
     assert actual.dtype == dtype
     if not actual.numel():
         return
-    # The cpu backend computes few rows in bf16 whatever the input, which its module says.
+    # The cpu backend computes few rows in bf16 for every input dtype, as its module says.
     coarse = linear.backend == "cpu" or dtype == torch.bfloat16
     eps = EPS_BF16 if coarse else torch.finfo(dtype).eps
     error = (actual.double() - expected).norm() / expected.norm()
@@ -146,7 +146,7 @@ def test_the_gradient_is_that_of_the_dequantized_weight(backend, dtype, shape):
 
 @BACKENDS
 def test_the_gradient_of_the_gradient_is_the_product(backend):
-    """What a penalty on the gradient's norm asks for."""
+    """A penalty on the gradient's norm needs this."""
     linear = make(backend, torch.float32)
     x = make_input(linear, 3, 256, dtype=torch.float32).requires_grad_()
     upstream = torch.randn(3, 128, device=x.device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The C kernels: the same numbers as plain torch for every shape, and a library that is there or says why it is not."""
+"""Tests that the C kernels compute what plain torch does for every shape, and that a missing library says why."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random_packed(groups: int, group_size: int, width: int, scale_dtype=torch.fl
 
 
 def assert_product_is_right(packed: PackedWeight, rows: int) -> None:
-    """Within what rounding sums in fp32 costs, of the product in fp64 with the weight that plain torch dequantizes."""
+    """Asserts that the product equals, up to fp32 rounding, the fp64 product with plain torch's dequantized weight."""
     x = torch.randn(rows, packed.qweight.shape[0], generator=torch.Generator().manual_seed(1))
     weight = TORCH.dequantize(packed, torch.float64)
     bound = (
@@ -98,7 +98,7 @@ def test_scales_that_are_no_ordinary_numbers(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_values_are_rounded_to_nearest_at_every_size(dtype):
-    """From what rounds to 0 over numbers with fewer digits to infinity, halfway between two numbers included."""
+    """Covers values that round to 0, subnormal numbers, infinity, and values halfway between two numbers."""
     exponents = torch.arange(-40, 24).repeat_interleave(16)
     digits = 1 + torch.arange(16).repeat(64) / 2**11
     packed = random_packed(1, 64, 128, torch.float32)._replace(scales=torch.ldexp(digits, exponents)[None])
@@ -107,7 +107,7 @@ def test_values_are_rounded_to_nearest_at_every_size(dtype):
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_tensors_at_any_address(rows):
-    """In a mapped checkpoint a tensor begins wherever the one before it ends."""
+    """In a mapped checkpoint a tensor begins wherever the previous one ends."""
     packed = random_packed(2, 64, 9)
 
     def moved(tensor: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def test_without_a_product_layout_nothing_is_rearranged():
 
 
 def compile_for(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Objects in `folder`."""
+    """Compiles the sources to objects in `folder`."""
     sources = [Path(c_library.__file__).parent / c_library.FOLDER / name for name in c_library.SOURCES]
     own = [flag for flag in c_library.FLAGS if not flag.startswith("-march")]
     command = [*c_library.find_compiler(), *own, "-Wall", "-Wextra", "-Werror", *flags, "-c"]
@@ -161,14 +161,14 @@ def compile_for(folder: Path, *flags: str) -> subprocess.CompletedProcess:
 @pytest.mark.skipif("x86" not in os.uname().machine, reason="the flags name x86 CPUs")
 @pytest.mark.parametrize("cpu", ["x86-64", "haswell", "skylake-avx512", "icelake-server", "znver3"])
 def test_it_compiles_without_warnings_for_other_cpus(cpu, tmp_path):
-    result = compile_for(tmp_path, f"-march={cpu}", "-Wno-psabi")  # vectors wider than the CPU's are passed inlined
+    result = compile_for(tmp_path, f"-march={cpu}", "-Wno-psabi")  # such functions are inlined
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.skipif("x86" not in os.uname().machine, reason="the flags name x86 CPUs")
 @pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=native", "-DWIDE_LANES=16"]], ids=["SSE2", "16 lanes"])
 def test_vectors_of_another_width_give_the_same(flags, tmp_path, monkeypatch):
-    """The code for AVX-512 multiplies 16 numbers at a time; compiled for less, it takes two instructions for it."""
+    """The code for AVX-512 multiplies 16 numbers at a time; on other CPUs it compiles to two instructions instead."""
     assert compile_for(tmp_path, *flags, "-Wno-psabi").returncode == 0
     command = [*c_library.find_compiler(), "-shared", *tmp_path.glob("*.o"), "-o", "other.so"]
     subprocess.run(command, cwd=tmp_path, check=True)
@@ -186,7 +186,7 @@ def test_vectors_of_another_width_give_the_same(flags, tmp_path, monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty folder for compiled kernels."""
+    """Makes an empty folder the cache of compiled kernels."""
     monkeypatch.setattr(c_library, "HF_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     return tmp_path / "hf_awq_offload"
@@ -225,7 +225,7 @@ def test_no_compiler_is_a_reason(cache, monkeypatch):
     [
         ("exit 3", "fails: exit status 3"),
         ("echo 'x.c:1: error: no vectors' >&2; exit 1", "no vectors"),
-        ("true", "can't be loaded"),
+        ("true", "could not be loaded"),
     ],
 )
 def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(cache, monkeypatch, tmp_path, compiler, reason):
@@ -274,7 +274,7 @@ def test_what_others_could_have_changed_is_not_loaded(cache, open_to_others):
     (cache if open_to_others == "folder" else compiled).chmod(0o777)
     with pytest.raises(PermissionError, match="changed by other users"):
         c_library.built(cache)
-    assert isinstance(c_library.load(), ctypes.CDLL)  # compiled again, elsewhere
+    assert isinstance(c_library.load(), ctypes.CDLL)  # compiled again, in another folder
 
 
 @pytest.mark.parametrize("kept", [0, 1000, -1], ids=str)
@@ -299,7 +299,7 @@ def test_processes_that_compile_side_by_side(cache, tmp_path):
 
 
 def test_there_is_one_pool_of_threads():
-    """A second OpenMP runtime would spin beside torch's."""
+    """A second OpenMP runtime would compete with torch's for the cores."""
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
     packed = random_packed(4, 128, 512)
     c_backend.product(torch.randn(4, 512), packed)

@@ -1,4 +1,4 @@
-"""The layout of the cpu backend takes the place of the AWQ words, and gives them back whenever they are wanted."""
+"""Tests that the cpu backend's layout replaces the AWQ words, which are restored whenever they are needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(cpu_backend.cpu_layout() is None, reason="torch 
 
 @pytest.fixture(autouse=True)
 def without_c_kernels(monkeypatch):
-    """As on a machine without a compiler: the cpu backend comes first."""
+    """Simulates a machine without a compiler, where the cpu backend comes first."""
     monkeypatch.setitem(dispatch.ORDER, "cpu", ("cpu",))
     dispatch._choose.cache_clear()
     yield
@@ -40,7 +40,7 @@ def run(linear: AwqLinear, rows: int = 2, dtype: torch.dtype = torch.bfloat16) -
 
 
 def is_native(linear: AwqLinear) -> bool:
-    """Which of the two layouts is held; there must be one, and only one."""
+    """Returns whether the native layout is held; asserts that exactly one of the two layouts is."""
     native = linear.native_words is not None
     assert native == (linear.native_parameters is not None)
     assert native != ("qweight" in linear._parameters)
@@ -68,7 +68,7 @@ def test_words_come_back_to_the_bit(groups, group_size, out_features, seed):
 @pytest.mark.parametrize("block", [16, 32, 64])
 @pytest.mark.parametrize("halves", [True, False])
 def test_the_layouts_of_other_cpus_are_read_as_torch_writes_them(block, halves):
-    """torch's source (Int4mmKernel.cpp): within a block and an input channel, byte j holds two output channels."""
+    """In torch's source (Int4mmKernel.cpp), byte j of an input channel in a block holds two output channels."""
     codes = torch.randint(16, (128, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)  # (N, K)
     written = []
     for first in range(0, 128, block):

@@ -1,4 +1,4 @@
-"""The custom ops as torch sees them: opcheck, sizes refused before a kernel runs, compilation without graph breaks."""
+"""Tests the custom ops as torch sees them: opcheck, checks of sizes before a kernel runs, and no graph breaks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_backend_dequantizes_to_the_same_bits(backend, dtype):
     opcheck(_ops.dequantize, (*packed, dtype, backend))
     weight, expected = ops.dequantize(packed, dtype, backend), ops.dequantize(packed, dtype, "torch")
     interpreted = backend == "triton" and not HAS_GPU
-    if interpreted and dtype == torch.bfloat16:  # the interpreter cuts digits off instead of rounding
+    if interpreted and dtype == torch.bfloat16:  # the interpreter truncates instead of rounding
         torch.testing.assert_close(weight, expected, rtol=torch.finfo(dtype).eps, atol=0)
     else:
         assert torch.equal(weight, expected)
@@ -114,7 +114,7 @@ def test_an_input_on_another_device_is_refused(backend):
 
 
 class Seen(TorchDispatchMode):
-    """Keeps the names of the ops that run inside."""
+    """Records the names of the ops that run inside."""
 
     def __init__(self):
         super().__init__()
@@ -134,10 +134,10 @@ def test_whoever_watches_ops_sees_the_op():
     assert seen.names == ["hf_awq_offload::linear"]
 
     graph = make_fx(linear)(x)
-    assert torch.ops.hf_awq_offload.nn.awq_linear.default in {node.target for node in graph.graph.nodes}
+    assert torch.ops.hf_awq_offload.linear.default in {node.target for node in graph.graph.nodes}
     assert torch.equal(graph(2 * x), linear(2 * x))
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated, but people trace
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, but people still trace
         traced = torch.jit.trace(linear, x, check_trace=False)
     assert torch.equal(traced(2 * x), linear(2 * x))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for NVIDIA and AMD GPUs, which needs no GPU: the interpreter accepts more than they do."""
+"""Tests, without a GPU, that the Triton kernels compile for NVIDIA and AMD GPUs: the interpreter accepts more code."""
 
 from __future__ import annotations
 

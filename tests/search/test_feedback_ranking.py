@@ -1,4 +1,4 @@
-"""Scales ranked by error feedback: against optimal brain quantization in fp64, and by what they gain."""
+"""Tests ranking scales by error feedback: against optimal brain quantization in fp64, and for the loss it saves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def groups(tiny_llama_dir) -> list[Case]:
 
 
 def inputs(seed: int) -> tuple[Tensor, list[RowSample], Tensor, list[Tensor]]:
-    """A gram matrix with loud channels, samples under two grids, a reference scale, and candidates."""
+    """Returns a gram matrix with loud channels, samples under two grids, a reference scale, and candidates."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -42,7 +42,7 @@ def inputs(seed: int) -> tuple[Tensor, list[RowSample], Tensor, list[Tensor]]:
 
 
 def slow_loss(gram: Tensor, samples: list[RowSample], reference: Tensor, candidate: Tensor) -> float:
-    """Rounding W·s channel by channel, what is left re-fitted by an inverse each time; all in the units of W·s."""
+    """Rounds W·s channel by channel, refitting the rest with an inverse each time; everything in the units of W·s."""
     gram, reference, candidate = gram.double(), reference.double(), candidate.double()
     referred = gram / torch.outer(reference, reference)
     order = feedback_order(referred.float()).channels.tolist()
@@ -67,7 +67,7 @@ def slow_loss(gram: Tensor, samples: list[RowSample], reference: Tensor, candida
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_losses_are_those_of_optimal_brain_quantization_one_candidate_at_a_time(seed):
-    """A tie may fall the other way in fp32, which changes what comes after it."""
+    """Allows for a tie that falls the other way in fp32, which changes the channels after it."""
     gram, samples, reference, candidates = inputs(seed)
     expected = [slow_loss(gram, samples, reference, candidate) for candidate in candidates]
     assert feedback_losses(samples, gram, reference, candidates) == pytest.approx(expected, rel=0.01)
@@ -81,7 +81,7 @@ def test_how_many_candidates_are_rounded_together_changes_next_to_nothing(monkey
 
 
 def rounded_loss(case: Case, grid: Grid, found: ScaleSearch) -> float:
-    """Of all rows, rounded with error feedback on full ranges, with the scale that was found."""
+    """Returns the loss of all rows, rounded with error feedback on full ranges, with the scale that was found."""
     weights, statistics = case
     gram = statistics.divided(found.row_scale).gram
     return float(round_weight(torch.cat(weights) * found.row_scale, gram, grid, order=feedback_order(gram)).mse.sum())
@@ -107,11 +107,11 @@ def test_scales_found_lose_less_than_those_for_rounding_to_nearest(groups, grid,
 
 
 def test_a_scale_that_is_worse_than_none_to_the_nearest_is_not_taken(monkeypatch):
-    """What is promised is never to be worse than rounding to nearest; error feedback may still fail on a row."""
+    """The search promises never to be worse than rounding to nearest, since error feedback may still fail on a row."""
     generator = torch.Generator().manual_seed(0)
     grid, weight = Grid(4, 32, True), torch.randn(64, IN, generator=generator)
     loudness = torch.exp(2 * torch.randn(IN, generator=generator))
-    case = [weight], InputStatistics(torch.eye(IN), loudness, tokens=100)  # loud in the mean and of equal squares
+    case = [weight], InputStatistics(torch.eye(IN), loudness, tokens=100)  # large means, equal squares
     losses = [
         float(scale.weights_mse([weight], [grid], torch.eye(IN), candidate).sum())
         for _, candidate in scale.scale_candidates(loudness, scale.mean_relative_magnitude([weight], [grid]), 20)
@@ -120,7 +120,7 @@ def test_a_scale_that_is_worse_than_none_to_the_nearest_is_not_taken(monkeypatch
     monkeypatch.setattr(scale, "FEEDBACK_STEPS_UP", 20)
     monkeypatch.setattr(scale, "feedback_losses", lambda samples, gram, reference, near: [*range(len(near), 0, -1)])
     found = search(case, grid, with_feedback=True)
-    assert losses.index(worst) == 19  # which feedback_losses prefers
+    assert losses.index(worst) == 19  # feedback_losses prefers this one
     assert worst > found.identity_loss >= found.loss
     assert found.alpha == search(case, grid, with_feedback=False).alpha
 

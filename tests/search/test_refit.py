@@ -1,4 +1,4 @@
-"""Scales re-fitted to codes, against least squares on the inputs themselves."""
+"""Tests scales refitted to codes against least squares on the inputs themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Error feedback against a slow reference, and what it guarantees."""
+"""Tests error feedback against a slow reference, and tests what it guarantees."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_awq_offload.search.loss import row_mse
 from hf_awq_offload.search.rounding import DAMPING, feedback_order, round_weight, round_with_feedback
 
 GRID = Grid(4, 32, zero_point=True)
-OUT, IN = 24, 320  # more channels than a block, not a multiple of it
+OUT, IN = 24, 320  # more channels than a block, and not a multiple of it
 
 
 def correlated_gram(seed: int, tokens: int = 900) -> Tensor:
@@ -34,7 +34,7 @@ def random_weight(seed: int) -> tuple[Tensor, GroupParameters]:
 
 
 def reference_feedback(weight: Tensor, gram: Tensor, parameters: GroupParameters) -> Tensor:
-    """Optimal brain quantization, column by column: after each one, what is left is re-fitted by its inverse.
+    """Runs optimal brain quantization column by column, refitting the rest with an inverse after each column.
 
     The update that minimizes tr(D G Dᵀ) once channel i is fixed is δ = -e · (H⁻¹)_i / (H⁻¹)_ii with H restricted to the
     channels that are not fixed yet (Frantar et al. 2022, arXiv:2208.11580); in fp64, without any factorization trick.
@@ -55,7 +55,7 @@ def reference_feedback(weight: Tensor, gram: Tensor, parameters: GroupParameters
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_optimal_brain_quantization_without_the_tricks(seed):
-    """Ties and near-ties may fall the other way in fp32, so nearly all codes agree, and the error does."""
+    """Requires equal errors and nearly all codes to agree: ties and near-ties may fall the other way in fp32."""
     gram = correlated_gram(seed)
     weight, parameters = random_weight(seed)
     codes, own_mse = round_with_feedback(weight, feedback_order(gram), parameters, GRID)
@@ -95,7 +95,7 @@ def test_no_row_is_ever_worse_than_rounded_to_the_nearest(kind, clip):
     codes, mse, parameters, *_ = round_weight(weight, gram, GRID, clipped=clipped, order=feedback_order(gram))
     assert bool((mse <= nearest.mse).all())
     assert bool(((codes >= 0) & (codes <= GRID.levels) & (codes == codes.round())).all())
-    # By the inputs themselves, in fp64: what the function says of its rows is true of what it returns.
+    # Measured on the inputs themselves, in fp64: the errors that the function reports are those of its codes.
     explicit, explicit_nearest = (
         (x.double() @ (dequantize(*rounded, GRID).double() - weight.double()).t()).square().mean(dim=0)
         for rounded in ((codes, parameters), (nearest.codes, nearest.parameters))
@@ -104,12 +104,12 @@ def test_no_row_is_ever_worse_than_rounded_to_the_nearest(kind, clip):
 
 
 def test_rows_that_feedback_worsens_are_rounded_to_the_nearest():
-    """An order of another matrix misleads the feedback."""
+    """Misleads the feedback with the order of another matrix."""
     weight, parameters = random_weight(8)
     gram = correlated_gram(8)
     nearest = round_weight(weight, gram, GRID)
     misled = feedback_order(correlated_gram(9))
-    misled = misled._replace(pivots=misled.pivots * 1e6)  # its own loss says that it is worse everywhere
+    misled = misled._replace(pivots=misled.pivots * 1e6)  # so the reported loss is worse everywhere
     rounded = round_weight(weight, gram, GRID, order=misled, nearest_mse=nearest.mse)
     assert torch.equal(rounded.codes, quantize(weight, parameters, GRID))
     assert torch.equal(rounded.mse, nearest.mse)
@@ -132,7 +132,7 @@ def test_with_uncorrelated_inputs_it_is_rounding_to_the_nearest():
 
 
 def test_rows_do_not_depend_on_each_other():
-    """Linears that share an input may be stacked, or rounded one by one."""
+    """Linears that share an input may be stacked or rounded one by one."""
     order = feedback_order(correlated_gram(5))
     weight, parameters = random_weight(5)
     whole, _ = round_with_feedback(weight, order, parameters, GRID)
@@ -144,7 +144,7 @@ def test_rows_do_not_depend_on_each_other():
 
 
 def damped(gram: Tensor) -> Tensor:
-    """G + λI in fp64."""
+    """Returns G + λI in fp64."""
     return gram.double() + DAMPING * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
 
 
@@ -162,9 +162,9 @@ def test_each_channel_varies_least_given_those_rounded_after_it(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_order_makes_pivots_more_even_than_loudness_does(seed):
-    """Their product is the determinant of the matrix, so that the more even ones have the smaller sum."""
+    """The product of the pivots is the determinant of the matrix, so more even pivots have a smaller sum."""
     gram = correlated_gram(seed)
-    by_loudness = torch.argsort(gram.diagonal())  # from the last
+    by_loudness = torch.argsort(gram.diagonal())  # in reverse rounding order
     pivots = torch.linalg.cholesky(damped(gram)[by_loudness][:, by_loudness]).diagonal().square()
     found = feedback_order(gram).pivots.double()
     assert float(found.log().sum()) == pytest.approx(float(pivots.log().sum()), abs=0.01)
@@ -207,7 +207,7 @@ def test_how_many_rows_and_channels_are_rounded_at_a_time_changes_next_to_nothin
 def test_the_kernel_rounds_a_leaf_as_the_loop_does(grid):
     from hf_awq_offload.search import feedback_kernel
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernel
     order = feedback_order(correlated_gram(3))
     weight = torch.randn(150, IN, generator=torch.Generator().manual_seed(3)) * 0.05
     parameters = group_parameters(group_range(weight, grid), grid)
@@ -232,5 +232,5 @@ def test_the_kernel_rounds_a_leaf_as_the_loop_does(grid):
 def test_a_matrix_that_is_not_finite_is_an_error():
     gram = correlated_gram(7)
     gram[3, 4] = gram[4, 3] = float("nan")
-    with pytest.raises(NumericalError, match="can't be factorized"):
+    with pytest.raises(NumericalError, match="could not be factorized"):
         feedback_order(gram)

@@ -1,4 +1,4 @@
-"""The searches against loops over explicit inputs, and the promise that they never lose to rounding to nearest."""
+"""Tests the searches against loops over explicit inputs, and that they are never worse than rounding to nearest."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def statistics_of(x: Tensor) -> InputStatistics:
 
 
 def explicit_mse(x: Tensor, weight: Tensor, replacement: Tensor) -> Tensor:
-    """Squared output error per token of every output channel, (out,) fp64, from the inputs themselves."""
+    """Returns the squared output error per token of every output channel, (out,) fp64, from the inputs themselves."""
     return (x.double() @ (replacement.double() - weight.double()).t()).square().mean(dim=0)
 
 
@@ -46,7 +46,7 @@ def explicit_loss(x: Tensor, weights: Sequence[Tensor], scale: Tensor, grid: Gri
 
 
 def outlier_input(seed: int, tokens: int = 64) -> Tensor:
-    """Channels of very different size, and correlated."""
+    """Returns correlated inputs whose channels differ widely in magnitude."""
     noise = torch.randn(tokens, IN, generator=generator(seed)) @ torch.randn(IN, IN, generator=generator(seed + 1))
     return noise * torch.exp(1.5 * torch.randn(IN, generator=generator(seed + 2)))
 
@@ -65,7 +65,7 @@ def run_search(
     rows: int = IN,
     smallest: Tensor | None = None,
 ) -> ScaleSearch:
-    """With `smallest` (rows,), a candidate below it anywhere counts as one that can't be stored."""
+    """Runs `search_scale`; with `smallest` (rows,), a candidate below it in any row counts as not storable."""
 
     def storable(row_scale: Tensor) -> Tensor | None:
         return None if smallest is not None and bool((row_scale < smallest).any()) else row_scale
@@ -85,7 +85,7 @@ def run_search(
 def reference_candidates(
     x: Tensor, weights: Sequence[Tensor], grid: Grid, n_grid: int, duo_scaling: bool, row_of_channel: Tensor, rows: int
 ) -> list[tuple[float | None, Tensor]]:
-    """(α, row scale) by the formulas of the paper, channel by channel; the identity first, with α None."""
+    """Returns (α, row scale) by the paper's formulas, channel by channel; the identity comes first, with α None."""
     relative = [[] for _ in range(rows)]
     magnitude = [[] for _ in range(rows)]
     for channel in range(x.shape[1]):
@@ -116,7 +116,7 @@ def reference_candidates(
 
 @pytest.fixture
 def exhaustive(monkeypatch):
-    """Every candidate is tried, as in the loops that the results are compared with."""
+    """Makes the search try every candidate, as the reference loops do."""
     monkeypatch.setattr(hf_awq_offload.search.scale, "COARSE_STEP", 1)
     monkeypatch.setattr(hf_awq_offload.search.clip, "COARSE_STEP", 1)
 
@@ -137,7 +137,7 @@ def test_the_scale_is_the_best_of_a_loop_over_candidates_with_explicit_inputs(se
 
 
 def test_the_search_gains_on_inputs_with_outlier_channels():
-    """So that the tests above do not hold because the identity always wins."""
+    """Rules out that the tests above pass only because the identity always wins."""
     x, weights = outlier_input(0), random_weights(0)
     search = run_search(x, weights)
     assert search.alpha is not None
@@ -219,7 +219,7 @@ def test_inputs_and_weights_are_left_as_they_were():
 
 
 GROUPED = torch.arange(IN) % 6 + 6 * (torch.arange(IN) // 12)
-"""Row of each channel as with grouped queries: 12 of 14 rows feed two channels each, rows 12 and 13 feed none."""
+"""Producer row of each channel, as with grouped queries: 12 of 14 rows feed two channels each, rows 12 and 13 none."""
 
 
 @pytest.mark.usefixtures("exhaustive")
@@ -263,7 +263,7 @@ def test_one_row_below_its_own_bound_rejects_a_candidate():
 
 
 def test_candidates_are_judged_as_they_are_stored():
-    """Scales rounded to powers of two: the result is one of them, with the loss that it really has."""
+    """Stores scales as powers of two: the result is one of these, with its actual loss."""
     x, weights = outlier_input(0), random_weights(0)
     search = search_scale(
         weights,
@@ -330,7 +330,7 @@ def ranges_of_step(weight: Tensor, grid: Grid, step: int) -> GroupRange:
 
 
 def block_diagonal(gram: Tensor, grid: Grid) -> Tensor:
-    """`gram` with what couples different groups set to zero."""
+    """Returns `gram` with all elements that couple different groups set to zero."""
     result = torch.zeros_like(gram)
     for start in range(0, gram.shape[0], grid.group_size):
         block = slice(start, start + grid.group_size)
@@ -339,7 +339,7 @@ def block_diagonal(gram: Tensor, grid: Grid) -> Tensor:
 
 
 def row_error(weight: Tensor, gram: Tensor, grid: Grid, ranges: GroupRange) -> Tensor:
-    """dᵀ G d of every row, (out,) fp64."""
+    """Returns dᵀ G d for every row, (out,) fp64."""
     difference = (quantize_dequantize(weight, grid, ranges) - weight).double()
     return ((difference @ gram.double()) * difference).sum(dim=1)
 
@@ -348,7 +348,7 @@ def row_error(weight: Tensor, gram: Tensor, grid: Grid, ranges: GroupRange) -> T
 @GRIDS
 @pytest.mark.parametrize("seed", [0, 1])
 def test_clipping_without_coupled_groups_is_the_best_of_a_loop_over_every_row_and_group(seed, grid):
-    """Groups that are not coupled can't spoil each other, so every group keeps the winner of its own search."""
+    """Uncoupled groups cannot affect each other, so every group keeps the winner of its own search."""
     weight = random_weights(seed, rows=(12,))[0]
     weight[:, 3] *= 6
     x = outlier_input(seed)
@@ -380,7 +380,7 @@ def test_clipping_without_coupled_groups_is_the_best_of_a_loop_over_every_row_an
 def test_a_row_keeps_its_clipped_ranges_only_where_they_lower_its_error_on_the_full_gram_matrix(seed, grid):
     weight = random_weights(seed, rows=(40,))[0]
     weight[:, 3] *= 6
-    # A common part in all channels couples the groups: errors that are small one by one add up.
+    # A part common to all channels couples the groups, so errors that are small on their own add up.
     gram = statistics_of(outlier_input(seed) + 20).gram
     clipped, full = search_clip(weight, gram, grid), group_range(weight, grid)
     taken = round_weight(weight, gram, grid, clipped=clipped).parameters
@@ -409,7 +409,7 @@ def test_clipping_never_raises_the_error_of_any_row(x, weights, grid):
     ranges = search_clip(weight, gram, grid)
     assert ranges.low.shape == ranges.high.shape == (weight.shape[0], IN // grid.group_size)
     nearest = quantize_dequantize(weight, grid)
-    # fp32 sums of terms that cancel: the error is judged to rounding of the terms.
+    # The fp32 terms cancel, so the tolerance is relative to the size of the terms.
     terms = ((nearest - weight).abs().double() @ gram.abs().double() * (nearest - weight).abs().double()).sum(dim=1)
     allowed = explicit_mse(x, weight, nearest) + 1e-5 * terms
     assert bool((explicit_mse(x, weight, rounded_with_clip(weight, gram, grid)) <= allowed).all())

@@ -1,4 +1,4 @@
-"""Sampled rows and coarse steps against the exhaustive searches, on the statistics of the shipped model."""
+"""Tests sampled rows and coarse steps against the exhaustive searches, on the statistics of the shipped model."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-/* Dequantizes a weight in the AWQ GEMM layout, on a CPU. Compiled by c_library.py.
+/* Dequantizes a weight in the AWQ GEMM layout on a CPU. Compiled by c_library.py.
 
-   A strip of 16 words, a line of the cache, is turned into output channels for up to 128 input channels of one group at
-   a time: bytes are transposed, 16 × 16, and each holds the codes of two output channels then.
+   The kernel converts a strip of 16 words, one cache line, into output channels, for up to 128 input channels of one
+   group at a time. It transposes 16 × 16 bytes, after which each byte holds the codes of two output channels.
 
-   In a group an output channel has 16 values. In half precision these are computed once and looked up, in two tables of
-   16 bytes: rounding each weight would take longer than all the rest. */
+   Within a group, an output channel has only 16 values. In half precision these are computed once and looked up in two
+   tables of 16 bytes, because rounding every weight would take longer than everything else. */
 
 #include "words.h"
 
@@ -20,13 +20,13 @@ enum { STRIP_WORDS = 16, STRIP_DEPTH = 128, BYTES = 16 };
 typedef uint8_t bytes VECTOR(uint8_t, BYTES);
 typedef uint8_t half_bytes VECTOR(uint8_t, LANES);
 
-/* The codes of one word in the order of its output channels. */
+/* Returns the codes of one word in the order of its output channels. */
 INLINE floats codes_of_word(word bits) {
     const words shifts = {0, 16, 4, 20, 8, 24, 12, 28};
     return to_floats((((words){} + bits) >> shifts) & 15);
 }
 
-/* Transposes 16 × 16 bytes: interleaving the upper with the lower half of the rows, four times. */
+/* Transposes 16 × 16 bytes by interleaving the upper and the lower half of the rows four times. */
 INLINE void transpose_bytes(bytes rows[16]) {
     UNROLL for (int round = 0; round < 4; round++) {
         bytes next[16];
@@ -38,7 +38,7 @@ INLINE void transpose_bytes(bytes rows[16]) {
     }
 }
 
-/* pairs[4j + b][k] = byte b of word first + j in row first_k + k: the codes of two output channels. */
+/* Sets pairs[4j + b][k] to byte b of word first + j in row first_k + k: the codes of two output channels. */
 static void read_pairs(const weight *w, int64_t first_k, int64_t depth, int64_t first, int64_t count,
                        uint8_t pairs[][STRIP_DEPTH]) {
     for (int64_t k = 0; k < depth; k += BYTES)
@@ -60,19 +60,20 @@ static void read_pairs(const weight *w, int64_t first_k, int64_t depth, int64_t 
         }
 }
 
-/* out[k] = value of the code at bit `shift` of pairs[k]; `lower` are the values of codes 0 to 7, `upper` of 8 to 15. */
+/* Sets out[k] to the value of the code at bit `shift` of pairs[k]. `lower` has the values of codes 0 to 7, `upper` of
+   8 to 15. */
 INLINE void halves_of_codes(const uint8_t *pairs, int shift, int64_t depth, halves lower, halves upper, char *out) {
     bytes first = SHUFFLE_BYTES((bytes)lower, (bytes)upper, EACH_OF_8(0, 2), EACH_OF_8(16, 2));
     bytes second = SHUFFLE_BYTES((bytes)lower, (bytes)upper, EACH_OF_8(1, 2), EACH_OF_8(17, 2));
     for (int64_t k = 0; k < depth; k += BYTES) {
-        bytes codes = (bytes)(*(const halves *)(pairs + k) >> shift); /* a shuffle reads the lowest 4 bits of each */
+        bytes codes = (bytes)(*(const halves *)(pairs + k) >> shift); /* shuffles read only the lowest 4 bits of each */
         bytes a = __builtin_shuffle(first, codes), b = __builtin_shuffle(second, codes);
         *(bytes *)(out + 2 * k) = INTERLEAVED(a, b, 0);
         *(bytes *)(out + 2 * k + 16) = INTERLEAVED(a, b, 8);
     }
 }
 
-/* The same in fp32, without a table. */
+/* Does what halves_of_codes does in fp32, without a table. */
 INLINE void floats_of_codes(const uint8_t *pairs, int shift, int64_t depth, float zero, float scale, char *out) {
     for (int64_t k = 0; k < depth; k += LANES) {
         halves codes = __builtin_convertvector(*(const half_bytes *)(pairs + k), halves);
@@ -81,7 +82,7 @@ INLINE void floats_of_codes(const uint8_t *pairs, int shift, int64_t depth, floa
     }
 }
 
-/* One output channel for `depth` input channels of one group; a multiple of BYTES. */
+/* Dequantizes one output channel for `depth` input channels of one group; `depth` is a multiple of BYTES. */
 INLINE void dequantize_run(const uint8_t *pairs, int shift, int64_t depth, float zero, float scale, int64_t dtype,
                            char *out) {
     if (dtype == FP32) {
@@ -96,7 +97,7 @@ INLINE void dequantize_run(const uint8_t *pairs, int shift, int64_t depth, float
         halves_of_codes(pairs, shift, depth, fp16_of_floats(lower), fp16_of_floats(upper), out);
 }
 
-/* W[8 first : 8 last], (8 (last - first), K) in any of the dtypes: (q - z) · Δ in fp32, rounded once. */
+/* Writes W[8 first : 8 last], (8 (last - first), K) in any of the dtypes: (q - z) · Δ in fp32, rounded once. */
 void awq_dequantize(const word *qweight, const word *qzeros, const char *scales, int64_t scale_dtype,
                     int64_t in_features, int64_t width, int64_t group_size, int64_t first, int64_t last, char *out,
                     int64_t dtype, int64_t threads) {

@@ -1,11 +1,11 @@
-/* Products with a weight in the AWQ GEMM layout, on a CPU. Compiled by c_library.py.
+/* Multiplies by a weight in the AWQ GEMM layout on a CPU. Compiled by c_library.py.
 
-   They work on blocks of 8 words, 64 output channels, in "nibble order": vector i holds nibble i of the 8 words,
+   The kernels process blocks of 8 words, 64 output channels, in "nibble order": vector i holds nibble i of the 8 words,
 
        (words & 0xF << 4i), as float  =  16^i · codes
 
-   without a shift; 16^-i goes into the scales. Vector i, lane j is output channel 8j + channel of nibble i, so that a
-   transposed 8 × 8 matrix gives the natural order, once for each product. */
+   which needs no shift, because the scales are multiplied by 16^-i. Lane j of vector i is output channel 8j + channel
+   of nibble i, so transposing an 8 × 8 matrix once per product restores the natural order. */
 
 #include "words.h"
 
@@ -18,13 +18,13 @@ enum { BLOCK_WORDS = 8, BLOCK_COLUMNS = 64, MOST_DEPTH = 32, ONE_ROW_DEPTH = 16,
 #define WIDE_LANES 8
 #endif
 #endif
-typedef float wide_floats VECTOR(float, WIDE_LANES); /* as wide as the CPU multiplies */
+typedef float wide_floats VECTOR(float, WIDE_LANES); /* as wide as the CPU's multiplications */
 
 INLINE wide_floats all_wide(float value) { return value - (wide_floats){}; }
 
 INLINE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-/* `count` words; the rest of 8 are 0. */
+/* Reads `count` words; if they are fewer than 8, the rest are 0. */
 INLINE words words_at(const word *p, int64_t count) {
     words result = {};
     if (count >= BLOCK_WORDS) return *(const words *)p;
@@ -32,12 +32,12 @@ INLINE words words_at(const word *p, int64_t count) {
     return result;
 }
 
-/* Nibble i of 8 words, times 16^i, except nibble 7, which would be negative. */
+/* Returns nibble i of 8 words times 16^i; nibble 7 is not multiplied, because it would be negative. */
 INLINE floats nibble(words block, int i) { return to_floats(i == 7 ? block >> 28 : block & 15u << 4 * i); }
 
-/* How far ahead of word `i` of a row to fetch, while columns `first` to `last` are read, `depth` rows at a time: four
-   blocks, or, where that is beyond the last, the beginning of the row that is read `depth` rows later. Rows lie so far
-   apart that no CPU guesses what comes next. */
+/* Returns how far ahead of word `i` of a row to prefetch while columns `first` to `last` are read, `depth` rows at a
+   time: four blocks, or, past the last block, the start of the row `depth` rows below. Rows lie so far apart that no
+   CPU predicts which is read next. */
 INLINE int64_t words_ahead(const weight *w, int64_t i, int64_t first, int64_t last, int64_t depth) {
     int64_t ahead = 4 * BLOCK_WORDS;
     return i + ahead < last ? ahead : ahead - (last - first) + depth * w->width;
@@ -54,7 +54,7 @@ INLINE int64_t words_ahead(const weight *w, int64_t i, int64_t first, int64_t la
     }
 #define LIST(...) __VA_ARGS__
 
-/* Transposes an 8 × 8 matrix: exchanges its off-diagonal 1 × 1, then 2 × 2, then 4 × 4 blocks. */
+/* Transposes an 8 × 8 matrix by exchanging its off-diagonal 1 × 1, then 2 × 2, then 4 × 4 blocks. */
 INLINE void transpose(floats rows[8]) {
     UNROLL for (int i = 0; i < 8; i += 2)
         EXCHANGE(i, i + 1, LIST(0, 8, 2, 10, 4, 12, 6, 14), LIST(1, 9, 3, 11, 5, 13, 7, 15))
@@ -64,7 +64,8 @@ INLINE void transpose(floats rows[8]) {
         EXCHANGE(i, i + 4, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15))
 }
 
-/* (q - z) · Δ = q_i · scale[i] - zero[i] in nibble order, q_i as `nibble` reads it, for one group of one block. */
+/* Computes `scale` and `zero` for one group of one block: (q - z) · Δ = q_i · scale[i] - zero[i] in nibble order, with
+   q_i as `nibble` returns it. */
 INLINE void block_parameters(const weight *w, int64_t group, int64_t first, int64_t count, floats scale[8],
                              floats zero[8]) {
     floats rows[8] = {};
@@ -78,7 +79,7 @@ INLINE void block_parameters(const weight *w, int64_t group, int64_t first, int6
     }
 }
 
-/* Writes one row of a block, in nibble order, to `count` times 8 output channels of y, from channel `column` on. */
+/* Writes one row of a block, which is in nibble order, to 8 · `count` output channels of y from `column` on. */
 INLINE void store_block(const float *block, int64_t count, char *y, int64_t column, int64_t dtype) {
     floats rows[8];
     UNROLL for (int c = 0; c < 8; c++) rows[c] = *(const floats *)(block + LANES * nibble_of_column(c));
@@ -88,10 +89,10 @@ INLINE void store_block(const float *block, int64_t count, char *y, int64_t colu
 
 /* -- one row ------------------------------------------------------------------------------------------------------ */
 
-/* sums += x codes, for input channels first_k to last_k of one block. `ahead` as of `words_ahead`. */
+/* Adds x · codes to `sums` for input channels first_k to last_k of one block. `words_ahead` returns `ahead`. */
 INLINE void add_codes(const weight *w, const float *x, int64_t first_k, int64_t last_k, int64_t first, int64_t count,
                       int64_t ahead, float *sums) {
-    floats sum[8] = {}; /* of these channels alone: short sums are exact to more digits */
+    floats sum[8] = {}; /* over these channels alone, because short sums are more precise */
     for (int64_t k = first_k; k < last_k; k++) {
         const word *row = w->qweight + k * w->width + first;
         __builtin_prefetch(row + ahead);
@@ -102,9 +103,9 @@ INLINE void add_codes(const weight *w, const float *x, int64_t first_k, int64_t 
     UNROLL for (int i = 0; i < 8; i++) *(floats *)(sums + LANES * i) += sum[i];
 }
 
-/* y[8 first : 8 last] for M = 1. `scratch`: twice as many floats, in whole blocks.
+/* Computes y[8 first : 8 last] for M = 1. `scratch` holds twice as many floats, rounded up to whole blocks.
 
-   Sums of x codes are kept for a group; then y += Δ (sums - z Σ x). */
+   The kernel sums x · codes over a group; then y += Δ (sums - z Σ x). */
 static void one_row(const weight *w, const float *x, char *y, int64_t dtype, int64_t first, int64_t last,
                     float *scratch) {
     int64_t size = round_up(last - first, BLOCK_WORDS) * 8;
@@ -137,8 +138,8 @@ static void one_row(const weight *w, const float *x, char *y, int64_t dtype, int
 
 /* -- several rows ------------------------------------------------------------------------------------------------- */
 
-/* y += x tile for `rows` rows: x (rows, depth), tile (depth, 64), y (rows, 64) with `stride`. `rows` is a constant
-   wherever this is inlined. */
+/* Adds x · tile to y for `rows` rows: x (rows, depth), tile (depth, 64), y (rows, 64) with row stride `stride`. `rows`
+   is a constant wherever this is inlined. */
 INLINE void multiply_rows(int rows, int64_t depth, const float *x, const float *tile, float *y, int64_t stride) {
     for (int column = 0; column < BLOCK_COLUMNS; column += 2 * WIDE_LANES) {
         wide_floats left[ROWS_AT_ONCE] = {}, right[ROWS_AT_ONCE] = {};
@@ -159,7 +160,7 @@ INLINE void multiply_rows(int rows, int64_t depth, const float *x, const float *
     }
 }
 
-/* y += x tile for all rows, in passes of as many as fit into the registers, or of nearly as many, all alike. */
+/* Adds x · tile to y for all rows, in passes of nearly equal size that fit into the registers. */
 static void multiply_tile(int64_t rows, int64_t depth, const float *x, const float *tile, float *y, int64_t stride) {
     for (int64_t passes = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; passes; passes--) {
         int64_t now = (rows + passes - 1) / passes;
@@ -175,7 +176,7 @@ static void multiply_tile(int64_t rows, int64_t depth, const float *x, const flo
     }
 }
 
-/* The weights of `depth` input channels and one block, (depth, 64) in nibble order. */
+/* Dequantizes `depth` input channels of one block to `tile`, (depth, 64) in nibble order. */
 INLINE void make_tile(const weight *w, int64_t first_k, int64_t depth, int64_t first, int64_t count, int64_t ahead,
                       float *tile) {
     floats scale[8], zero[8];
@@ -188,8 +189,8 @@ INLINE void make_tile(const weight *w, int64_t first_k, int64_t depth, int64_t f
     }
 }
 
-/* y[:, 8 first : 8 last] for M = `rows`. x: (K / depth, M, depth), depth dividing g. `scratch`: as many floats as it computes, in whole
-   blocks. */
+/* Computes y[:, 8 first : 8 last] for M = `rows`. x: (K / depth, M, depth), where depth divides g. `scratch` holds as
+   many floats as the result, rounded up to whole blocks. */
 static void several_rows(const weight *w, const float *x, int64_t rows, int64_t depth, char *y, int64_t dtype,
                          int64_t first, int64_t last, float *scratch) {
     int64_t stride = round_up(last - first, BLOCK_WORDS) * 8;
@@ -197,7 +198,7 @@ static void several_rows(const weight *w, const float *x, int64_t rows, int64_t 
     memset(scratch, 0, rows * stride * sizeof(float));
     for (int64_t k = 0; k < w->in_features; k += depth)
         for (int64_t i = first; i < last; i += BLOCK_WORDS) {
-            if (last - i >= BLOCK_WORDS) /* with a constant, the compiler leaves the other case out */
+            if (last - i >= BLOCK_WORDS) /* with a constant, the compiler drops the other case */
                 make_tile(w, k, depth, i, BLOCK_WORDS, words_ahead(w, i, first, last, depth), tile);
             else
                 make_tile(w, k, depth, i, last - i, BLOCK_WORDS, tile);
@@ -209,9 +210,9 @@ static void several_rows(const weight *w, const float *x, int64_t rows, int64_t 
                         (m * w->width + i) * 8, dtype);
 }
 
-/* -- what is called ----------------------------------------------------------------------------------------------- */
+/* -- entry point -------------------------------------------------------------------------------------------------- */
 
-/* slice (M, depth) = x[:, first_k : first_k + depth] in fp32. */
+/* Writes x[:, first_k : first_k + depth] to `slice`, (M, depth) fp32. */
 static void read_slice(const char *x, int64_t rows, int64_t in_features, int64_t dtype, int64_t first_k, int64_t depth,
                        float *slice) {
     for (int64_t m = 0; m < rows; m++, slice += depth) {
@@ -227,10 +228,10 @@ static void read_slice(const char *x, int64_t rows, int64_t in_features, int64_t
     }
 }
 
-/* y (M, N) = x Wᵀ, x (M, K) and y of `dtype`; summed in fp32, rounded once.
+/* Computes y (M, N) = x Wᵀ for x (M, K), both of `dtype`; sums in fp32 and rounds once.
 
-   Each thread, or each part whose sums fit into `cache_bytes`, computes some columns of words.
-   scratch: M K + max(M, 2) · round_up(W, 8) · 8 floats, for x in slices and for the sums. */
+   The columns of words are divided into parts, at least one per thread, so that the sums of a part fit into
+   `cache_bytes`. `scratch` holds M K + max(M, 2) · round_up(W, 8) · 8 floats: x in slices, and the sums. */
 void awq_product(const word *qweight, const word *qzeros, const char *scales, int64_t scale_dtype, int64_t in_features,
                  int64_t width, int64_t group_size, const char *x, int64_t rows, int64_t dtype, char *y, float *scratch,
                  int64_t cache_bytes, int64_t threads) {
