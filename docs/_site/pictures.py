@@ -70,9 +70,7 @@ def memory() -> str:
         inside = width > 200
         parts.append(text(446 if inside else 446 + width, 102 + index * 38, words, fill="#ffffff" if inside else TEXT))
     parts.append(text(424, 224, "the same for a model of 8 layers and of 80", font_size="12"))
-    return svg(
-        720, 262, "One decoder layer at a time is on the accelerator; the rest stays in RAM or on disk", parts
-    )
+    return svg(720, 262, "One decoder layer at a time is on the accelerator; the rest stays in RAM or on disk", parts)
 
 
 def measured() -> list[tuple[str, float, float]]:

@@ -14,7 +14,7 @@ from hf_awq_offload.reporting.evaluation import evaluate, token_windows
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("repository")
-parser.add_argument("--model", default=str(SHIPPED_MODEL), help="full-precision model (default: the small one that ships with the package)")
+parser.add_argument("--model", default=str(SHIPPED_MODEL), help="full-precision model; default: the shipped one")
 options = parser.parse_args()
 
 original = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", device_map="auto")

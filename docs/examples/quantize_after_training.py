@@ -20,7 +20,7 @@ from hf_awq_offload.cli.demo import SHIPPED_MODEL
 from hf_awq_offload.trainer import AwqQuantizeCallback
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--model", default=str(SHIPPED_MODEL), help="full-precision model (default: the small one that ships with the package)")
+parser.add_argument("--model", default=str(SHIPPED_MODEL), help="full-precision model; default: the shipped one")
 parser.add_argument("--text", type=Path, default=SHIPPED_MODEL / "heldout.txt", help="text to train on")
 parser.add_argument("--out", type=Path, default=Path("run"))
 parser.add_argument("--steps", type=int, default=5)
