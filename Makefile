@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python >= 3.10 with venv; everything else goes into .venv.
+# `make demo` and `make test` need Python >= 3.10 with venv and a C compiler; they download everything else into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

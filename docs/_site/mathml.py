@@ -1,6 +1,7 @@
-"""Turns formulas into MathML while the site is built: browsers show it without a script or a network.
+"""Converts formulas to MathML when the site is built: browsers show MathML without a script or a network.
 
-Pages write $…$ and $$…$$, as GitHub shows them; pymdownx.arithmatex marks them up, this hook of mkdocs replaces them.
+Pages write $…$ and $$…$$, which GitHub renders too; pymdownx.arithmatex marks them up, and this mkdocs hook converts
+them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.+?)\\\)|\\\[(.+?)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Called by mkdocs with a page's HTML."""
+    """mkdocs calls this with the HTML of each page."""
     return FORMULA.sub(_mathml, content)
 
 

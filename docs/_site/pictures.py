@@ -1,8 +1,7 @@
 """Draws the pictures of the documentation: `python docs/_site/pictures.py` writes them to docs/images.
 
-memory.svg is a diagram. comparison.svg shows the table "Time and divergence" of docs/comparison.md, where the command
-stands that printed it. packages.svg shows the imports of the code (tests/imports.py). Colours are readable on white and
-on black: an image on GitHub does not know the page's theme.
+memory.svg is a diagram. comparison.svg plots the table "Time and divergence" of docs/comparison.md, which names its
+command. packages.svg shows the imports of the code (tests/imports.py). The colours are readable on white and on black, because an image on GitHub does not know the page's theme.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ imports = importlib.import_module("imports")
 TEXT = "#768390"
 FULL, PACKED, WORK, OTHERS = "#6e7781", "#3b82f6", "#c9660f", "#8b949e"
 LABEL_AT = {"llm-compressor": (-11, 5, "end"), "gptqmodel": (0, -13, "middle")}
-"""Of a point in the chart, where the place to its right is taken: how far off, and how the text is anchored."""
+"""Labels that do not fit to the right of their point: offset (dx, dy) in pixels, and text anchor."""
 
 
 def svg(width: int, height: int, title: str, parts: list[str]) -> str:
@@ -50,10 +49,10 @@ def arrow(x: float, y: float, length: float, colour: str) -> str:
 
 
 def memory() -> str:
-    """Which part of a model is where while it is quantized."""
+    """A diagram of where each part of a model is during quantization."""
     layers, at_work, step = 8, 3, 24
     parts = [
-        text(20, 26, "RAM, or the checkpoint's files on the disk"),
+        text(20, 26, "RAM, or the checkpoint's files on disk"),
         box(20, 38, 300, layers * step + 16, stroke=TEXT),
     ]
     for index in range(layers):
@@ -76,13 +75,11 @@ def memory() -> str:
         inside = width > 200
         parts.append(text(446 if inside else 446 + width, 102 + index * 38, words, fill="#ffffff" if inside else TEXT))
     parts.append(text(424, 224, "the same for a model of 8 layers and of 80", font_size="12"))
-    return svg(
-        720, 262, "One decoder layer at a time is on the accelerator; the rest stays in RAM or on the disk", parts
-    )
+    return svg(720, 262, "One decoder layer at a time is on the accelerator; the rest stays in RAM or on disk", parts)
 
 
 def measured() -> list[tuple[str, float, float]]:
-    """(tool, time, KL) of the Llama in docs/comparison.md."""
+    """Returns (tool, time in bare forward passes, KL in nats) for the Llama in docs/comparison.md."""
     page = (DOCS / "comparison.md").read_text(encoding="utf-8")
     section = page.split("## Time and divergence")[1].split("\n## ")[0]
     rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.*]+) \|", section, flags=re.MULTILINE)
@@ -90,7 +87,7 @@ def measured() -> list[tuple[str, float, float]]:
 
 
 def comparison() -> str:
-    """KL divergence over time; down and to the left is better."""
+    """A chart of KL divergence over time; down and to the left is better."""
     left, top, width, height = 70, 30, 600, 224
     most_kl = 0.022
 
@@ -115,7 +112,7 @@ def comparison() -> str:
         weight = {"font_weight": "bold", "fill": WORK} if ours else {}
         dx, dy, anchor = LABEL_AT.get(name.split()[0], (11, 5, "start"))
         parts.append(text(round(x_of(time) + dx, 1), round(y_of(kl) + dy, 1), name, anchor, **weight))
-    return svg(720, 306, "KL divergence over the time of quantizing, for several tools on one small Llama", parts)
+    return svg(720, 306, "KL divergence over quantization time, for several tools on one small Llama", parts)
 
 
 def packages() -> str:

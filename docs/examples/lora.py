@@ -1,4 +1,4 @@
-"""Quantize a model, train LoRA adapters on it with the Trainer, save them, and push them if asked to.
+"""Quantize a model, train LoRA adapters on it with the Trainer, save them, and optionally push them.
 
 python docs/examples/lora.py [--model NAME] [--text FILE] [--out FOLDER] [--steps 20] [--push me/my-adapters]
 """
@@ -20,8 +20,8 @@ from hf_awq_offload import AwqOffloadConfig
 from hf_awq_offload.cli.demo import SHIPPED_MODEL
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--model", default=str(SHIPPED_MODEL), help="full precision; by default the small one shipped")
-parser.add_argument("--text", type=Path, default=SHIPPED_MODEL / "heldout.txt", help="what to train on")
+parser.add_argument("--model", default=str(SHIPPED_MODEL), help="full-precision model; default: the shipped one")
+parser.add_argument("--text", type=Path, default=SHIPPED_MODEL / "heldout.txt", help="text to train on")
 parser.add_argument("--out", type=Path, default=Path("lora"))
 parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--push", help="repository for the adapters")
@@ -30,7 +30,7 @@ options = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-# 1. Quantize, and keep the checkpoint: adapters belong to exactly these weights.
+# 1. Quantize, and keep the checkpoint: the adapters fit only these weights.
 model = AutoModelForCausalLM.from_pretrained(
     options.model, dtype="auto", device_map="auto", quantization_config=AwqOffloadConfig(n_samples=32)
 )
@@ -57,7 +57,7 @@ trainer = Trainer(
 )
 trainer.train()
 
-# 3. Save and push the adapters alone; load them on the quantized base again.
+# 3. Save and push only the adapters; then load them onto the quantized base.
 model.save_pretrained(options.out / "adapters")
 if options.push:
     model.push_to_hub(options.push)

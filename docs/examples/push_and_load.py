@@ -1,4 +1,4 @@
-"""Quantize a model, say in its card how good it is, push it, and load it from the hub.
+"""Quantize a model, record its evaluation in the model card, push it, and load it from the Hub.
 
 python docs/examples/push_and_load.py me/my-model-AWQ [--model NAME]
 """
@@ -14,7 +14,7 @@ from hf_awq_offload.reporting.evaluation import evaluate, token_windows
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("repository")
-parser.add_argument("--model", default=str(SHIPPED_MODEL), help="full precision; by default the small one shipped")
+parser.add_argument("--model", default=str(SHIPPED_MODEL), help="full-precision model; default: the shipped one")
 options = parser.parse_args()
 
 original = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", device_map="auto")

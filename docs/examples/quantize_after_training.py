@@ -1,4 +1,4 @@
-"""Train a model in full precision; a callback quantizes it on its training data, saves it, and pushes it if asked to.
+"""Train a model in full precision; a callback quantizes it on its training data, saves it, and optionally pushes it.
 
 python docs/examples/quantize_after_training.py [--model NAME] [--text FILE] [--out FOLDER] [--steps 5] [--push me/name]
 """
@@ -20,8 +20,8 @@ from hf_awq_offload.cli.demo import SHIPPED_MODEL
 from hf_awq_offload.trainer import AwqQuantizeCallback
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--model", default=str(SHIPPED_MODEL), help="full precision; by default the small one shipped")
-parser.add_argument("--text", type=Path, default=SHIPPED_MODEL / "heldout.txt", help="what to train on")
+parser.add_argument("--model", default=str(SHIPPED_MODEL), help="full-precision model; default: the shipped one")
+parser.add_argument("--text", type=Path, default=SHIPPED_MODEL / "heldout.txt", help="text to train on")
 parser.add_argument("--out", type=Path, default=Path("run"))
 parser.add_argument("--steps", type=int, default=5)
 parser.add_argument("--push", help="repository for the quantized model")

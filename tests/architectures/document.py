@@ -9,17 +9,18 @@ from unsupported import CAUSAL_LM, IMAGE_TEXT
 
 HEAD = """# Architectures
 
-Written by `python tests/architectures/record.py`; the suite in `tests/architectures` fails when it no longer holds.
+`python tests/architectures/record.py` writes this page; the suite in `tests/architectures` fails when the page is out
+of date.
 
-Nothing in the package names an architecture: decoder layers, input groups and folds are measured on the model
-([how it works](how-it-works.md)). Each of the {types} causal language model types below is built as a tiny random
-model and goes through `from_pretrained`, `save_pretrained` and loading again; without rounding, the folded model has
-the logits of the original.
+The package lists no architectures: it measures decoder layers, input groups and folds on the model
+([how it works](how-it-works.md)). The suite builds each of the {types} causal language model types below as a tiny
+random model, and runs it through `from_pretrained`, `save_pretrained` and loading again. Without rounding, the folded
+model has the logits of the original. GPT-2 and other types do not work: [see below](#what-does-not-work).
 
-*Linears* counts the linears of the decoder layers that are quantized in that model, *with scales* those whose input has
-a proven fold. The others are rounded without scales; clipping and rounding apply to them too. What can't have a fold:
-the inputs of layers that normalize *after* adding to the residual stream (BERT, OLMo 2), the output of a GELU, SiLU or
-Mamba's scan (a scale does not pass them), attention whose values are shared with later layers.
+*Linears* counts the quantized linears of the decoder layers in that model; *with scales* counts those whose input has a
+proven fold. The others are rounded without scales; clipping and rounding apply to them too. These inputs can't have a
+fold: those of layers that normalize *after* adding to the residual stream (BERT, OLMo 2), the output of a GELU, SiLU or
+Mamba's scan (a scale does not pass through them), and attention whose values are shared with later layers.
 
 | model type | linears | with scales | share | left in full precision |
 |---|---|---|---|---|
@@ -28,16 +29,16 @@ Mamba's scan (a scale does not pass them), attention whose values are shared wit
 IMAGE_TEXT_HEAD = """
 ## Image-text models
 
-The same of the {types} types of `AutoModelForImageTextToText`: the text decoder is quantized, towers and projectors
-stay in full precision. {with_images} of them are calibrated on, and compared on, texts with an image in them
-(*images*); the others on text alone, because the suite does not know how to make their processor's output.
+This table covers the {types} types of `AutoModelForImageTextToText`: the text decoder is quantized; towers and
+projectors stay in full precision. {with_images} types are calibrated and compared on texts that contain an image
+(*images*); the others on text alone, because the suite does not know how to imitate their processor's output.
 
 | model type | linears | with scales | share | images | left in full precision |
 |---|---|---|---|---|---|
 """
 
 UNSUPPORTED_IMAGE_TEXT_HEAD = """
-Of `AutoModelForImageTextToText`:
+Types of `AutoModelForImageTextToText`:
 
 | model type | where it fails | why |
 |---|---|---|
@@ -53,17 +54,18 @@ UNSUPPORTED_HEAD = """
 COMPARISON_HEAD = """
 ## Beside the mappings of other tools
 
-Share of the decoder layers' linears that get scales, on the same shrunk configs (grouped queries as the type's default
-config has them), for the types that AutoAWQ 0.2.9 or llm-compressor 0.14.0.1 has a mapping of its own for. Theirs are
-counted from the mappings as published, not from a run: where a tool would stop with an error, it still counts here.
-AutoAWQ reaches linears after a GELU by a module of its own around the activation; an AWQ checkpoint without it can't. A
-dash: no mapping of its own (llm-compressor then tries that of Llama). Whether the output of attention is scaled depends
-on shapes in both: AutoAWQ asks that the weights of `v_proj` and `o_proj` have one shape, llm-compressor that `v_proj`
-has as many outputs as `o_proj` has inputs; where heads are not as wide together as the hidden size, or queries are
-grouped in another way than in these shrunk models, the share of a real model is another. Left out because the two sides
-do not count the same linears: Llama 4, whose experts llm-compressor takes apart and this package does not. Left out
-because transformers has no such type of its own: AutoAWQ's Aquila, Baichuan, EXAONE, InternLM 2, MiniCPM, Phi-3 Vision,
-Qwen and Yi; llm-compressor's Nanbeige, Phi-3 Vision and Step 3.5.
+The table gives the share of the decoder layers' linears that get scales, on the same shrunk configs (grouped queries as
+in the type's default config), for the types that have their own mapping in AutoAWQ 0.2.9 or llm-compressor 0.14.0.1.
+The figures for these tools are counted from the mappings as published, not from a run: where a tool would stop with an
+error, the linears still count here. AutoAWQ scales linears after a GELU with a module of its own around the activation;
+an AWQ checkpoint without that module can't. A dash means no mapping of its own (llm-compressor then tries that of
+Llama). In both tools, shapes decide whether the output of attention is scaled: AutoAWQ requires the weights of `v_proj`
+and `o_proj` to have one shape, llm-compressor requires `v_proj` to have as many outputs as `o_proj` has inputs. The
+share of a real model differs where its heads together are not as wide as the hidden size, or where its queries are
+grouped in another way than in these shrunk models. Llama 4 is left out because the two sides do not count the same
+linears: llm-compressor splits its experts and this package does not. Types that transformers does not have are left
+out, too: AutoAWQ's Aquila, Baichuan, EXAONE, InternLM 2, MiniCPM, Phi-3 Vision, Qwen and Yi; llm-compressor's Nanbeige,
+Phi-3 Vision and Step 3.5.
 
 | model type | here | AutoAWQ | llm-compressor |
 |---|---|---|---|
@@ -72,16 +74,16 @@ Qwen and Yi; llm-compressor's Nanbeige, Phi-3 Vision and Step 3.5.
 NOTES = """
 ## Notes
 
-- **Mixture of experts.** Experts are taken apart into one linear per expert and projection, and stand in the checkpoint
-  under the names that the original checkpoint gives them (`experts.0.w1`, `experts.0.gate_proj`; where the original
-  holds them fused, `experts.0.gate_proj`, `up_proj`, `down_proj`). Routers stay in full precision. Stock transformers
-  keeps experts fused and can't load them quantized; this package loads them; other servers have not been tried.
+- **Mixture of experts.** Experts are split into one linear per expert and projection, and the checkpoint stores them
+  under their original names (`experts.0.w1`, `experts.0.gate_proj`; if the original stores them fused,
+  `experts.0.gate_proj`, `up_proj`, `down_proj`). Routers stay in full precision. Stock transformers keeps experts fused
+  and can't load them quantized; this package loads them; other servers have not been tried.
 - **Fused experts without transformers' experts interface** (DBRX, JetMoe, Llama 4, LongCat-Flash) stay in full
-  precision; the report names them, as it names every other matrix of a decoder layer that no linear holds.
-- **`Conv1D`** (GPT-2) stays in full precision, and a model of nothing else is refused: stock transformers' AWQ loader
-  replaces `nn.Linear` only, so a checkpoint with packed `Conv1D` weights would load there with random ones.
+  precision. The report names them, as it names every other matrix of a decoder layer that no linear holds.
+- **`Conv1D`** (GPT-2) stays in full precision, and a model that consists of nothing else is refused: stock
+  transformers' AWQ loader replaces `nn.Linear` only, so it would load packed `Conv1D` weights as random ones.
 - **Cross-attention** of decoders that are used without their encoder does not run in calibration and stays in full
-  precision. So does that of image-text models (Mllama, BLIP) unless samples with images are given.
+  precision. So does that of image-text models (Mllama, BLIP) unless you pass samples with images.
 """
 
 HIDDEN_REASONS = ("outside the decoder layers", "does not run on text alone: not part of the decoder")
