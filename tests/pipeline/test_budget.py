@@ -149,7 +149,7 @@ from models import token_batch, token_recipe
 from transformers.utils import logging
 logging.disable_progress_bar()
 from hf_awq_offload import quantize, streamed
-from hf_awq_offload.memory import MemoryMeter
+from hf_awq_offload.offload.memory import MemoryMeter
 streamed.require_fit = lambda *args: None  # a plan that is wrong
 recipe = token_recipe(dataset=token_batch(400, 100).tolist(), n_samples=400, max_seq_len=100, batch_tokens=40_000)
 meter = MemoryMeter(torch.device("cpu"))

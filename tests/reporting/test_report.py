@@ -164,7 +164,7 @@ def test_what_a_group_kept_of_its_range_is_what_the_search_found():
 
 OWN_PROCESS = """
 import json, torch
-from hf_awq_offload.memory import MemoryWatch
+from hf_awq_offload.offload.memory import MemoryWatch
 before = torch.ones(2**23)  # 32 MiB that are not the run's
 watch = MemoryWatch(torch.device("cpu"))
 start = watch.now()
