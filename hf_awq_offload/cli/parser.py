@@ -115,7 +115,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--new-tokens", type=_natural, default=32, metavar="N", help="tokens to decode for the speed; 0: none [32]"
     )
-    other.add_argument("--tasks", type=_names, metavar="A,B", help="run these lm-eval-harness tasks instead")
+    other.add_argument("--tasks", type=_names, metavar="A,B", help="lm-eval-harness tasks to run instead; extra [eval]")
     other.add_argument("--tasks-path", metavar="DIR", help="with --tasks: folder of your own task definitions")
     other.add_argument("--limit", type=_positive, metavar="N", help="with --tasks: use at most N documents per task")
     loading = parser.add_argument_group("loading")
