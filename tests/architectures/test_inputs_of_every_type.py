@@ -44,13 +44,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def given(layers: dict[str, nn.Module], run) -> list[tuple[str, list[Tensor]]]:
-    """Layers in the order of their calls, with every floating-point tensor that each is given."""
+    """Returns the layers in call order, with the floating-point tensors that each is given."""
     seen: list[tuple[str, list[Tensor]]] = []
 
     def remember(name: str):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.current_thread() is not threading.main_thread():
-                return  # a halted pass has come to the layer; it runs in this thread
+                return  # a paused forward pass has reached the layer, which runs in this thread
             tensors = [tensor.clone() for tensor in tensors_in((args, dict(sorted(kwargs.items()))))]
             seen.append((name, tensors))
 

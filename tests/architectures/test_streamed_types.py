@@ -1,4 +1,4 @@
-"""Types whose weights lie differently when they are read one by one: streamed, the same bytes all the same."""
+"""Streaming writes the same bytes for types whose weights are laid out differently when they are read one by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 @pytest.mark.parametrize("model_type", ["inkling2_text", "gemma3n_text"])
 def test_streamed_and_in_memory_give_the_same_bytes(model_type, tmp_path):
-    """transformers converts the experts of the first; forward passes of the second are halted."""
+    """transformers converts the experts of the first; the second needs paused forward passes."""
     tiny_causal_lm(model_type).save_pretrained(tmp_path / "source")
     fields = {"n_samples": 6, "max_seq_len": 20, "batch_tokens": 40, "group_size": 32, "n_grid": 3}
     recipe = AwqOffloadConfig(dataset=text_ids(6, 20).tolist(), **fields)
