@@ -1,7 +1,7 @@
-"""AWQ as a quantizer of Hugging Face transformers: makes AWQ checkpoints, and loads them.
+"""AWQ as a quantizer for Hugging Face transformers: makes AWQ checkpoints and loads them.
 
-Importing the package registers it; `from_pretrained(..., quantization_config=AwqOffloadConfig(...))` then works.
-Neither torch nor transformers is imported before a name is used (integrations/stand_ins.py).
+Importing the package registers it; `from_pretrained(..., quantization_config=AwqOffloadConfig(...))` then works. The
+import is cheap: torch and transformers are imported when a public name is first used (integrations/stand_ins.py).
 """
 
 from importlib import import_module
@@ -67,7 +67,7 @@ _HOME = {
     "use_for_awq": "integrations.registration",
     "use_for_compressed_tensors": "integrations.registration",
 }
-"""Name -> module; errors are in `errors`."""
+"""Maps public names to their modules; all others are in `errors`."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m hf_awq_offload`: as the console script `hf-awq-offload`."""
+"""`python -m hf_awq_offload` does the same as the console script `hf-awq-offload`."""
 
 import sys
 

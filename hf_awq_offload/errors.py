@@ -2,29 +2,29 @@
 
     AwqOffloadError
     ├── ConfigError          (ValueError)    a field of AwqOffloadConfig, or a combination of fields
-    ├── CalibrationDataError (ValueError)    the calibration data can't be read, or is too little
+    ├── CalibrationDataError (ValueError)    the calibration data can't be read, or there is too little of it
     ├── ModelStructureError  (ValueError)    the model has nothing to quantize, or can't be traced
     ├── NumericalError       (RuntimeError)  activations or weights of a layer are not finite
     ├── CheckpointError      (ValueError)    a quantized checkpoint contradicts its own config
-    ├── QuantizedWeightError (RuntimeError)  something would write to, or train, a weight that is stored in 4 bits
-    ├── MemoryLimitError     (ValueError)    the model can't be quantized within the memory or disk that there is
+    ├── QuantizedWeightError (RuntimeError)  something would write to, or train, a quantized weight
+    ├── MemoryLimitError     (ValueError)    the model can't be quantized within the available memory or disk space
     ├── JournalError         (ValueError)    checkpoint_dir belongs to another run, or is in use
     └── StorageError         (OSError)       a file can't be written: the disk is full, or the folder read-only
 
-A message says what was found, what was expected and what to do.
+Every message says what was found, what was expected and what to do.
 """
 
 
 class AwqOffloadError(Exception):
-    """Base class: `except AwqOffloadError` catches all that the package raises on purpose."""
+    """Base class: `except AwqOffloadError` catches every error that the package raises on purpose."""
 
 
 class ConfigError(AwqOffloadError, ValueError):
-    """A field of the quantization config is unknown, has a value that is not allowed, or contradicts another."""
+    """A field of the quantization config is unknown, has an invalid value, or contradicts another field."""
 
 
 class CalibrationDataError(AwqOffloadError, ValueError):
-    """The calibration data can't be read, has the wrong form, or is too little."""
+    """The calibration data can't be read, has the wrong form, or there is too little of it."""
 
 
 class ModelStructureError(AwqOffloadError, ValueError):
@@ -36,15 +36,15 @@ class NumericalError(AwqOffloadError, RuntimeError):
 
 
 class CheckpointError(AwqOffloadError, ValueError):
-    """A quantized checkpoint's tensors contradict the config that came with them."""
+    """The tensors of a quantized checkpoint contradict its config, or are of a kind that can't be loaded."""
 
 
 class QuantizedWeightError(AwqOffloadError, RuntimeError):
-    """Something would change or train a quantized weight in a way that it can't be: the change would be lost."""
+    """Something would write to, or train, a quantized weight; the change would be lost."""
 
 
 class MemoryLimitError(AwqOffloadError, ValueError):
-    """The model can't be quantized within the memory or disk that there is, or that `max_memory` allows."""
+    """The model can't be quantized within the memory or disk space that is free, or that `max_memory` allows."""
 
 
 class JournalError(AwqOffloadError, ValueError):
@@ -52,4 +52,4 @@ class JournalError(AwqOffloadError, ValueError):
 
 
 class StorageError(AwqOffloadError, OSError):
-    """A file can't be written: the disk is full, or the folder is read-only. What was there before is whole."""
+    """A file can't be written: the disk is full, or the folder is read-only. Existing files are intact."""

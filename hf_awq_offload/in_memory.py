@@ -1,4 +1,4 @@
-"""Quantizing a model that is in memory already, without a checkpoint to fall back on: all or nothing."""
+"""Quantizes a model that is already in memory: fully, or, if anything fails, not at all."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def quantize_model(
     config: AwqOffloadConfig,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | str | None = None,
 ) -> PreTrainedModel:
-    """Calibrate and quantize a model that is in memory already, in place; returns it.
+    """Calibrates and quantizes a model that is already in memory, in place; returns it.
 
-    It ends up on the devices that it came on. Should anything fail, the model is put back as it was.
+    The model ends up on the devices it came on. If anything fails, it is restored to what it was.
 
     Args:
         model: a decoder-only or image-text model in full precision.
         config: the recipe.
-        tokenizer: or processor, for calibration texts and conversations; by default `config.tokenizer`, else that of
-            the model's checkpoint.
+        tokenizer: tokenizer or processor for calibration texts and conversations; by default `config.tokenizer`, else
+            the one of the model's checkpoint.
 
     Raises:
         AwqOffloadError: the model can't be quantized, or the data can't be used; the model is unchanged.
@@ -47,7 +47,7 @@ def quantize_model(
         raise ModelStructureError("Weights of the model are on the meta device; load them first.")
     if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
         raise ModelStructureError(
-            "The model has layers on the disk, and it is changed in place; call from_pretrained with the recipe as "
+            "The model has layers on disk, so it can't be quantized in place; call from_pretrained with the recipe as "
             "quantization_config instead, or hf_awq_offload.quantize."
         )
     recipe = copy.copy(config)

@@ -1,4 +1,4 @@
-"""Loggers that transformers' verbosity settings govern."""
+"""Provides loggers that follow transformers' verbosity settings."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ from transformers.utils import logging as transformers_logging
 
 
 def get_logger(name: str) -> Any:
-    """A logger below transformers' own: `transformers.logging.set_verbosity_info()` and its kin apply to it."""
+    """Returns a child of transformers' logger, so that `transformers.logging.set_verbosity_info()` applies to it."""
     return transformers_logging.get_logger(f"transformers.{name}")

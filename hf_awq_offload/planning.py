@@ -1,8 +1,8 @@
-"""`plan`: what a quantization will take, before it is run.
+"""`plan` predicts the memory, disk space and time of a quantization.
 
-Two looks. The first reads headers only: sizes of layers, hidden states and files, held against the memory and the disk
-that there are; a run that can't fit is refused here. The second, the probe, quantizes the first two layers on two
-micro-batches and throws them away: what it took, scaled to all tokens and layers, is the prediction.
+It takes two steps. The first reads headers only and compares the sizes of layers, hidden states and files with the
+free memory and disk space; a run that can't fit is refused here. The second, the probe, quantizes the first two layers
+on two micro-batches, discards them, and scales what it measured to all tokens and layers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .pipeline.run_storage import execution_device, free_ram_bytes
 from .report import Plan
 
 PROBE_LAYERS = 2
-"""The first is probed for its structure; the second is like all that follow."""
+"""The first layer's structure is probed; the second is like all that follow."""
 PROBE_BATCHES = 2
 
 
@@ -51,19 +51,20 @@ def plan(
     dtype: Any = "auto",
     **kwargs: Any,
 ) -> Plan:
-    """What `quantize(src, ..., config)` will take.
+    """Predicts what `quantize(src, ..., config)` will need.
 
     Args:
         src: name or folder of a full-precision checkpoint in safetensors files.
         config: the recipe.
-        probe: quantize two layers on two micro-batches; without it, sizes are estimated from the files' headers alone.
+        probe: quantize two layers on two micro-batches to measure; without it, sizes are estimated from the files'
+            headers alone, and the time is not predicted.
         max_memory: device -> bytes or "8GiB"; by default `config.max_memory`.
-        model_class: the Auto class that knows the model.
-        dtype: of the model; "auto" is the checkpoint's.
+        model_class: the Auto class that loads the model.
+        dtype: the model's dtype; "auto" is the checkpoint's.
         kwargs: passed to `from_pretrained`.
 
     Raises:
-        MemoryLimitError: it does not fit into the memory or on the disk; says which knob to turn.
+        MemoryLimitError: the run does not fit into memory or on the disk; the message says which fields to change.
         AwqOffloadError: the model can't be quantized, or the data can't be used.
     """
     start = time.perf_counter()
@@ -80,7 +81,7 @@ def plan(
 
 
 def streamed_recipe(config: AwqOffloadConfig, **changes: Any) -> AwqOffloadConfig:
-    """`config` for a run that reads weights from the disk, with those of `changes` that are not None."""
+    """Returns a copy of `config` that reads weights from disk, with those of `changes` applied that are not None."""
     if not isinstance(config, AwqOffloadConfig):
         raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
     recipe = copy.copy(config)
@@ -90,7 +91,7 @@ def streamed_recipe(config: AwqOffloadConfig, **changes: Any) -> AwqOffloadConfi
 
 
 def estimate(model: PreTrainedModel) -> Plan:
-    """From sizes alone; `model` is on the meta device, its quantizer knows recipe and data."""
+    """Estimates a plan from sizes alone; `model` is on the meta device, its quantizer holds recipe and data."""
     preparation = _quantizer(model).preparation
     recipe, calibration = preparation.recipe, preparation.calibration
     device = execution_device(recipe)
@@ -115,9 +116,12 @@ def estimate(model: PreTrainedModel) -> Plan:
 
 
 def require_fit(wanted: Plan, recipe: AwqOffloadConfig, folder: Path) -> None:
-    """MemoryLimitError unless there is room for `wanted`; `folder` is on the disk that is written to.
+    """Checks that there is room for `wanted`; `folder` is on the disk that is written to.
 
-    What a journal holds already is not needed again.
+    Disk space that the journal takes already is not needed again.
+
+    Raises:
+        MemoryLimitError: RAM, disk space or accelerator memory is too small.
     """
     journal = Path(recipe.checkpoint_dir) if recipe.checkpoint_dir is not None else folder / "none"
     there_bytes = sum(path.stat().st_size for path in journal.glob("*")) if journal.is_dir() else 0
@@ -134,7 +138,7 @@ def require_fit(wanted: Plan, recipe: AwqOffloadConfig, folder: Path) -> None:
     for what, needed, available, key in checks:
         if needed <= available:
             continue
-        knobs = "n_samples or max_seq_len to less (hidden states), batch_tokens to less (activations), prefetch=False"
+        knobs = "n_samples or max_seq_len lower (hidden states), batch_tokens lower (activations), prefetch=False"
         raise MemoryLimitError(
             f"Quantizing takes about {needed / 2**30:.2f} GiB of {what}, but {available / 2**30:.2f} GiB are there"
             + (f" or allowed by max_memory[{key}]" if key else "")
@@ -143,7 +147,7 @@ def require_fit(wanted: Plan, recipe: AwqOffloadConfig, folder: Path) -> None:
 
 
 def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratch: Path, start: float) -> Plan:
-    """The plan after quantizing the first layers on the first micro-batches; `start` is when planning began."""
+    """Quantizes the first layers on the first micro-batches and returns the plan; planning began at `start`."""
     quantizer = _quantizer(model)
     everything = quantizer.preparation.calibration
     part = None if everything is None else _first_batches(everything, first_look.batch_tokens)
@@ -155,7 +159,7 @@ def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratc
         is_quantizable = quantizer.preparation.quantizable.__contains__
         report = quantize_layers(model, quantizer.recipe, storage, is_quantizable, part, most_layers=PROBE_LAYERS)
     ram_bytes, accelerator_bytes = meter.peak_bytes()
-    # At the end, tensors outside the layers that are given another dtype are written one by one, from a copy.
+    # At the end, tensors outside the layers whose dtype changes are written one by one, each from a copy.
     at_the_end = meter.now_bytes() + 2 * _largest_converted_bytes(model, weights)
     share = 1.0 if part is None or everything is None else everything.tokens / part.tokens
     more_hidden = int(hidden_bytes(model, everything) * (1 - 1 / share))
@@ -197,14 +201,14 @@ def _quantizer(model: PreTrainedModel) -> AwqOffloadQuantizer:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes beside what a decoder layer takes."""
+    """Sizes in bytes, beside those of single decoder layers."""
 
     outside: int
-    """Embeddings and what else runs beside the layers."""
+    """Weights outside the decoder layers, such as embeddings."""
     quantized_layers: int
-    """In the files of the journal."""
+    """Quantized layers in the files of the journal."""
     result: int
-    """In the files of the new checkpoint."""
+    """Weights in the files of the new checkpoint."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Sizes:
@@ -222,7 +226,7 @@ class _Sizes:
 
 
 def _stored_element_bytes(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> float:
-    """Of an element in the new checkpoint; experts that are still fused are quantized one by one."""
+    """Returns the bytes per element in the new checkpoint; experts that are still fused are quantized one by one."""
     preparation = _quantizer(model).preparation
     if is_fused_experts(model.get_submodule(name.rpartition(".")[0])) and parameter.ndim == 3:
         return preparation.quantized_element_bytes(name, parameter)

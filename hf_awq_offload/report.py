@@ -1,6 +1,6 @@
-"""What a quantization run did: plain records, filled by the pipeline, read by whoever shows or saves them.
+"""Records of what a quantization run did: the pipeline fills them, reports and the model card read them.
 
-Records go through the journal as JSON. Fields with a default may be missing there: an earlier release wrote it.
+The journal stores records as JSON. Fields with a default may be missing there, in journals of earlier releases.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any
 class GroupReport:
     """One input group of a decoder layer."""
 
-    consumers: tuple[str, ...]  # linears of the group that were quantized, names within the layer
-    producer: str | None  # what absorbed the scale; None: no fold was found, rounded without scales
-    alpha: float | None  # exponent of the winning candidate; None: the identity
-    loss_nearest: float  # mean squared output error per token, rounding to nearest
-    loss: float  # the same as quantized
-    unscaled: str | None = None  # why the identity was taken; None where there is a scale
-    loss_scaled: float | None = None  # the same of rounding to nearest with the scale: what scales alone gain
+    consumers: tuple[str, ...]  # the group's quantized linears, by name within the layer
+    producer: str | None  # module that absorbed the scale; None: no fold was found, so there is no scale
+    alpha: float | None  # exponent of the best candidate; None: the identity
+    loss_nearest: float  # mean squared output error per token when rounded to nearest
+    loss: float  # mean squared output error per token as quantized
+    unscaled: str | None = None  # why the group has no scale; None if it has one
+    loss_scaled: float | None = None  # loss when scaled and rounded to nearest: what the scale alone gains
     rows: int = 0  # output channels of the group's linears
-    rows_nearest: int = 0  # those that neither clipping nor error feedback improved: rounded to nearest
+    rows_nearest: int = 0  # rows rounded to nearest, since neither clipping nor error feedback improved them
     clip_counts: tuple[int, ...] = ()
-    """How many groups of weights kept 1 - i/20 of their range, i = 0 … 9; empty where clipping was not searched."""
+    """Number of weight groups that kept 1 - i/20 of their range, i = 0 … 9; empty where clipping was not searched."""
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes when a layer was finished, above what the process had in use when the run began."""
+    """Bytes in use when a layer was finished, beyond what the process used when the run began."""
 
     ram: int  # resident set
-    ram_peak: int  # its highest in the run so far, as far as the system tells
-    accelerator: int = 0  # allocated on the execution device, 0 on a CPU
+    ram_peak: int  # highest resident set of the run so far, as far as the system reports it
+    accelerator: int = 0  # allocated on the execution device; 0 on a CPU
     accelerator_peak: int = 0
 
 
@@ -44,14 +44,14 @@ class LayerReport:
     groups: tuple[GroupReport, ...]
     seconds: float
     starved_experts: dict[str, int] = field(default_factory=dict)
-    """Experts that saw fewer tokens than the config's `min_expert_tokens` -> how many."""
+    """Maps experts that saw fewer tokens than the config's `min_expert_tokens` to the tokens that they saw."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
-    """Onload, structure, forward and search, over all runs of the layer."""
+    """Seconds in the phases onload, structure, forward and search, summed over retries of the layer."""
     memory: MemoryUse | None = None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LayerReport:
-        """The inverse of `dataclasses.asdict`, also by way of JSON."""
+        """Inverts `dataclasses.asdict`, also after a round trip through JSON."""
         groups = tuple(_group_from_dict(group) for group in fields["groups"])
         memory = fields.get("memory")
         return cls(**{**fields, "groups": groups, "memory": None if memory is None else MemoryUse(**memory)})
@@ -77,7 +77,7 @@ class QuantizationReport:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a quantization takes. Memory is what comes to that of the process before."""
+    """What a quantization needs. Memory is counted beyond what the process used before."""
 
     device: str
     layers: int
@@ -85,7 +85,7 @@ class Plan:
     batch_tokens: int
     accelerator_peak_bytes: int  # 0 on a CPU
     ram_peak_bytes: int
-    disk_bytes: int  # the new checkpoint, and the journal at its largest
+    disk_bytes: int  # the new checkpoint plus the journal at its largest
     seconds: float | None  # None: not probed
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""`quantize`: from a checkpoint on disk to a quantized one, never with more than a few layers in memory.
+"""`quantize` turns a checkpoint on disk into a quantized one, with at most a few layers in memory.
 
-The model stays on the meta device. Every decoder layer is read, quantized, committed to the journal and let go of; at
-the end the journal's files are joined to the checkpoint's, which appears under its name in one step.
+The model stays on the meta device. Each decoder layer is read, quantized, committed to the journal and released. At the
+end, the journal's files are assembled into the checkpoint, which appears under its name in one step.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from .reporting.progress import announce
 logger = get_logger(__name__)
 
 MAX_SHARD_SIZE = "50GB"
-"""As in `save_pretrained`."""
+"""The default of `save_pretrained`."""
 LARGE_BYTES = 1 << 23
-"""Larger tensors outside the decoder layers are handled one by one."""
+"""Tensors outside the decoder layers that are larger than this are handled one by one."""
 
 
 def quantize(
@@ -59,35 +59,34 @@ def quantize(
     dtype: Any = "auto",
     **kwargs: Any,
 ) -> QuantizationReport:
-    """Quantize the checkpoint `src` and write the result to `out_dir`, decoder layer by decoder layer.
+    """Quantizes the checkpoint `src` decoder layer by decoder layer and writes the result to `out_dir`.
 
-    In memory at any time: embeddings while the first layer's inputs are made; after that one decoder layer, the
-    next one where it is read ahead, statistics, one micro-batch; the hidden states between two layers are on disk.
-    What is written is what `from_pretrained` and `save_pretrained` would write, with the tokenizer or processor and the
-    model card.
+    Memory holds the embeddings while the first layer's inputs are computed; then one decoder layer, the next one if it
+    is prefetched, the statistics and one micro-batch. Hidden states between two layers are on disk. The output is what
+    `from_pretrained` and `save_pretrained` would write, including the tokenizer or processor and the model card.
 
     Args:
         src: name or folder of a full-precision checkpoint in safetensors files.
-        out_dir: where the quantized checkpoint goes; appears when it is complete.
-        config: the recipe. Its offload does not matter: weights are read from the disk.
-        checkpoint_dir: keeps a journal; the same call after a crash goes on from the last finished layer, to
-            bit-identical output. It is removed at the end. By default `config.checkpoint_dir`.
+        out_dir: folder for the quantized checkpoint; appears once it is complete.
+        config: the recipe. Its `offload` has no effect: weights are always read from disk.
+        checkpoint_dir: folder for a journal; after a crash, repeat the call to resume from the last finished layer,
+            with bit-identical output. The journal is removed at the end. By default `config.checkpoint_dir`.
         max_memory: device -> bytes or "8GiB"; by default `config.max_memory`.
-        prefetch: read the next layer while one is at work; by default `config.prefetch`. Changes no bit.
-        probe: predict the time, too, and the memory as measured, by quantizing two layers beforehand, see `plan`.
-        overwrite: put the result in the place of a folder that exists. By default that is refused.
-        max_shard_size: of the safetensors files.
-        repo_id: where the checkpoint will be on the hub, for the snippets in its card.
-        model_class: the Auto class that knows the model.
-        dtype: of the model; "auto" is the checkpoint's.
+        prefetch: read the next layer while one is processed; by default `config.prefetch`. Does not change the output.
+        probe: quantize two layers beforehand to predict the time as well, and measured memory, see `plan`.
+        overwrite: replace an `out_dir` that exists and is not empty, which otherwise raises an error.
+        max_shard_size: largest size of a safetensors file, in bytes or as text.
+        repo_id: the checkpoint's future name on the hub, for the snippets in its card.
+        model_class: the Auto class that loads the model.
+        dtype: the model's dtype; "auto" is the checkpoint's.
         kwargs: passed to `from_pretrained` (revision, token, trust_remote_code, …).
 
     Returns:
-        What was done, layer by layer.
+        The report of what was done, layer by layer.
 
     Raises:
         ConfigError: `out_dir` exists and is not empty, or a value is not allowed.
-        MemoryLimitError: it does not fit into memory or on the disk.
+        MemoryLimitError: the run does not fit into memory or on the disk.
         JournalError: `checkpoint_dir` is the journal of another run.
         StorageError: a file can't be written; the journal stays usable.
         AwqOffloadError: the model can't be quantized, or the data can't be used.
@@ -120,7 +119,7 @@ def quantize(
                 raise
             raise KeyboardInterrupt(
                 f"Interrupted with {len(storage.commits)} layers finished. They are kept in "
-                f"{storage.journal.directory}: the same call goes on from there."
+                f"{storage.journal.directory}: repeat the call to resume."
             ) from interrupt
         finally:
             storage.close()
@@ -129,7 +128,11 @@ def quantize(
 
 
 def _require_size(max_shard_size: int | str) -> None:
-    """ConfigError now, where writing would fail with all layers quantized."""
+    """Checks the size now, because a bad one would otherwise fail only after all layers are quantized.
+
+    Raises:
+        ConfigError: `max_shard_size` is neither a number of bytes nor a size as text.
+    """
     tensors = {"weight": torch.empty(1, device="meta")}
     try:
         split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
@@ -146,9 +149,13 @@ def _assemble(
     weights: StoredWeights,
     to_checkpoint: ToCheckpoint,
     max_shard_size: int | str,
-    repo_id: str | None,  # for the card
+    repo_id: str | None,  # for the model card
 ) -> None:
-    """The checkpoint's tensors from the journal and the source, and what `save_pretrained` writes beside them."""
+    """Writes the checkpoint: tensors from the journal and the source, and the files `save_pretrained` adds to them.
+
+    Raises:
+        StorageError: a file can't be written; the journal stays usable.
+    """
     try:
         _save_what_is_no_tensor(directory, model)
         commits = sorted(journal.commits.values(), key=lambda commit: commit.index)
@@ -172,16 +179,16 @@ def _assemble(
 
 
 def _save_what_is_no_tensor(directory: Path, model: PreTrainedModel) -> None:
-    """config.json and the like, by `save_pretrained`; it would take away shards that are there already."""
-    quantizer = model.__dict__.pop("hf_quantizer")  # it would have all of the model's tensors saved
+    """Writes config.json and the like with `save_pretrained`; call it first, because it deletes existing shards."""
+    quantizer = model.__dict__.pop("hf_quantizer")  # with it, save_pretrained would save all of the model's tensors
     try:
-        type(model).save_pretrained(model, directory, state_dict={})  # ours would complete the folder, too early
+        type(model).save_pretrained(model, directory, state_dict={})  # the model's own would add the card too early
     finally:
         cast(Any, model).hf_quantizer = quantizer
 
 
 def _groups_outside(model: PreTrainedModel, done: set[str]) -> Iterator[list[str]]:
-    """Names of what is not in a quantized layer: layer by layer, large tensors alone, the rest together."""
+    """Yields names of tensors outside quantized layers: one list per layer, per large tensor, and for the rest."""
     layers = [name for name in candidate_layers(model) if name not in done]
     rest = {name: value for name, value in model.state_dict().items() if not _is_in(name, done)}
     for layer in layers:
@@ -201,7 +208,7 @@ def _is_in(name: str, modules: set[str]) -> bool:
 def _places_unchanged(
     model: PreTrainedModel, weights: StoredWeights, names: list[str], to_checkpoint: ToCheckpoint
 ) -> dict[str, TensorPlace] | None:
-    """Name in the checkpoint -> where the source has just these bytes; None if they have to be computed."""
+    """Maps names in the checkpoint to where the source has these very bytes; None if they have to be computed."""
     values = {name: cast(Tensor, model.get_parameter_or_buffer(name)) for name in names}
     source = {id(value): name for name, value in reversed(values.items()) if value.is_meta and name in weights.places}
     places = {}

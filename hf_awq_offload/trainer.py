@@ -1,9 +1,9 @@
-"""A callback of transformers' Trainer that quantizes the model when training ends.
+"""A callback for transformers' Trainer that quantizes the model when training ends.
 
 The trained model is not touched. Its weights are saved in full precision to a temporary folder beside the checkpoints,
-loaded from there by `from_pretrained`, calibrated, quantized layer by layer, and saved as an AWQ checkpoint. That costs
-the disk the model once more, for a while, and the accelerator one decoder layer at a time; the alternative, a copy in
-memory, would need the accelerator twice over, and carries along what training has wrapped around the model.
+loaded from there by `from_pretrained`, calibrated, quantized layer by layer, and saved as an AWQ checkpoint. For a
+while, this takes disk space for another copy of the model, and room for one decoder layer on the accelerator. Rejected:
+a copy in memory, which would double the accelerator memory and include what training has wrapped around the model.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ logger = get_logger(__name__)
 
 FOLDER = "awq"
 PATIENCE = timedelta(days=7)
-"""How long the other ranks wait for the one that quantizes; NCCL's usual ten minutes are too short."""
+"""How long the other ranks wait for the one that quantizes; NCCL's default of ten minutes is too short."""
 
 
 class AwqQuantizeCallback(TrainerCallback):
     """Quantizes a full-precision model at the end of training, on the data that it was trained on.
 
-    Adapters (a PeftModel) are merged into a copy first; the trained model keeps them. With `load_best_model_at_end` it
-    is the best model that is quantized. In distributed training, rank 0 quantizes and the others wait; should it fail,
-    all raise.
+    Adapters (a PeftModel) are merged into a copy first; the trained model keeps them. With `load_best_model_at_end`,
+    the best model is quantized. In distributed training, rank 0 quantizes and the others wait; if it fails, all ranks
+    raise.
 
     Args:
-        config: the recipe. Unless it names a `dataset`, the trainer's own training data calibrates: batches as the
-            collator makes them, chat template and packing included, without padding, whatever the labels count.
-        output_dir: where the checkpoint goes; by default the folder "awq" in the trainer's output_dir.
-        push_to_hub: a repository's name, or True for the trainer's `hub_model_id` with "-AWQ" added, or False; by
-            default, whatever the trainer's own `push_to_hub` says.
+        config: the recipe. Unless it names a `dataset`, the trainer's own training data is the calibration set: batches
+            as the collator makes them, including chat template and packing, without padding. Labels are ignored.
+        output_dir: folder for the checkpoint; by default "awq" in the trainer's output_dir.
+        push_to_hub: a repository's name, or True for the trainer's `hub_model_id` with "-AWQ" appended, or False; by
+            default the trainer's own `push_to_hub`.
 
     Raises:
         ConfigError, ModelStructureError: before the first step, if the model can't be quantized at the end, or a file
@@ -74,7 +74,7 @@ class AwqQuantizeCallback(TrainerCallback):
         self.output_dir = output_dir
         self.push_to_hub = push_to_hub
         self.report: QuantizationReport | None = None
-        """Of the quantization, once it is done."""
+        """The report of the quantization, once it is done."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         _require_quantizable(unwrap_model(model), args)
@@ -113,7 +113,7 @@ class AwqQuantizeCallback(TrainerCallback):
         except BaseException:
             logger.error(
                 f"Quantizing after training failed. The trained model is unchanged in memory, and saved in full "
-                f"precision in {full_precision}: quantize it by from_pretrained(..., quantization_config=...)."
+                f"precision in {full_precision}: quantize it with from_pretrained(..., quantization_config=...)."
             )
             raise
         shutil.rmtree(scratch)
@@ -137,11 +137,11 @@ class AwqQuantizeCallback(TrainerCallback):
 def training_rows(
     dataloader: Iterable[Any],
     recipe: AwqOffloadConfig,
-    agree: Callable[[bool], bool],  # on what rank 0 says
+    agree: Callable[[bool], bool],  # returns rank 0's value on every rank
 ) -> list[list[int]]:
-    """Token ids of training sequences without their padding, as many as a choice for calibration is made from.
+    """Returns token ids of training sequences without padding, enough to choose the calibration set from.
 
-    All ranks read in step: a data loader may share its batches, or its random numbers, between them.
+    All ranks read in step, because a data loader may share its batches, or its random numbers, between them.
 
     Raises:
         CalibrationDataError: the batches hold no `input_ids`, or images or sound beside them.
@@ -167,7 +167,7 @@ def _rows_of_batch(batch: Any) -> Iterable[list[int]]:
     others = [name for name in batch if name in ("pixel_values", "input_features", "pixel_values_videos")]
     if others:
         raise CalibrationDataError(
-            f"The training data holds {others[0]} beside input_ids; the callback calibrates on token ids alone. Set "
+            f"The training data holds {others[0]} beside input_ids; the callback calibrates on token ids only. Set "
             "`dataset` of the AwqOffloadConfig."
         )
     mask = batch.get("attention_mask")
@@ -177,7 +177,11 @@ def _rows_of_batch(batch: Any) -> Iterable[list[int]]:
 
 
 def _require_quantizable(model: Any, args: Any) -> None:
-    """Everything that can be known to fail at the end of training fails before its first step."""
+    """Checks before the first step everything that would make quantization fail after the last.
+
+    Raises:
+        ModelStructureError: the model can't be quantized when training ends.
+    """
     base = _base(model)
     if not isinstance(base, PreTrainedModel):
         raise ModelStructureError(
@@ -186,23 +190,23 @@ def _require_quantizable(model: Any, args: Any) -> None:
         )
     if getattr(base, "hf_quantizer", None) is not None:
         raise ModelStructureError(
-            "The model is quantized already, and adapters are trained on it: there is nothing for AwqQuantizeCallback "
-            "to do. Save the adapters, or train on the full-precision model."
+            "The model is quantized already, so AwqQuantizeCallback has nothing to quantize after training. Remove the "
+            "callback and save the adapters, or train on the full-precision model."
         )
     if model is base and getattr(base, "_hf_peft_config_loaded", False):
         raise ModelStructureError(
-            "The model's adapters were put on by add_adapter or load_adapter; AwqQuantizeCallback merges those of a "
-            "PeftModel. Use peft.get_peft_model(model, config)."
+            "The model's adapters were added by add_adapter or load_adapter; AwqQuantizeCallback can merge only those "
+            "of a PeftModel. Use peft.get_peft_model(model, config)."
         )
     prompts = [name for name, each in getattr(model, "peft_config", {}).items() if each.is_prompt_learning]
     if model is not base and prompts:
         raise ModelStructureError(
-            f"The adapter {prompts[0]!r} learns a prompt, which no weight can take in; expected one such as LoRA."
+            f"The adapter {prompts[0]!r} learns a prompt, which can't be merged into weights; expected one like LoRA."
         )
     if is_deepspeed_zero3_enabled() or getattr(args, "fsdp", None):
         raise ModelStructureError(
             "The model's weights are split between ranks (FSDP, or DeepSpeed's ZeRO 3), and AwqQuantizeCallback needs "
-            "them whole on rank 0. Save the model with trainer.save_model, and quantize it after training by "
+            "them whole on rank 0. Save the model with trainer.save_model, and quantize it after training with "
             "from_pretrained(..., quantization_config=AwqOffloadConfig(...))."
         )
 
@@ -212,7 +216,7 @@ def _base(model: Any) -> Any:
 
 
 def _save_full_precision(model: Any, folder: Path) -> None:
-    """The base's weights under their own names, and the adapters in a folder inside, if there are any."""
+    """Saves the base model's weights under their own names, and adapters, if any, to a subfolder."""
     base = _base(model)
     if base is model:
         model.save_pretrained(folder)
@@ -222,11 +226,11 @@ def _save_full_precision(model: Any, folder: Path) -> None:
 
 
 def _weights_without_adapters(base: nn.Module) -> dict[str, Tensor]:
-    """The state dict that `base` had before PEFT wrapped layers of it."""
+    """Returns the state dict as it would be if PEFT had not wrapped layers of `base`."""
     tuners = import_module("peft.tuners.tuners_utils")
     wrappers = import_module("peft.utils.other")
-    renamed = {}  # prefix of what is wrapped -> its own name
-    inside = []  # prefixes of all that belongs to a wrapper
+    renamed = {}  # prefix of a wrapped module -> its prefix without the wrapper
+    inside = []  # prefixes of wrappers
     for name, module in base.named_modules():
         original = None
         if isinstance(module, tuners.BaseTunerLayer):
@@ -249,7 +253,7 @@ def _weights_without_adapters(base: nn.Module) -> dict[str, Tensor]:
 def _quantized_copy(
     model: Any, recipe: AwqOffloadConfig, folder: Path, args: Any, processing_class: Any
 ) -> PreTrainedModel:
-    """What is saved in `folder`, on the CPU and quantized; in 16 bits if that is what was trained in."""
+    """Loads the model in `folder` to the CPU, merges adapters, and quantizes it, in 16 bits if it was trained so."""
     base = _base(model)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base.dtype
     if base is model:
@@ -266,19 +270,19 @@ def _quantized_copy(
 
 
 def _adapter_folder(folder: Path, name: str) -> Path:
-    """PEFT saves the adapter "default" in the folder itself, others in folders of their own."""
+    """Returns an adapter's folder: PEFT saves the adapter "default" in `folder` itself, others in subfolders."""
     return folder if name == "default" else folder / name
 
 
 def _base_model(model: Any, args: Any) -> str | None:
-    """What the checkpoint is a quantized version of: the trained model's repository, or what training started from."""
+    """Returns the name of the full-precision model: the trained model's repository, or where training started."""
     if args.push_to_hub and args.hub_model_id and "/" in args.hub_model_id:
         return args.hub_model_id
     return _base(model).config.name_or_path
 
 
 def _name_data(model: Any, dataloader: Any) -> None:
-    """The training data's own name, if it has one, beside the hash of what was read."""
+    """Adds the training data's name, if it has one, to the hash of the calibration set in the checkpoint's metadata."""
     info = getattr(getattr(dataloader, "dataset", None), "info", None)
     name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)
     meta = meta_of(model, model.hf_quantizer.checkpoint)
@@ -286,7 +290,7 @@ def _name_data(model: Any, dataloader: Any) -> None:
 
 
 class _Ranks:
-    """The processes of a distributed training, or just this one. A context manager."""
+    """The processes of distributed training, or just this one. Use as a context manager."""
 
     def __enter__(self) -> _Ranks:
         is_distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -298,7 +302,7 @@ class _Ranks:
             dist.destroy_process_group(self.group)
 
     def agree(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
+        """Returns rank 0's value on every rank."""
         if self.group is None:
             return value
         values = [value]
@@ -306,10 +310,10 @@ class _Ranks:
         return values[0]
 
     def run_on_first(self, work: Callable[[], None]) -> None:
-        """Run `work` on rank 0 while the others wait.
+        """Runs `work` on rank 0 while the others wait.
 
         Raises:
-            RuntimeError: on the others, if it failed.
+            RuntimeError: on the other ranks, if `work` failed on rank 0.
         """
         failure: str | None = None
         try:

@@ -1,4 +1,4 @@
-"""Headless Chromium, for tests that look at a page as a reader's browser shows it."""
+"""Runs headless Chromium, for tests that look at a page as a reader's browser shows it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 VIEW = {"light": "1", "dark": "0"}
-"""Of Chromium's setting preferredColorScheme."""
+"""Values of Chromium's setting preferredColorScheme."""
 
 
 def opened(page: Path, folder: Path, *options: str) -> str:
-    """What Chromium prints on stdout when it opens `page`; its profile goes to `folder`."""
+    """Opens `page` in Chromium, with its profile in `folder`; returns what Chromium prints on stdout."""
     browser = next((found for name in NAMES if (found := shutil.which(name))), None)
     if browser is None:
         pytest.fail(
@@ -35,7 +35,7 @@ def opened(page: Path, folder: Path, *options: str) -> str:
 
 
 def screenshot(page: Path, folder: Path, view: str, width: int = 1000, height: int = 3000) -> Image.Image:
-    """The page as it looks in the `view` "light" or "dark"."""
+    """Returns a screenshot of the page in the `view` "light" or "dark"."""
     file = folder / f"{view}-{width}.png"
     size = f"--window-size={width},{height}"
     opened(page, folder, f"--screenshot={file}", f"--blink-settings=preferredColorScheme={VIEW[view]}", size)
@@ -44,14 +44,14 @@ def screenshot(page: Path, folder: Path, view: str, width: int = 1000, height: i
 
 
 def dom(page: Path, folder: Path, *options: str) -> Dom:
-    """The page's elements, after the browser has parsed it and run what it runs."""
+    """Returns the page's elements, after the browser has parsed it and run its scripts."""
     parsed = Dom()
     parsed.feed(opened(page, folder, "--dump-dom", *options))
     return parsed
 
 
 def overflow_pixels(page: Path, folder: Path, width: int) -> int:
-    """By how much the page is wider than a window of this width: measured by a script in a copy without the policy."""
+    """Returns how much wider the page is than a window of this width; a script in a copy without policy measures it."""
     script = (
         "<script>document.title = document.documentElement.scrollWidth - document.documentElement.clientWidth"
         "</script></body>"
@@ -63,7 +63,7 @@ def overflow_pixels(page: Path, folder: Path, width: int) -> int:
 
 
 class Dom(HTMLParser):
-    """Tags of a page, the text and attributes of elements with an id, and the text of its title."""
+    """Collects a page's tags, the text and attributes of elements with an id, and the title."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The command line as tests run it: in this process, or as the installed console scripts."""
+"""Runs the command line for tests: in this process, or as the installed console scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAST = ["--n-samples", "4", "--max-seq-len", "32", "--n-grid", "2", "--no-clip"]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """For a script: the package that is tested, one thread, no network."""
+    """Returns a script's environment: the package under test, one thread, no network."""
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | changes
 
@@ -25,7 +25,7 @@ def environment(**changes: str) -> dict[str, str]:
 def script(
     name: str, *arguments: str | Path, cwd: Path, code: int = 0, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run an installed script to its end; it has to end with this exit code, and without a traceback."""
+    """Runs an installed script; asserts that it ends with this exit code and prints no traceback."""
     command = [str(SCRIPTS / name), *map(str, arguments)]
     result = subprocess.run(command, cwd=cwd, env=env or environment(), capture_output=True, text=True, check=False)
     assert result.returncode == code, result.stdout[-2000:] + result.stderr[-2000:]
@@ -34,7 +34,7 @@ def script(
 
 
 def document(printed: str) -> dict[str, Any]:
-    """The one JSON document that is printed with --json."""
+    """Parses the single JSON document that --json prints."""
     parsed = json.loads(printed)
     assert isinstance(parsed, dict)
     return parsed

@@ -1,4 +1,4 @@
-"""Fixtures for all tests, how hypothesis searches, and Triton's interpreter where there is no GPU."""
+"""Fixtures for all tests, settings for hypothesis, and Triton's interpreter if there is no GPU."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
-    )  # before anything imports triton: it decides when kernels are defined
+    )  # before anything imports triton, which reads it when kernels are defined
 
 import hf_awq_offload
 

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts of random weights, whose checkpoints hold the experts one by one."""
+"""Builds tiny random mixtures of experts whose checkpoints hold the experts one by one."""
 
 from __future__ import annotations
 

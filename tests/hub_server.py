@@ -1,4 +1,4 @@
-"""A hub on loopback: what huggingface_hub needs of the real one to create repositories, push and load.
+"""A hub on loopback that implements what huggingface_hub needs to create repositories, push and load.
 
 State is in memory. Every request is recorded; `refusals` makes chosen ones fail.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 LFS_FROM_BYTES = 100_000
-"""Larger files go by LFS, as do the hub's own binary files."""
+"""Files of this size and more go by LFS, as on the real hub."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Repository:
 
 @dataclass
 class Refusal:
-    """Requests whose "METHOD path" matches are answered so, from the `after`-th on."""
+    """A refusal of requests whose "METHOD path" matches, from the `after`-th on."""
 
     pattern: str
     status: int
@@ -43,14 +43,14 @@ class Refusal:
 
 
 class Hub:
-    """Use as a context manager; `endpoint` is for HF_ENDPOINT."""
+    """The server. Use as a context manager; pass `endpoint` as HF_ENDPOINT."""
 
     def __init__(self, token: str):
         self.token = token
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # sha256 -> content, of LFS
         self.requests: list[str] = []
-        self.uploads: list[str] = []  # sha256 of what was sent and accepted
+        self.uploads: list[str] = []  # sha256 of the files that were uploaded and accepted
         self.refusals: list[Refusal] = []
         self.unknown: list[str] = []
         hub = self
@@ -72,7 +72,7 @@ class Hub:
         self.server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """For a process that is to use this hub and none of its user's files."""
+        """Returns the environment of a process that uses this hub and none of its user's files."""
         return os.environ | {
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": self.token,
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.handle_request()
 
     def log_message(self, format: str, *args) -> None:
-        """Silent."""
+        """Logs nothing."""
 
     def handle_request(self) -> None:
         hub = self.server_hub
@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def control(self, body: bytes) -> None:
-        """For scripts in other processes: which requests to refuse from now on."""
+        """Sets which requests to refuse from now on, for scripts in other processes."""
         self.server_hub.refusals = [Refusal(**fields) for fields in json.loads(body)]
         self.reply(200, {})
 

@@ -1,4 +1,4 @@
-"""A tiny image-text model of random weights with a real processor, and what that returns."""
+"""Builds a tiny random image-text model with a real processor, and samples that the processor returns."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tiny_llava(vocab_size: int = 304, image_token: int = 300, hidden_size: int =
 
 
 def picture(seed: int = 0) -> np.ndarray:
-    """(height, width, channels) uint8."""
+    """Returns a random picture, (height, width, channels) uint8."""
     return np.random.RandomState(seed).randint(0, 255, (40, 40, 3), dtype=np.uint8)
 
 

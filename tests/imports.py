@@ -1,4 +1,4 @@
-"""The package's modules, what each of them imports, and the order of the packages."""
+"""Finds the package's modules and what each imports, and defines the order of the packages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEVELS: list[list[str]] = [
     ["__init__", "cli"],
     ["__main__"],
 ]
-"""Packages and modules of the root, lowest first. Each may import what stands in a line above its own."""
+"""Packages and root modules, lowest first. Each may import what stands on a line above its own."""
 
 
 def module_name(path: Path) -> str:
@@ -38,17 +38,17 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def package_of(module: str) -> str:
-    """The package that a module is in; a module of the root stands for itself."""
+    """Returns the package that a module is in; a root module is its own package."""
     return module.partition(".")[0]
 
 
 def rank_of(module: str) -> int:
-    """The line of LEVELS that a module's package stands in."""
+    """Returns the index in LEVELS of a module's package."""
     return next(rank for rank, level in enumerate(LEVELS) if package_of(module) in level)
 
 
 def imported_modules(module: str) -> set[str]:
-    """Modules of the package that `module` imports anywhere in its code, function bodies included.
+    """Returns the package's modules that `module` imports anywhere in its code, function bodies included.
 
     `import_module` with a literal name counts, too.
     """
@@ -102,6 +102,6 @@ def _called(node: ast.Call) -> str:
 
 
 def _known(start: list[str], name: list[str]) -> str:
-    """The module that "from start import name" reads: start.name if that is one, else start."""
+    """Returns the module that "from start import name" loads: start.name if it is a module, else start."""
     longer = ".".join([*start, *name])
     return longer if longer in MODULES else ".".join(start) or "__init__"

@@ -1,6 +1,6 @@
-"""Runs of `quantize` that are killed: at a moment, or inside a step of a commit. SIGKILL, nothing is cleaned up.
+"""Runs `quantize` and kills it with SIGKILL, after a time or inside a step of a commit; nothing is cleaned up.
 
-A run is a process of its own, forked from a server that has imported torch, so that a kill costs a run and not a start.
+Each run is a process forked from a server that has already imported torch, so that runs start fast.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 STEPS = {"os": ("fsync", "replace"), "Path": ("write_text", "unlink"), "journal": ("save_file",)}
-"""What a commit is made of; a run can be killed before and after each call of these."""
+"""The calls that a commit is made of; a run can be killed before and after each of them."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What every process of an experiment does."""
+    """The arguments of one `quantize` run."""
 
     source: Path
     target: Path
@@ -30,14 +30,14 @@ class Run:
 
 
 def processes() -> Any:
-    """Processes that have imported everything and run nothing yet."""
+    """Returns the multiprocessing context whose processes have imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_awq_offload", "killing"])
     return context
 
 
 def run_to_the_end(run: Run, kill_after_s: float | None = None, kill_at_step: int | None = None) -> tuple[bool, float]:
-    """Whether the run came to its end, and its seconds; it is killed after so many, or at a step."""
+    """Returns whether the run finished, and its seconds; it is killed after a time, or at a step, if given."""
     process = processes().Process(target=_work, args=(run, kill_at_step))
     start = time.perf_counter()
     process.start()
@@ -52,7 +52,7 @@ def run_to_the_end(run: Run, kill_after_s: float | None = None, kill_at_step: in
 
 
 def steps_of(run: Run) -> list[str]:
-    """What the steps of a run are that nothing disturbs; step 1 is the first of them."""
+    """Returns the steps of an undisturbed run; step 1 is the first of them."""
     with processes().Manager() as manager:
         steps = manager.list()
         process = processes().Process(target=_work, args=(run, None, steps))
@@ -63,13 +63,13 @@ def steps_of(run: Run) -> list[str]:
 
 
 def commit_and_end(steps: list[str], layer: int) -> list[int]:
-    """Numbers of the steps of one layer's commit, and of everything after the last one."""
+    """Returns the step numbers of one layer's commit, and of everything after the last commit."""
     begins = [number for number, words in enumerate(steps, 1) if words == "before save_file"]
     return [*range(begins[layer], begins[layer + 1]), *range(begins[-1], len(steps) + 1)]
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file in a checkpoint."""
+    """Returns the SHA-256 of every file in a checkpoint."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
 
 
@@ -90,7 +90,7 @@ def _work(run: Run, kill_at_step: int | None, steps: Any = None) -> None:
 
 
 class _Counter:
-    """Counts the steps, and ends the process at one of them."""
+    """Counts the steps and kills the process at one of them."""
 
     def __init__(self, kill_at: int | None):
         self.kill_at = kill_at

@@ -1,4 +1,4 @@
-"""Tiny models of random weights, and random linears, that several test files build."""
+"""Builds tiny random models and linears for several test files."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def tiny_gemma(**changes: Any) -> PreTrainedModel:
 
 
 def tiny_gemma2(**changes: Any) -> PreTrainedModel:
-    """Its even layers see 8 tokens back, its odd ones all."""
+    """Even layers attend to the last 8 tokens, odd ones to all."""
     return _build(Gemma2ForCausalLM, Gemma2Config, **{"sliding_window": 8} | changes)
 
 
 def tiny_gemma3(**changes: Any) -> PreTrainedModel:
-    """A layer that sees 8 tokens back, then one that sees all and has another rotary base."""
+    """The first layer attends to the last 8 tokens, the second to all, with another rotary base."""
     return _build(
         Gemma3ForCausalLM,
         Gemma3TextConfig,
@@ -82,23 +82,23 @@ def tiny_gemma3(**changes: Any) -> PreTrainedModel:
 
 
 def tiny_mixtral(**changes: Any) -> PreTrainedModel:
-    """Experts that stand one by one in checkpoints."""
+    """A model whose checkpoints hold experts one by one."""
     return _build(MixtralForCausalLM, MixtralConfig, **{"num_local_experts": 3} | changes)
 
 
 def tiny_ernie_moe(**changes: Any) -> PreTrainedModel:
-    """Its routers stay in fp32 whatever the model's dtype."""
+    """A model whose routers stay in fp32 whatever its dtype."""
     sizes = {"moe_num_experts": 3, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 0}
     return _build(Ernie4_5_MoeForCausalLM, Ernie4_5_MoeConfig, **sizes | changes)
 
 
 def tiny_gpt_oss(**changes: Any) -> PreTrainedModel:
-    """Experts that stand fused in checkpoints; norms that stay in fp32."""
+    """A model whose checkpoints hold experts fused, and whose norms stay in fp32."""
     return _build(GptOssForCausalLM, GptOssConfig, **{"num_local_experts": 3, "num_experts_per_tok": 2} | changes)
 
 
 def _build(model_class: type[PreTrainedModel], config_class: type, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """Evaluation mode, fp32; norms and biases are random too, where transformers would start from ones and zeros."""
+    """Builds a model in fp32 and evaluation mode; norms and biases are random too, not ones and zeros."""
     torch.manual_seed(seed)
     model = model_class(config_class(**SHAPE | changes)).eval()
     with torch.no_grad():
@@ -109,7 +109,7 @@ def _build(model_class: type[PreTrainedModel], config_class: type, seed: int = 0
 
 
 def token_batch(sequences: int, tokens: int, seed: int = 0) -> Tensor:
-    """Random token ids, (sequences, tokens)."""
+    """Returns random token ids, (sequences, tokens)."""
     return torch.randint(3, VOCABULARY, (sequences, tokens), generator=torch.Generator().manual_seed(seed))
 
 
@@ -122,7 +122,7 @@ def random_awq_linear(
     zero_point: bool = True,
     seed: int = 0,
 ) -> AwqLinear:
-    """A quantized linear of random weights."""
+    """Returns a quantized linear with random weights."""
     generator = torch.Generator().manual_seed(seed)
     grid = Grid(4, group_size, zero_point)
     weight = torch.randn(out_features, in_features, generator=generator)
@@ -133,7 +133,7 @@ def random_awq_linear(
 
 
 def dense_twin(linear: AwqLinear, dtype: torch.dtype) -> nn.Linear:
-    """An ordinary linear with the weight that `linear` stands for."""
+    """Returns a dense linear with the dequantized weight of `linear`."""
     dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, dtype=dtype)
     with torch.no_grad():
         dense.weight.copy_(linear.weight)
@@ -143,13 +143,13 @@ def dense_twin(linear: AwqLinear, dtype: torch.dtype) -> nn.Linear:
 
 
 def save_model(model: PreTrainedModel, directory: Path) -> Path:
-    """On disk, with a tokenizer's files left out: calibration is on token ids."""
+    """Saves a model without a tokenizer, since calibration is on token ids."""
     model.save_pretrained(directory)
     return directory
 
 
 def token_recipe(**changes: Any) -> AwqOffloadConfig:
-    """Few short sequences of token ids and few candidates; two sequences in a micro-batch."""
+    """Returns a recipe with few short sequences of token ids, few candidates, and two sequences per micro-batch."""
     fields = {
         "dataset": token_batch(6, 20).tolist(),
         "n_samples": 6,

@@ -1,4 +1,4 @@
-"""Made-up reports of models that are too large to be quantized in a test."""
+"""Makes up reports of models that are too large to quantize in a test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def facts(plan: dict | None = None) -> RunFacts:
 
 
 def sample(layers: int, experts: int = 0, groups: int = 4, more_names: tuple[str, ...] = ()) -> QuantizationReport:
-    """Of so many layers; four groups to a layer, or eight, or those of a mixture of experts."""
+    """Returns a report of `layers` layers, with four or eight groups each, or those of a mixture of experts."""
     rng = random.Random(0)
     found = []
     for index in range(layers):

@@ -1,4 +1,4 @@
-"""Weights and statistics of the shipped model, for tests of the searches."""
+"""Collects weights and statistics of the shipped model, for tests of the searches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Case = tuple[list[Tensor], InputStatistics]
 
 
 def shipped_groups(folder: Path) -> list[Case]:
-    """Of all input groups, on 4096 tokens of the held-out text."""
+    """Returns all input groups of the shipped model, with statistics of 4096 tokens of the held-out text."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     text = (folder / "heldout.txt").read_text(encoding="utf-8")
     token_ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", verbose=False).input_ids
@@ -41,7 +41,7 @@ def shipped_groups(folder: Path) -> list[Case]:
 
 
 def search(case: Case, grid: Grid, with_feedback: bool) -> ScaleSearch:
-    """The search with its defaults, every channel with a scale of its own."""
+    """Runs the search with its defaults, where every channel has a scale of its own."""
     weights, statistics = case
     channels = statistics.gram.shape[0]
     return search_scale(

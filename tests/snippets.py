@@ -1,4 +1,4 @@
-"""Runs the code of one page of the documentation, block by block, as its reader would.
+"""Runs the code blocks of one documentation page, one after the other, as its reader would.
 
     python tests/snippets.py PAGE MODELS     (working directory: an empty folder)
 
@@ -25,11 +25,11 @@ PLACEHOLDERS = {
     "path/or/name": "dense",
     "my-texts.jsonl": "texts.jsonl",
 }
-"""What a page says -> what the folder of models has; the longest that fits is replaced first."""
+"""Maps a name on a page to a name in the folder of models; longer matches are replaced first."""
 
 RUN = ("python", "bash")
 SHOWN = ("json", "text", "yaml", "toml", "html")
-"""Languages of blocks that are no programs."""
+"""Languages of blocks that are not programs."""
 
 FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]+?) -->\n+)?^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$",
@@ -41,8 +41,8 @@ FENCE = re.compile(
 class Block:
     language: str
     code: str
-    line: int  # of the page, where the code begins
-    reason: str | None  # why it is not run
+    line: int  # the line of the page on which the code begins
+    reason: str | None  # why it is not run, if it is not
 
 
 def blocks(page: Path) -> list[Block]:

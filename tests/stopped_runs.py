@@ -1,4 +1,4 @@
-"""Runs that stop after a commit, as if killed, and leave their journal."""
+"""Stops runs after a commit, as if they were killed, so that they leave their journal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hf_awq_offload.offload.journal import Journal
 
 
 class Stopped(BaseException):
-    """In the place of Ctrl-C: the test runner wants that one."""
+    """Stands in for KeyboardInterrupt, which would stop the test runner."""
 
 
 def stop_after(monkeypatch, commits: int, error: type[BaseException] = Stopped) -> None:
-    """The next run is stopped when it has committed so many layers."""
+    """Stops the next run once it has committed this many layers."""
     commit = Journal.commit
 
     def stopping(self, index, *args, **kwargs):
@@ -29,7 +29,7 @@ def stop_after(monkeypatch, commits: int, error: type[BaseException] = Stopped) 
 
 
 def stopped_run(llama: Path, folder: Path, monkeypatch, commits: int) -> Path:
-    """The journal of a run that was stopped."""
+    """Stops a run and returns its journal."""
     with monkeypatch.context() as patched:
         stop_after(patched, commits)
         with pytest.raises(Stopped):

@@ -92,7 +92,7 @@ GOOD_VALUES = {
 
 
 def cases(values: dict[str, list]) -> list:
-    """Ids without addresses: they are the same in every process that collects them."""
+    """Gives cases ids without memory addresses, so that all processes collect the same ids."""
     return [
         pytest.param(name, value, id=f"{name}={re.sub(' at 0x.*', '>', repr(value)):.40}")
         for name, list_ in values.items()

@@ -1,4 +1,4 @@
-"""The rooms of the package: imports go from right to left, files stay readable, the public names are as pinned here."""
+"""The package's layout: imports go only to lower packages, files stay readable, public names are pinned here."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ HOOKING = {
     "integrations.lazy_loading": "hooks that transformers has put on a model are taken off",
     "in_memory": "hooks of the model that the caller has passed are taken off",
 }
-"""Modules that may put accelerate's hooks on modules or take them off -> what for."""
+"""Maps modules that may add or remove accelerate's hooks to the reason."""
 
 
 def test_accelerates_hooks_are_set_in_few_places():

@@ -1,4 +1,4 @@
-"""What is published: an sdist, the wheel that is built from it, typed and with its assets; one version, told once."""
+"""The sdist, and the wheel built from it, are complete: typed, with assets, dependencies and a single version."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
-    """Wheel and sdist; the wheel is made from the sdist."""
+    """The sdist, and the wheel built from it."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT, cwd=out)
     (wheel,) = out.glob("*.whl")
@@ -49,7 +49,7 @@ def project() -> dict:
 
 
 def declared() -> set[str]:
-    """Distributions that are dependencies or in an extra, in lower case."""
+    """Returns the distributions that are dependencies or in an extra, in lower case."""
     requirements = [*project()["dependencies"], *chain(*project()["optional-dependencies"].values())]
     return {re.split(r"[\[<>=;]", requirement)[0].strip().lower() for requirement in requirements} - {"hf_awq_offload"}
 
@@ -81,7 +81,7 @@ def test_metadata_pass_twine(built):
 
 @pytest.mark.slow
 def test_an_installed_wheel_works_in_an_environment_of_its_own(built, tmp_path):
-    """Dependencies are lent by their folder alone: no .pth of this environment, an editable install's, is read."""
+    """Dependencies come from this environment's folder, whose .pth files (an editable install's) are not read."""
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     run(python, "-I", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", built[0], cwd=tmp_path)
@@ -125,7 +125,7 @@ def test_the_changelog_is_kept():
 
 
 def test_what_is_imported_is_declared():
-    """Every distribution that the package imports from is a dependency, or in an extra."""
+    """Every distribution that the package imports is a dependency or in an extra."""
     imported = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -141,7 +141,7 @@ def test_what_is_imported_is_declared():
         for module in foreign - through
         if not {home.lower().replace("_", "-") for home in homes.get(module, [module.replace("_", "-")])} & declared()
     }
-    assert {"torch", "matplotlib"} <= foreign  # those inside of functions, too
+    assert {"torch", "matplotlib"} <= foreign  # imports inside functions count, too
     assert undeclared == set()
 
 

@@ -1,4 +1,4 @@
-"""What a run will take is told before it is run, and one that can't fit is refused before a weight is read."""
+"""`plan` predicts what a run will take, and a run that can't fit is refused before any weight is read."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_as_much_lies_on_the_disk_as_planned(build, changes, tmp_path, monkeypat
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(journal.Journal, "_keep")  # the hidden states of three layers are there
-    watch(streamed, "write_shards")  # and the checkpoint beside the journal
+    watch(journal.Journal, "_keep")  # the hidden states of three layers exist now
+    watch(streamed, "write_shards")  # and here the checkpoint beside the journal
     quantize(source, tmp_path / "result" / "out", recipe)
     assert max(most) == pytest.approx(planned.disk_bytes, rel=0.15)
 

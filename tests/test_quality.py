@@ -1,4 +1,4 @@
-"""Quality on the model that ships with the package: against round to nearest, and against AWQ as its paper has it.
+"""Quality on the model that ships with the package, compared with rounding to nearest and with AWQ as published.
 
 Measured in fp32 on held-out text, as the mean KL divergence of the next-token distributions from the full-precision
 model. Both quantizers get the same calibration tokens.
@@ -25,7 +25,7 @@ BATCH = 8
 HELDOUT_SEQUENCES = 48
 MIN_HELDOUT_TOKENS = 16_384
 
-# Models that are made once for the module stay with one worker.
+# Models are made once per module, so its tests stay on one worker.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quality")]
 
 
@@ -36,7 +36,7 @@ def full(tiny_llama_dir) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def heldout(tiny_llama_dir) -> list[Tensor]:
-    """Batches of (8, 512) token ids."""
+    """Held-out text as batches of (8, 512) token ids."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     text = (tiny_llama_dir / "heldout.txt").read_text(encoding="utf-8")
     token_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""The Trainer's callback: what was trained is quantized on what it was trained on, and stays as it was."""
+"""The Trainer callback quantizes a copy of the trained model on its training data and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Witness(AwqQuantizeCallback):
-    """Remembers the model as it was when training ended."""
+    """Records the model's state when training ends."""
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         self.state = state_of(model)
@@ -121,7 +121,7 @@ def test_the_trained_model_is_quantized_beside_the_checkpoints_and_stays_as_it_w
         expected, actual = trainer.model.eval()(tokens).logits, quantized(tokens).logits
     assert (actual - expected).norm() < 0.2 * expected.norm()
     norm = "model.layers.0.input_layernorm.weight"
-    assert not torch.equal(callback.state[norm], shipped().state_dict()[norm])  # trained, it was
+    assert not torch.equal(callback.state[norm], shipped().state_dict()[norm])  # it was trained
     assert AutoTokenizer.from_pretrained(tmp_path / "awq")("text").input_ids
     meta = json.loads((tmp_path / "awq" / "config.json").read_text())["quantization_config"]["meta"]
     assert meta["dataset"].startswith(("training data (sha256:", "generator (sha256:"))
@@ -136,7 +136,7 @@ def test_it_calibrates_on_the_rows_of_the_training_data_without_padding_whatever
     batches = torch.utils.data.DataLoader(list(data), batch_size=5, collate_fn=collator)
     assert training_rows(batches, recipe(n_samples=100), bool) == data["input_ids"][:]
     few = training_rows(batches, recipe(n_samples=1), bool)
-    assert few == data["input_ids"][:5]  # four times what is asked for, and the batch to its end
+    assert few == data["input_ids"][:5]  # READ_FACTOR times n_samples, rounded up to whole batches
     for batch in ({"labels": torch.ones(1, 2)}, [torch.ones(1, 2)]):
         with pytest.raises(CalibrationDataError, match=r"expected input_ids.*`dataset`"):
             training_rows([batch], recipe(), bool)

@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a quantized one: the same as in memory, bit for bit, with little in memory at once."""
+"""Quantizing from disk to disk gives the same bits as in memory, with little in memory at once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def llama(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(llama, tmp_path_factory) -> Path:
-    """The same, streamed."""
+    """The Llama, quantized from disk to disk."""
     target = tmp_path_factory.mktemp("out") / "llama-awq"
     quantize(llama, target, token_recipe())
     return target
@@ -152,7 +152,7 @@ def test_a_folder_that_is_there_is_refused_or_replaced(llama, quantized, tmp_pat
 
 
 def killed_run(target: Path) -> Path:
-    """The folder of a run that is no more."""
+    """Creates the work folder that a killed run would leave."""
     work = target.with_name(f".{target.name}.work")
     (work / "checkpoint").mkdir(parents=True)
     (work / "rest-00000.safetensors").write_bytes(b"half")
@@ -270,7 +270,7 @@ def test_one_layer_at_a_time_is_in_memory_whatever_the_depth(n_layers, tmp_path,
 
 
 def small_memory(monkeypatch, most_tokens: int) -> list[int]:
-    """Layers run out of memory on more tokens than this; the sizes that were tried."""
+    """Makes layers run out of memory on more tokens than this; returns the batch sizes that were tried."""
     tried: list[int] = []
     forward = LlamaDecoderLayer.forward
 
@@ -295,14 +295,14 @@ def test_running_out_of_memory_halves_the_micro_batch_and_goes_on(llama, quantiz
 
 
 def test_running_out_of_memory_half_way_keeps_what_is_done(llama, tmp_path, monkeypatch):
-    """From layer 2 on memory is short; its statistics are those of a run with small micro-batches from there on."""
+    """Memory is short from layer 2 on; from there, statistics equal those of a run with small micro-batches."""
     forward = LlamaDecoderLayer.forward
     reached = []
 
     def limited(self, hidden_states, *args, **kwargs):
         if self.self_attn.layer_idx == 2 and hidden_states.shape[0] > 1:
             reached.append(hidden_states.shape[0])
-            if len(reached) > 1:  # not on the first batch: statistics are half done
+            if len(reached) > 1:  # not on the first batch, so that statistics are half done
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(self, hidden_states, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a streamed checkpoint: card, picture, tokenizer and processor, as from memory."""
+"""A streamed checkpoint has the same card, picture, tokenizer and processor beside its weights as one from memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def both(source: Path, scratch: Path, auto_class, recipe) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Every file by either form."""
+    """Returns the files that the in-memory run writes, and those of the streamed one."""
     model = auto_class.from_pretrained(source, quantization_config=recipe(), dtype="auto")
     model.save_pretrained(scratch / "memory")
     quantize(source, scratch / "streamed", recipe(), model_class=auto_class)
@@ -32,7 +32,7 @@ def both(source: Path, scratch: Path, auto_class, recipe) -> tuple[dict[str, byt
 
 @pytest.fixture
 def source(tiny_llama_dir, tmp_path) -> Path:
-    """As from the hub: in its cache, with a template, a generation config, a licence, and slots for what is no use."""
+    """A checkpoint in the hub's cache, with a template, a generation config, a licence and files that nothing needs."""
     folder = tmp_path / "models--someone--Tiny" / "snapshots" / "0123"
     shutil.copytree(tiny_llama_dir, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)

@@ -1,4 +1,4 @@
-"""The Trainer and TRL's SFTTrainer train adapters on a quantized model: for real, on the model that is shipped."""
+"""The Trainer and TRL's SFTTrainer train adapters on the shipped model, quantized, for real."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def texts() -> tuple[str, str]:
-    """Two parts of the text that the shipped model has not seen: to train on, and to judge by."""
+    """Two parts of text that the shipped model has not seen: one to train on, one to evaluate on."""
     text = (SHIPPED_MODEL / "heldout.txt").read_text(encoding="utf-8")
     return text[:TRAINING_CHARACTERS], text[TRAINING_CHARACTERS:]
 
@@ -57,7 +57,7 @@ def windows(tokenizer, texts) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """The shipped model, rounded to nearest in 4 bits: something is lost that training can win back."""
+    """The shipped model rounded to nearest in 4 bits, so that training can win back what is lost."""
     folder = tmp_path_factory.mktemp("quantized")
     recipe = AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest")
     AutoModelForCausalLM.from_pretrained(SHIPPED_MODEL, dtype="auto", quantization_config=recipe).save_pretrained(
@@ -138,7 +138,7 @@ def test_training_lowers_the_loss_and_beats_the_quantized_base_on_held_out_text(
 
 @pytest.mark.slow
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(checkpoint, tokenizer, texts, tmp_path):
-    """The same adapters, to the bit, from one run and from two halves of it."""
+    """One run and two halves of it give the same adapters, to the bit."""
     schedule = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 4, "seed": 1}
     whole = trainer_of(
         get_peft_model(load(checkpoint), adapter()), tokenizer, texts, tmp_path / "whole", max_steps=8, **schedule
@@ -149,7 +149,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(checkpoint, to
     )
     half.train()
     saved = tmp_path / "half" / "checkpoint-4"
-    assert not list(saved.glob("model*.safetensors"))  # adapters alone
+    assert not list(saved.glob("model*.safetensors"))  # adapters only
     resumed = trainer_of(
         get_peft_model(load(checkpoint), adapter()), tokenizer, texts, tmp_path / "half", max_steps=8, **schedule
     )

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer that is trained in a moment, and the texts that it is trained on."""
+"""A byte-level BPE tokenizer that trains in a moment, and the texts that it is trained on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXTS = [" ".join(random.Random(i).choices(WORDS, k=40)) + f" number {i}." for i
 
 
 def make_tokenizer(adds_bos: bool = False, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 300 tokens that loses nothing: decode(encode(text)) == text."""
+    """Trains a byte-level BPE tokenizer of 300 tokens that is lossless: decode(encode(text)) == text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

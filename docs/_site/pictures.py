@@ -1,7 +1,8 @@
 """Draws the pictures of the documentation: `python docs/_site/pictures.py` writes them to docs/images.
 
 memory.svg is a diagram. comparison.svg plots the table "Time and divergence" of docs/comparison.md, which names its
-command. packages.svg shows the imports of the code (tests/imports.py). The colours are readable on white and on black, because an image on GitHub does not know the page's theme.
+command. packages.svg shows the imports of the code (tests/imports.py). The colours are readable on white and on black,
+because an image on GitHub does not know the page's theme.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The command line.
 
-    main.py       from a command line to an exit code        parser.py, recipe_*.py   commands and options
-    preflight.py  what file names alone tell                 outcome.py               exit codes
+    main.py       runs a command line, returns an exit code  parser.py, recipe_*.py   commands and options
+    preflight.py  checks that need only file names           outcome.py               results, errors and exit codes
 
-These import neither torch nor transformers: `--help` and mistakes are answered at once. What a command does is in the
-file of its name, imported when it is known: `run(options)` of a parsed command line returns an `Outcome`.
+These import neither torch nor transformers, so that `--help` and mistakes are answered at once. Each command lives in
+the file of its name, which is imported once the command is known; its `run(options)` returns an `Outcome`.
 """

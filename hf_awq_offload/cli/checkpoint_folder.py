@@ -1,4 +1,4 @@
-"""What a command calls a checkpoint: a folder on the disk, or a name on the hub."""
+"""Finds the checkpoint that a command names: a folder on disk, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpac
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """What goes wrong in getting a checkpoint from the hub is told with its name, which may be a mistyped folder."""
+    """Adds the checkpoint's name to errors from the hub, because it may be a mistyped folder.
+
+    Raises:
+        CommandError: `name` is not a folder and could not be downloaded.
+    """
     try:
         yield
     except AwqOffloadError:
         raise
-    except OSError as error:  # all errors of the hub are
+    except OSError as error:  # the base class of all hub errors
         if Path(name).is_dir():
             raise
-        raise CommandError(f"There is no folder {name}, and it can't be had from the hub: {error}") from error
+        raise CommandError(
+            f"There is no folder {name}, and it could not be downloaded from the hub: {error}"
+        ) from error
 
 
 def checkpoint_folder(name: str, revision: str | None) -> Path:
-    """A folder as it is; of a name on the hub, everything but weights in other formats is fetched."""
+    """Returns the folder `name`, or downloads the hub's repository of that name, without weights in other formats."""
     if Path(name).is_dir():
         return Path(name)
     with named(name):

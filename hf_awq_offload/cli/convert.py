@@ -1,4 +1,4 @@
-"""`hf-awq-offload convert`: a quantized checkpoint in another format, exactly."""
+"""`hf-awq-offload convert`: converts a quantized checkpoint to another format, exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .outcome import Outcome
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Nothing is left of a conversion that fails."""
+    """Runs the command; a conversion that fails leaves nothing behind."""
     source = checkpoint_folder(options.source, options.revision)
     scale_dtype = getattr(torch, options.scale_dtype) if options.scale_dtype else None
     done = convert_checkpoint(

@@ -1,8 +1,8 @@
-"""`hf-awq-offload demo`: the main job on the model that ships with the package, as a user would do it.
+"""`hf-awq-offload demo`: the package's main job on the model that ships with it, as a user would do it.
 
-Quantize (rounding to nearest, then AWQ), save, load again, compare with full precision on held-out text, generate.
-Then decode with a larger model of random weights, before and after: the shipped one is too small for its weights to be
-what takes the time.
+The demo quantizes (rounding to nearest, then AWQ), saves, reloads, compares with full precision on held-out text, and
+generates. It then times decoding with a larger model of random weights, before and after quantization: the shipped
+model is too small for its weights to dominate the time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """A row of the table."""
 
     method: str
     evaluation: Evaluation
@@ -52,7 +52,7 @@ class Row:
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """The demo prints its table while it runs; the document has the same rows."""
+    """Runs the demo, which prints its table as it goes; the outcome's document holds the same rows."""
     torch.manual_seed(0)
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
 
 def show(awq_folder: Path, nearest_folder: Path, with_speed: bool = True) -> list[Row]:
-    """Print the demo; checkpoints are written to the two folders. Returns the table's rows."""
+    """Prints the demo and writes checkpoints to the two folders. Returns the table's rows."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED_MODEL)
     original = load_for_evaluation(SHIPPED_MODEL)
     token_ids = tokenizer(
@@ -82,14 +82,14 @@ def show(awq_folder: Path, nearest_folder: Path, with_speed: bool = True) -> lis
     print(table(rows))
     peak_mib = peak_memory_bytes(default_execution_device()) / 2**20
     print(f"\nHeld-out tokens: {rows[0].evaluation.tokens}. Peak memory of this demo: {peak_mib:.0f} MiB.")
-    print(f"\n{PROMPT!r} goes on, quantized and loaded again from {awq_folder}:\n  {generate(reloaded, tokenizer)}")
+    print(f"\n{PROMPT!r}, continued by the model reloaded from {awq_folder}:\n  {generate(reloaded, tokenizer)}")
     if with_speed:
         print(f"\n{speed()}")
     return rows
 
 
 def speed() -> str:
-    """Decoding speed and size of a Llama of random weights in bf16, before and after quantizing it."""
+    """Returns a text with the decoding speed and size of a random bf16 Llama, before and after quantizing it."""
     device = default_execution_device()
     config = LlamaConfig(**SPEED_MODEL, num_hidden_layers=SPEED_LAYERS)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
@@ -105,7 +105,7 @@ def speed() -> str:
 
 
 def quantize_and_save(recipe: AwqOffloadConfig, folder: Path) -> float:
-    """Quantize the shipped model by `recipe` into `folder`; returns the seconds that from_pretrained took."""
+    """Quantizes the shipped model with `recipe` into `folder`; returns the seconds that from_pretrained took."""
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         SHIPPED_MODEL, dtype="auto", device_map="auto", quantization_config=recipe
@@ -117,19 +117,19 @@ def quantize_and_save(recipe: AwqOffloadConfig, folder: Path) -> float:
 
 
 def load_for_evaluation(folder: Path) -> PreTrainedModel:
-    """The checkpoint in `folder`, computing in fp32: differences are then those of the weights alone."""
+    """Loads the checkpoint in `folder` in fp32, so that only the weights make a difference."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="auto")
 
 
 def generate(model: Any, tokenizer: Any) -> str:
-    """What the model makes of the prompt, greedily, on one line."""
+    """Returns the model's greedy continuation of the prompt, on one line."""
     inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     return " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of the weights in a checkpoint folder."""
+    """Returns the size of the weights in a checkpoint folder, in bytes."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

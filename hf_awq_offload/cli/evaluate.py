@@ -1,4 +1,4 @@
-"""`hf-awq-offload evaluate`: how good, how far from another model, how fast; or tasks of lm-eval-harness."""
+"""`hf-awq-offload evaluate`: measures quality, distance to another model and speed, or runs lm-eval-harness tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from .outcome import CommandError, Outcome, UsageError
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Of MODEL, and with --against of BASE beside it; both are in memory at once."""
+    """Evaluates MODEL and, with --against, compares it with BASE; both are then in memory at once.
+
+    Raises:
+        UsageError: --stride and --window don't fit together.
+        CommandError: the text is too short.
+    """
     if options.tasks is not None:
         from .tasks import run_tasks  # lm-eval is an extra
 
@@ -48,8 +53,8 @@ def _text(evaluation: Evaluation, document: dict[str, Any]) -> str:
     lines = [f"{'perplexity':24}{evaluation.perplexity:.4f}   ({on})"]
     if evaluation.kl_nats is not None:
         lines += [
-            f"{'of the base':24}{evaluation.reference_perplexity:.4f}",
-            f"{'KL to the base (nats)':24}{evaluation.kl_nats:.5f}",
+            f"{'perplexity of base':24}{evaluation.reference_perplexity:.4f}",
+            f"{'KL to base (nats)':24}{evaluation.kl_nats:.5f}",
             f"{'same top-1':24}{evaluation.top1_agreement:.2%}",
         ]
     if document["decoding_tokens_per_second"] is not None:

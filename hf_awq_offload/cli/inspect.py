@@ -1,4 +1,4 @@
-"""`hf-awq-offload inspect`: what a checkpoint holds, and whether it is sound."""
+"""`hf-awq-offload inspect`: shows what a checkpoint holds and checks it for damage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .outcome import DAMAGED, OK, Outcome
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Exit code 3 where there is damage."""
+    """Runs the command; the exit code is 3 if there is damage."""
     inspection = inspect_checkpoint(checkpoint_folder(options.checkpoint, options.revision), options.headers_only)
     text = _text(options.checkpoint, inspection, options.headers_only)
     return Outcome(_document(options, inspection), text, DAMAGED if inspection.is_damaged else OK)

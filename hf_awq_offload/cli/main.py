@@ -1,4 +1,4 @@
-"""From a command line to an exit code: parse, run, print. Whatever goes wrong is one line on stderr."""
+"""Parses a command line, runs it, prints the result and returns an exit code. An error is one line on stderr."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .preflight import check
 
 LONGEST_MESSAGE = 2000
 WRONG_USAGE = {UsageError.__name__, "ConfigError"}
-"""Names: the class of the package is not imported before it is raised."""
+"""Class names, because the package's own error classes are not imported until one is raised."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line (by default the process's own); returns the exit code."""
+    """Runs a command line, by default the process's own; returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
         options = parse(words)
@@ -37,16 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run a parsed command line."""
+    """Runs a parsed command line; returns the exit code."""
     try:
         with _interrupting_signals():
             outcome = _outcome(options)
         _print(outcome, options)
         return outcome.exit_code
     except KeyboardInterrupt as error:
-        what = str(error) or "interrupted: nothing was finished."
+        what = str(error) or "interrupted: nothing was completed."
         return _fail(Interrupted(what), INTERRUPTED, options.json, options.command, options.debug)
-    except BrokenPipeError:  # whoever read the output has enough of it
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
@@ -58,14 +58,14 @@ def run(options: argparse.Namespace) -> int:
 def _outcome(options: argparse.Namespace) -> Outcome:
     check(options)
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-        command = importlib.import_module(f".{options.command}", __package__)  # torch and transformers
+        command = importlib.import_module(f".{options.command}", __package__)  # imports torch and transformers
         importlib.import_module(".verbosity", __package__).set_verbosity(options.quiet, options.verbose)
         return command.run(options)
 
 
 @contextlib.contextmanager
 def _interrupting_signals() -> Iterator[None]:
-    """SIGTERM interrupts as Ctrl-C does; a second signal of either kind ends the process at once."""
+    """Makes SIGTERM interrupt as Ctrl-C does; a second signal of either kind ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -111,7 +111,7 @@ def _as_json(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Replaces NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Models and tokenizers as the options of a command say."""
+"""Loads models and tokenizers as a command's options say."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ from .outcome import CommandError
 
 
 def load_tokenizer(source: str, options: argparse.Namespace) -> Any:
-    """A tokenizer by name or path."""
+    """Loads a tokenizer by name or path.
+
+    Raises:
+        CommandError: there is none, or it can't be loaded.
+    """
     try:
         with named(source):
             return AutoTokenizer.from_pretrained(source, **_from_hub(options))
     except (ValueError, OSError) as error:
-        raise CommandError(f"{source} has no tokenizer that can be loaded: {error} Name one by --tokenizer.") from error
+        raise CommandError(f"{source} has no tokenizer that loads: {error} Name one with --tokenizer.") from error
 
 
 def load(source: str, options: argparse.Namespace) -> PreTrainedModel:
-    """A model as the options say."""
+    """Loads a model as the options say, in evaluation mode.
+
+    Raises:
+        CommandError: `source` could not be downloaded.
+    """
     model_class: Any = AutoModelForImageTextToText if options.image_text else AutoModelForCausalLM
     device_map = None if options.device_map == "none" else options.device_map
     with named(source):

@@ -1,4 +1,4 @@
-"""What a command hands back, and how it can end. Exit codes are part of the interface (docs/command-line.md)."""
+"""What a command returns, and the ways it can end. Exit codes are part of the interface (docs/command-line.md)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a command that came to its end."""
+    """The result of a command that finished."""
 
-    document: dict[str, Any]  # JSON values: what --json prints
-    text: str  # what is printed otherwise
+    document: dict[str, Any]  # JSON values, printed with --json
+    text: str  # printed otherwise
     exit_code: int = OK
 
 
 class UsageError(Exception):
-    """The command line, or the file that it names, can't be right: exit code 2."""
+    """The command line, or the recipe file that it names, is wrong: exit code 2."""
 
 
 class CommandError(Exception):
@@ -30,4 +30,4 @@ class CommandError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, with a word on what is left: exit code 130."""
+    """Ctrl-C or SIGTERM; the message says what is left and how to resume: exit code 130."""

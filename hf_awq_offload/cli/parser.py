@@ -1,4 +1,4 @@
-"""The commands and their options."""
+"""Defines the commands and their options."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises a UsageError where argparse would print and exit."""
+    """An argument parser that raises UsageError where argparse would print and exit."""
 
     def __init__(self, prog: str, **kwargs: Any):
         super().__init__(prog, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; {self.prog} --help lists what there is.")
+        raise UsageError(f"{message}; see {self.prog} --help.")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options of a command line, with the `command` and the `command_line` that it is.
+    """Parses a command line; the result also holds its `command`, and the whole `command_line` as a list of words.
 
     Raises:
-        UsageError: it can't be understood.
+        UsageError: the command line is wrong.
     """
     parser, commands = build_parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = commands[options.command] if options.command else parser
-        raise UsageError(f"{_unknown(unknown[0], known)}; {known.prog} --help lists what there is.")
+        raise UsageError(f"{_unknown(unknown[0], known)}; see {known.prog} --help.")
     if options.command is None:
-        raise UsageError(f"no command is given; expected one of {', '.join(commands)}. {PROGRAM} --help explains them.")
+        raise UsageError(f"no command given; expected one of {', '.join(commands)}. See {PROGRAM} --help.")
     options.command_line = [PROGRAM, *arguments]
     return options
 
@@ -53,7 +53,7 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
 
 
 def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and those of its commands by their names."""
+    """Returns the parser, and the parsers of its commands by name."""
     parser = Parser(PROGRAM, description="AWQ quantization, one decoder layer at a time.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"{DISTRIBUTION} {version(DISTRIBUTION)}")
     parser.set_defaults(json=False, debug=False, quiet=False, verbose=False)
@@ -67,25 +67,25 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="print one JSON document; all else goes to stderr")
+    group.add_argument("--json", action="store_true", help="print one JSON document; everything else goes to stderr")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     louder = group.add_mutually_exclusive_group()
-    louder.add_argument("--quiet", action="store_true", help="no progress bars, and errors only")
-    louder.add_argument("--verbose", action="store_true", help="say more on the way")
+    louder.add_argument("--quiet", action="store_true", help="show errors only, and no progress bars")
+    louder.add_argument("--verbose", action="store_true", help="log more along the way")
 
 
 def add_quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="full-precision checkpoint: a folder, or a name on the hub")
-    parser.add_argument("out", metavar="OUT", help="folder of the quantized checkpoint; appears when it is complete")
+    parser.add_argument("out", metavar="OUT", help="folder for the quantized checkpoint; appears once it is complete")
     run = parser.add_argument_group("run")
-    run.add_argument("--plan", action="store_true", help="print what it will take, and stop")
-    run.add_argument("--resume", action="store_true", help="go on with the journal that an earlier run has left")
-    run.add_argument("--overwrite", action="store_true", help="put the result in the place of OUT, if that is there")
+    run.add_argument("--plan", action="store_true", help="print the memory, disk space and time needed, and stop")
+    run.add_argument("--resume", action="store_true", help="resume from the journal that an earlier run left")
+    run.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     run.add_argument("--config", metavar="FILE", help="recipe as YAML or JSON; command-line options override the file")
     add_loading_options(run)
-    run.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="of the safetensors files [50GB]")
+    run.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="largest safetensors file [50GB]")
     run.add_argument("--push-to-hub", metavar="ID", help="push the result to this repository")
-    run.add_argument("--private", action="store_true", help="with --push-to-hub: make the repository a private one")
+    run.add_argument("--private", action="store_true", help="with --push-to-hub: create the repository as private")
     recipe = "the fields of AwqOffloadConfig; defaults in brackets"
     add_recipe_options(parser.add_argument_group("recipe", recipe))
 
@@ -93,31 +93,31 @@ def add_quantize_options(parser: argparse.ArgumentParser) -> None:
 def add_loading_options(group: argparse._ActionsContainer) -> None:
     group.add_argument("--image-text", action="store_true", help="the model is an AutoModelForImageTextToText")
     group.add_argument(
-        "--dtype", default="auto", metavar="DTYPE", help="of the model, such as bfloat16 [the checkpoint's]"
+        "--dtype", default="auto", metavar="DTYPE", help="the model's dtype, such as bfloat16 [the checkpoint's]"
     )
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
-    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="any checkpoint: a folder, or a name on the hub")
-    parser.add_argument("--against", metavar="BASE", help="measure KL divergence and top-1 agreement to this model")
+    parser.add_argument("--against", metavar="BASE", help="measure KL divergence and top-1 agreement with this model")
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--dataset", default="wikitext2", metavar="DATA", help="text file, or name of a data set [wikitext2]"
+        "--dataset", default="wikitext2", metavar="DATA", help="a text file, or the name of a data set [wikitext2]"
     )
-    data.add_argument("--text-column", metavar="NAME", help="column of the data set that holds text")
-    data.add_argument("--tokenizer", metavar="NAME", help="name or path [MODEL's own]")
-    data.add_argument("--window", type=_positive, default=512, metavar="TOKENS", help="context of a prediction [512]")
-    data.add_argument("--stride", type=_positive, metavar="TOKENS", help="between windows [half of --window]")
-    data.add_argument("--tokens", type=_positive, default=100_000, metavar="N", help="at most so many [100000]")
+    data.add_argument("--text-column", metavar="NAME", help="column of the data set that holds the text")
+    data.add_argument("--tokenizer", metavar="NAME", help="tokenizer, by name or path [MODEL's own]")
+    data.add_argument("--window", type=_positive, default=512, metavar="TOKENS", help="length of a window [512]")
+    data.add_argument("--stride", type=_positive, metavar="TOKENS", help="step between windows [half of --window]")
+    data.add_argument("--tokens", type=_positive, default=100_000, metavar="N", help="tokens to read at most [100000]")
     other = parser.add_argument_group("measurements")
     other.add_argument(
-        "--new-tokens", type=_natural, default=32, metavar="N", help="decoded for tokens/s; 0: none [32]"
+        "--new-tokens", type=_natural, default=32, metavar="N", help="tokens to decode for the speed; 0: none [32]"
     )
-    other.add_argument("--tasks", type=_names, metavar="A,B", help="lm-eval-harness tasks instead; extra [eval]")
-    other.add_argument("--tasks-path", metavar="DIR", help="folder of task definitions of your own")
-    other.add_argument("--limit", type=_positive, metavar="N", help="with --tasks: at most so many documents of each")
+    other.add_argument("--tasks", type=_names, metavar="A,B", help="lm-eval-harness tasks to run instead; extra [eval]")
+    other.add_argument("--tasks-path", metavar="DIR", help="with --tasks: folder of your own task definitions")
+    other.add_argument("--limit", type=_positive, metavar="N", help="with --tasks: use at most N documents per task")
     loading = parser.add_argument_group("loading")
     loading.add_argument("--device-map", default="auto", metavar="MAP", help="as from_pretrained takes it [auto]")
     add_loading_options(loading)
@@ -125,48 +125,48 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 def add_inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the hub")
-    parser.add_argument("--headers-only", action="store_true", help="read no tensor: sizes and shapes alone")
+    parser.add_argument("--headers-only", action="store_true", help="check sizes and shapes only, read no tensors")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="quantized checkpoint of 4 bits: a folder, or a name on the hub")
-    parser.add_argument("out", metavar="OUT", help="folder of the converted checkpoint; appears when it is complete")
+    parser.add_argument("source", metavar="IN", help="4-bit quantized checkpoint: a folder, or a name on the hub")
+    parser.add_argument("out", metavar="OUT", help="folder for the converted checkpoint; appears once it is complete")
     parser.add_argument("--to", required=True, choices=CONVERSION_TARGETS, help="format to convert to")
-    of_scales = "of the scales in compressed-tensors [the model's]"
+    of_scales = "dtype of the scales in compressed-tensors [the model's]"
     parser.add_argument("--scale-dtype", choices=SCALE_DTYPES, help=of_scales)
-    parser.add_argument("--overwrite", action="store_true", help="put the result in the place of OUT, if that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
 
 
 def add_demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="keep the quantized checkpoint in this folder")
-    parser.add_argument("--no-speed", action="store_true", help="leave out the larger model that decoding is timed on")
+    parser.add_argument("--no-speed", action="store_true", help="skip timing the decoding speed on a larger model")
 
 
 COMMANDS = {
     "quantize": ("quantize a checkpoint, with a decoder layer or two in memory", add_quantize_options),
-    "evaluate": ("perplexity, distance to another model, and speed", add_evaluate_options),
-    "inspect": ("what a checkpoint holds, and whether it is sound", add_inspect_options),
-    "convert": ("a quantized checkpoint in another format, exactly", add_convert_options),
+    "evaluate": ("measure perplexity, distance to another model, and speed", add_evaluate_options),
+    "inspect": ("show what a checkpoint holds, and check it for damage", add_inspect_options),
+    "convert": ("convert a quantized checkpoint to another format, exactly", add_convert_options),
     "demo": ("quantize, reload and compare the small model that ships with the package", add_demo_options),
 }
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def _natural(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
     return int(text)
 
 
 def _names(text: str) -> list[str]:
     names = text.split(",")
     if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; separate names by single commas")
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; separate names with single commas")
     return names

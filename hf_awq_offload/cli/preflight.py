@@ -1,4 +1,4 @@
-"""What can be known to be wrong from file names alone, before seconds are spent on importing torch."""
+"""Checks that need only file names, made before seconds are spent on importing torch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Look at the paths of a parsed command line; the recipe of `quantize` becomes `options.fields`.
+    """Checks the paths of a parsed command line, and stores the recipe of `quantize` in `options.fields`.
 
     Raises:
-        UsageError, CommandError: one of them can't be right.
+        UsageError: options contradict each other, or the recipe file is wrong.
+        CommandError: a path is wrong.
     """
     if options.command == "quantize":
         given = given_fields(options)
         options.fields = (read_recipe_file(options.config) if options.config else {}) | given
         if options.private and not options.push_to_hub:
-            raise UsageError("--private says how --push-to-hub pushes; name a repository with --push-to-hub.")
+            raise UsageError("--private has no effect without --push-to-hub; name a repository with --push-to-hub.")
         if options.push_to_hub and not HUB_NAME.fullmatch(options.push_to_hub):
-            raise UsageError(f"--push-to-hub {options.push_to_hub!r} is no name of a repository, such as me/my-model.")
+            raise UsageError(
+                f"--push-to-hub {options.push_to_hub!r} is not a repository name; expected one such as me/my-model."
+            )
     if options.command == "evaluate" and options.tasks is None and (options.limit or options.tasks_path):
-        raise UsageError("--limit and --tasks-path belong to --tasks; --tokens limits the text.")
+        raise UsageError("--limit and --tasks-path require --tasks; to limit the text, use --tokens.")
     for name in ("source", "model", "against", "checkpoint"):
         if getattr(options, name, None) is not None:
             _check_source(getattr(options, name))
@@ -39,15 +42,19 @@ def _check_source(source: str) -> None:
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise CommandError(f"{source} holds no config.json; expected the folder of a checkpoint.")
+            raise CommandError(f"{source} holds no config.json; expected a checkpoint folder.")
     elif folder.exists():
-        raise CommandError(f"{source} is a file; expected the folder of a checkpoint, or a name on the hub.")
+        raise CommandError(f"{source} is a file; expected a checkpoint folder, or a name on the hub.")
     elif not HUB_NAME.fullmatch(source) or source.startswith("."):
-        raise CommandError(f"There is no folder {source}; expected that of a checkpoint, or a name on the hub.")
+        raise CommandError(f"There is no folder {source}; expected a checkpoint folder, or a name on the hub.")
 
 
 def _check_out(out: Path, source: str | None, overwrite: bool | None) -> None:
-    """`overwrite` is None for a command that never does."""
+    """Checks that the result can go to `out`; `overwrite` is None if the command has no such option.
+
+    Raises:
+        CommandError: `out` is a file, the source, or a folder with content that is not to be overwritten.
+    """
     if out.exists() and not out.is_dir():
         raise CommandError(f"{out} is a file; name a folder for the result.")
     if source is not None and out.is_dir() and out.resolve() == Path(source).resolve():

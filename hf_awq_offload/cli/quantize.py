@@ -1,4 +1,4 @@
-"""`hf-awq-offload quantize`: `quantize` of the package, with a journal that is always there."""
+"""`hf-awq-offload quantize`: runs the package's `quantize`, always with a journal."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ from .checkpoint_folder import named
 from .outcome import CommandError, Interrupted, Outcome
 
 JOURNAL_SUFFIX = ".journal"
-"""Of the folder beside OUT in which finished layers are kept."""
+"""Finished layers are kept in OUT plus this suffix, a folder beside OUT."""
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """`options.fields` is the recipe, of the config file and the command line together."""
+    """Runs the command; `options.fields` is the recipe from config file and command line together.
+
+    Raises:
+        Interrupted: by Ctrl-C or SIGTERM; the message has the command that resumes the run.
+        CommandError: the run failed after layers were finished, or the result could not be pushed.
+    """
     recipe = AwqOffloadConfig(**options.fields)
     if options.plan:
         return _planned(options, recipe)
@@ -34,7 +39,7 @@ def run(options: argparse.Namespace) -> Outcome:
     recipe.checkpoint_dir = journal
     _refuse_journal(journal, options)
     if options.push_to_hub:
-        HfApi().whoami()  # whoever has no token is told now, not after hours
+        HfApi().whoami()  # fails now if there is no valid token, not after hours
     try:
         with named(options.source):
             report = quantize(
@@ -58,7 +63,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
 
 def loading(options: argparse.Namespace) -> dict[str, Any]:
-    """What `from_pretrained` is passed."""
+    """Returns the arguments for `from_pretrained`."""
     arguments: dict[str, Any] = {
         "model_class": AutoModelForImageTextToText if options.image_text else AutoModelForCausalLM,
         "dtype": options.dtype,
@@ -74,15 +79,19 @@ def loading(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _refuse_journal(journal: Path, options: argparse.Namespace) -> None:
-    """A run that would go on where the user may not expect it, or take somebody's night of work away."""
+    """Refuses to reuse a journal without --resume: it may be another run's, and hold a night of work.
+
+    Raises:
+        CommandError: the journal has finished layers and --resume was not given.
+    """
     layers = committed_layers(journal)
     if layers and not options.resume:
         raise CommandError(
-            f"{journal} is the journal of an earlier run, with {_layers(layers)} finished. Go on with it by --resume, "
-            "or delete that folder to start anew."
+            f"{journal} is the journal of an earlier run, with {_layers(layers)} finished. Continue that run with "
+            "--resume, or delete the folder to start over."
         )
     if not layers and options.resume:
-        logging.get_logger("transformers").warning(f"{journal} holds no finished layer: the run starts from the start.")
+        logging.get_logger("transformers").warning(f"{journal} holds no finished layer: the run starts from scratch.")
 
 
 def _what_is_left(journal: Path, options: argparse.Namespace) -> str:
@@ -104,17 +113,22 @@ def _layers(count: int) -> str:
 
 
 def _push(options: argparse.Namespace) -> str:
-    """Returns the commit's address."""
+    """Pushes the result; returns the commit's URL.
+
+    Raises:
+        CommandError: pushing failed; the message has the command that pushes again.
+    """
     api = HfApi()
     try:
         repository = api.create_repo(options.push_to_hub, private=options.private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository.repo_id, folder_path=options.out, commit_message="Upload quantized model"
         )
-    except Exception as error:  # the hub's and the network's are of many kinds
+    except Exception as error:  # hub and network raise many kinds
         again = shlex.join(["hf", "upload", options.push_to_hub, options.out])
         raise CommandError(
-            f"{options.out} is complete, but was not pushed to {options.push_to_hub}: {error} Push it with: {again}"
+            f"{options.out} is complete, but could not be pushed to {options.push_to_hub}: {error} "
+            f"Push it with: {again}"
         ) from error
     return str(commit)
 
@@ -137,7 +151,7 @@ def _text(options: argparse.Namespace, report: QuantizationReport, url: str | No
     loss, nearest = sum(layer.loss for layer in report.layers), sum(layer.loss_nearest for layer in report.layers)
     lines = [f"{options.out}: {_layers(len(report.layers))} quantized, {_size_bytes(options.out) / 1e6:.1f} MB"]
     if nearest:
-        lines.append(f"loss on the calibration data: {loss / nearest:.3f} of that of rounding to nearest")
+        lines.append(f"loss on the calibration data: {loss / nearest:.3f} times that of rounding to nearest")
     if url:
         lines.append(f"pushed: {url}")
     return "\n".join(lines)
@@ -157,7 +171,7 @@ def _planned(options: argparse.Namespace, recipe: AwqOffloadConfig) -> Outcome:
 
 
 def plan_table(planned: Plan) -> str:
-    """A line for every field; sizes in GiB, times in minutes."""
+    """Returns a line per field of the plan, with sizes in GiB and times in seconds or minutes."""
     lines = []
     for name, value in asdict(planned).items():
         label, shown = name.replace("_", " "), str(value)

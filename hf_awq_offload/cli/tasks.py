@@ -1,4 +1,4 @@
-"""`hf-awq-offload evaluate --tasks`: tasks of lm-eval-harness on a model that this package loads."""
+"""`hf-awq-offload evaluate --tasks`: runs lm-eval-harness tasks on a model that this package loads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ INSTALL = "lm-eval-harness is not installed; install it with: pip install hf_awq
 
 
 def run_tasks(options: argparse.Namespace) -> Outcome:
-    """Results of MODEL and, with --against, of BASE, one after the other."""
+    """Runs the tasks on MODEL and, with --against, then on BASE.
+
+    Raises:
+        CommandError: lm-eval-harness is not installed, or has no such task.
+    """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -23,7 +27,7 @@ def run_tasks(options: argparse.Namespace) -> Outcome:
     manager = TaskManager(include_path=options.tasks_path)
     unknown = [name for name in options.tasks if name not in manager.all_tasks]
     if unknown:
-        raise CommandError(f"lm-eval-harness has no task {', '.join(unknown)}; `lm-eval ls tasks` lists what it has.")
+        raise CommandError(f"lm-eval-harness has no task {', '.join(unknown)}; `lm-eval ls tasks` lists its tasks.")
 
     def results_of(source: str) -> dict[str, Any]:
         tokenizer = load_tokenizer(options.tokenizer or source, options)
@@ -42,7 +46,7 @@ def run_tasks(options: argparse.Namespace) -> Outcome:
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float]:
-    """Metric -> value; a metric is called "acc,none", its standard error "acc_stderr,none"."""
+    """Returns the values by metric; a metric is called "acc,none", its standard error "acc_stderr,none"."""
     return {name: float(value) for name, value in result.items() if "," in name and isinstance(value, int | float)}
 
 

@@ -1,4 +1,4 @@
-"""How much is said on stderr."""
+"""Sets how much is logged to stderr."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 
 def set_verbosity(quiet: bool, verbose: bool) -> None:
-    """Of this package, transformers, datasets and huggingface_hub."""
+    """Sets the verbosity of this package, transformers, datasets and huggingface_hub."""
     if quiet:
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()

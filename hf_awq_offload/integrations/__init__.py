@@ -1,1 +1,1 @@
-"""transformers, PEFT and the Hub: adapters between their interfaces and the pipeline."""
+"""Connects the pipeline to transformers, PEFT and the Hub."""

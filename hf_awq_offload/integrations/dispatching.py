@@ -1,4 +1,4 @@
-"""The quantized model goes where the caller's device_map wants it: devices by accelerate's hooks, or the disk."""
+"""Puts the quantized model where the caller's device_map says: on devices, by accelerate's hooks, or on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DeviceMap = dict[str, Any]
 
 
 def dispatch(model: nn.Module, device_map: DeviceMap) -> None:
-    """Put a model that is in RAM where `device_map` says: plainly on one device, by accelerate's hooks on several."""
+    """Moves a model from RAM to where `device_map` says; accelerate's hooks serve maps with several devices."""
     devices = set(device_map.values())
     if len(devices) == 1:
         nn.Module.to(model, devices.pop())
@@ -24,10 +24,10 @@ def dispatch(model: nn.Module, device_map: DeviceMap) -> None:
 
 
 def offload_folder_of(weights: StoredWeights | None, device_map: DeviceMap | None) -> OffloadFolder | None:
-    """The folder for what `device_map` has on the disk; None if that is nothing.
+    """Returns the folder for the modules that `device_map` places on disk, or None if there are none.
 
     Raises:
-        ConfigError: the caller named no folder.
+        ConfigError: modules go to disk, but the caller named no folder.
     """
     if device_map is None or DISK not in device_map.values():
         return None
@@ -35,15 +35,15 @@ def offload_folder_of(weights: StoredWeights | None, device_map: DeviceMap | Non
     if weights.folder is None:
         raise ConfigError(
             "device_map places modules on disk, but there is no folder for the quantized weights; pass "
-            "offload_folder=..., or map them to 'cpu' or an accelerator (max_memory['cpu'] of from_pretrained)."
+            "offload_folder=..., or keep the modules in memory (device_map, or max_memory['cpu'] of from_pretrained)."
         )
     return OffloadFolder(weights.folder, device_map)
 
 
 def dispatch_with_disk(model: nn.Module, weights: StoredWeights, offload: OffloadFolder) -> None:
-    """The same for a device_map with modules on the disk; what is on the meta device is read there when it runs.
+    """Dispatches a model whose device_map has modules on disk; their weights are read when the modules run.
 
-    Full-precision weights that stay on the disk are read from where `weights` has them.
+    Full-precision weights on the meta device are read from the source files that `weights` points to.
     """
     model.tie_weights()  # type: ignore[operator]
     named = dict(model.named_parameters(remove_duplicate=False))

@@ -1,8 +1,8 @@
-"""What goes with a quantized model when it is saved or pushed: its card, its tokenizer or processor.
+"""Adds the card and the tokenizer or processor to a quantized model that is saved or pushed.
 
-`accompany` gives a model two methods of its own: `save_pretrained`, which completes the folder after transformers has
-written it, and `_upload_modified_files`, which `push_to_hub` and `save_pretrained(push_to_hub=True)` both call last,
-with the folder that is about to be uploaded. There, README.md is the repository's own, if it has one.
+`accompany` overrides two methods on the model instance: `save_pretrained`, which completes the folder after
+transformers has written it, and `_upload_modified_files`, which `push_to_hub` and `save_pretrained(push_to_hub=True)`
+both call last, with the folder that is about to be uploaded. If the repository has a README.md, it is in that folder.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ TOKENIZER_FILES = (
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 PROCESSING_FILES = (*TOKENIZER_FILES, *PROCESSOR_FILES, "LICENSE*")
-"""Files of a checkpoint by which text, images and sound become its input; and under which licence it is."""
+"""Files of a checkpoint that turn text, images and sound into its input, and its licence."""
 
 NOT_PUSHED = (
     "The quantized model was not pushed to {repo_id}, and nothing of it is visible there. It is unchanged in memory, "
-    "and a folder that save_pretrained has written is complete. Call push_to_hub again when the reason is gone: "
-    "weights that have arrived are not sent twice."
+    "and a folder written by save_pretrained is complete. Call push_to_hub again once the cause is fixed: weights "
+    "that have arrived are not sent twice."
 )
 
 
 def accompany(model: PreTrainedModel, report: QuantizationReport | None = None, tokenizer: Any = None) -> None:
-    """From now on, `model` is saved and pushed with its card and its tokenizer or processor.
+    """Makes `model` save and push its card and its tokenizer or processor along with its weights.
 
     Args:
-        model: a quantized model; where it comes from is `config.name_or_path`, as it is now.
-        report: of the quantization, if it was just done.
-        tokenizer: to be saved where the model's origin has none.
+        model: a quantized model; its origin is the current `config.name_or_path`.
+        report: the report of the quantization, if it was just done.
+        tokenizer: saved if the model's origin has no tokenizer.
     """
     instance = cast(Any, model)
     instance._awq_companions = _Companions(str(model.config.name_or_path or ""), report, tokenizer)
@@ -59,18 +59,18 @@ def accompany(model: PreTrainedModel, report: QuantizationReport | None = None, 
 
 
 def describe_origin(model: PreTrainedModel, base: str | None, tokenizer: Any) -> None:
-    """For a model that was quantized from a temporary folder: what is its base in truth, and its tokenizer."""
+    """Sets the real base and tokenizer of a model that was quantized from a temporary folder."""
     known: _Companions = cast(Any, model)._awq_companions
     known.base_model, known.proposed_name, known.tokenizer = hub_id(base), proposed_name(base), tokenizer
 
 
 def record_evaluation(model: PreTrainedModel, name: str, evaluation: Evaluation) -> None:
-    """Have the model's card say what `evaluate` measured, in a row called `name` ("quantized, wikitext2")."""
+    """Adds a result of `evaluate` to the model's card, as a row called `name` ("quantized, wikitext2")."""
     cast(Any, model)._awq_companions.evaluations[name] = evaluation
 
 
 class _Companions:
-    """What is known beside the model itself."""
+    """What goes along with a model when it is saved."""
 
     def __init__(self, source: str, report: QuantizationReport | None, tokenizer: Any):
         self.source = source
@@ -82,7 +82,7 @@ class _Companions:
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-    """As transformers' method; the folder has a card, and a tokenizer or processor, afterwards."""
+    """Saves as transformers does, then adds the card and the tokenizer or processor."""
     result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
     is_main_process = args[0] if args else kwargs.get("is_main_process", True)
     is_pushed = args[2] if len(args) > 2 else kwargs.get("push_to_hub", False)
@@ -94,10 +94,10 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, 
 def _upload_modified_files(
     model: PreTrainedModel, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """As transformers' method, for a folder that is complete.
+    """Completes the folder, then uploads it as transformers does.
 
     Raises:
-        HfHubHTTPError, RuntimeError: the hub refused, all or one of the files; with a word on what is left where.
+        HfHubHTTPError, RuntimeError: the hub refused some or all of the files; the message says what to do.
     """
     if _is_quantized(model):
         complete(model, Path(working_dir), repo_id)
@@ -106,19 +106,19 @@ def _upload_modified_files(
     except HfHubHTTPError as error:
         error.append_to_message("\n" + NOT_PUSHED.format(repo_id=repo_id))
         raise
-    except RuntimeError as error:  # of huggingface_hub's threads, which name the file and not the reason
+    except RuntimeError as error:  # from huggingface_hub's threads; it names the file but not the reason
         if not isinstance(error.__cause__, HfHubHTTPError):
             raise
         raise RuntimeError(f"{error} {error.__cause__}\n{NOT_PUSHED.format(repo_id=repo_id)}") from error
 
 
 def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -> None:
-    """Put the card, and tokenizer or processor files where there are none, beside a saved model.
+    """Adds the card, and the tokenizer or processor files that are missing, to the folder of a saved model.
 
     Args:
-        model: a model that `accompany` was called for.
+        model: a model that was passed to `accompany`.
         folder: where it has been saved.
-        repo_id: where it will be, for the snippets in the card.
+        repo_id: the repository it will be in, for the snippets in the card.
     """
     known: _Companions = cast(Any, model)._awq_companions
     copy_processing(known.source, folder, getattr(model.config, "_commit_hash", None))
@@ -126,7 +126,7 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
         known.tokenizer.save_pretrained(folder)
     own_card = _own_card(known.source)
     if known.report is None and own_card is not None and not (folder / "README.md").exists():
-        shutil.copyfile(own_card, folder / "README.md")  # of this very checkpoint, with all that was measured then
+        shutil.copyfile(own_card, folder / "README.md")  # this checkpoint's own, with its measurements
         if (own_card.parent / PICTURE).exists():
             shutil.copyfile(own_card.parent / PICTURE, folder / PICTURE)
         return
@@ -145,9 +145,9 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
 
 
 def copy_processing(source: str, folder: Path, revision: str | None = None) -> None:
-    """Copy tokenizer and processor files from `source` (a folder, or a name on the hub); what is there stays."""
+    """Copies tokenizer and processor files from `source`, a folder or a name on the hub; existing files stay."""
     wanted = ["LICENSE*"]
-    if not (folder / "tokenizer_config.json").exists():  # else it has a whole tokenizer: none is made of two
+    if not (folder / "tokenizer_config.json").exists():  # if it exists, the tokenizer is complete: don't mix two
         wanted += TOKENIZER_FILES
     if not any((folder / name).exists() for name in PROCESSOR_FILES):
         wanted += PROCESSOR_FILES
@@ -163,7 +163,7 @@ def copy_processing(source: str, folder: Path, revision: str | None = None) -> N
 
 
 def full_precision_bytes(model: nn.Module) -> int:
-    """Of the weights, had none been quantized: every parameter once, in the model's dtype."""
+    """Returns the bytes that the weights would take without quantization, every parameter counted once."""
     total_bytes, seen = 0, set()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
@@ -178,25 +178,25 @@ def full_precision_bytes(model: nn.Module) -> int:
 
 
 def _origin(source: str, revision: str | None) -> Path | None:
-    """The folder of tokenizer and processor files that `source` means."""
+    """Returns the folder that holds the tokenizer and processor files of `source`, or None."""
     if not source or Path(source).is_dir():
         return Path(source) if source else None
     if hub_id(source) is None:
         return None
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(PROCESSING_FILES)))
-    except Exception as error:  # of any kind: network, authorization, a name that is none
-        logger.info(f"The tokenizer of {source} can't be had ({type(error).__name__}); the model is saved without it.")
+    except Exception as error:  # of any kind: network, authorization, no such repository
+        logger.info(f"The tokenizer of {source} could not be downloaded ({type(error).__name__}); saving without it.")
         return None
 
 
 def _own_card(source: str) -> Path | None:
-    """The card in the folder that a quantized model was loaded from, if it is one of ours."""
+    """Returns the card in the folder that a quantized model was loaded from, if this package wrote it."""
     path = Path(source) / "README.md"
     return path if source and path.is_file() and BEGIN in path.read_text(encoding="utf-8") else None
 
 
 def _is_quantized(model: PreTrainedModel) -> bool:
-    """Whether it is still the quantized model that is saved: not merged, dequantized, or its adapters alone."""
+    """Returns whether what is saved is the quantized model: not dequantized, and not its adapters alone."""
     has_config = getattr(model.config, "quantization_config", None) is not None
     return has_config and not getattr(model, "_hf_peft_config_loaded", False)

@@ -1,4 +1,4 @@
-"""Loading a quantized checkpoint into a model of transformers: names, linears, and the conversion of other layouts."""
+"""Loads a quantized checkpoint into a transformers model: replaces linears, maps names, converts other layouts."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def replace_linears(
     headers: dict[str, TensorHeader] | None,
     skipped: list[str],  # name patterns that AWQ loaders leave in full precision
 ) -> None:
-    """Put a quantized linear on the meta device wherever the checkpoint holds packed tensors.
+    """Replaces every linear that the checkpoint holds packed by a quantized linear on the meta device.
 
-    Where the files' headers are known, they say which linears those are, and are checked. Else config.json does.
+    The files' headers decide which linears those are, and are checked. Without headers, config.json decides.
 
     Raises:
         CheckpointError: config.json, the model and the headers contradict each other.
@@ -55,8 +55,8 @@ def replace_linears(
         reason = linear_type.unpackable_reason(linear.in_features, linear.out_features, choice.group_size)
         if reason is not None:
             raise CheckpointError(
-                f"The checkpoint's config says that {name} is quantized, but its {reason}. Expected it among the "
-                "modules that it leaves out; correct config.json or quantize again."
+                f"config.json says that {name} is quantized, but its {reason}. Expected it among the modules that "
+                "config.json leaves out; correct config.json or quantize again."
             )
         grid = Grid(choice.bits, resolve_group_size(choice.group_size, linear.in_features), choice.zero_point)
         features = LinearFeatures(linear.in_features, linear.out_features, linear.bias is not None)
@@ -72,8 +72,8 @@ def replace_linears(
             else f"modules_to_not_convert is {config.modules_to_not_convert}"
         )
         raise CheckpointError(
-            f"config.json says quant_method {config.quant_method.value!r}, but no linear of {type(model).__name__} is "
-            f"to be loaded quantized: {left_out}."
+            f"config.json says quant_method {config.quant_method.value!r}, but it names no linear of "
+            f"{type(model).__name__} as quantized: {left_out}."
         )
 
 
@@ -84,24 +84,30 @@ def choice_in(
     linear: nn.Linear,
     skipped: list[str],
 ) -> GridChoice | None:
-    """The grid that config.json says a linear is on, None for full precision."""
+    """Returns the grid that config.json gives a linear, or None for full precision."""
     if isinstance(config, PackedCheckpointConfig):
         return config.choice_for({name, prefix}, linear)
     return config.choice if should_convert_module(name, skipped) else None
 
 
 def _choice_in_spite(config: AwqCheckpointConfig | PackedCheckpointConfig, name: str) -> GridChoice:
-    """The grid of a linear that is stored packed, although config.json leaves it out: AWQ has only one."""
+    """Returns the grid of a linear that is stored packed although config.json leaves it out.
+
+    An AWQ checkpoint has only one grid, so it is known all the same.
+
+    Raises:
+        CheckpointError: the checkpoint is compressed-tensors, which can have several grids.
+    """
     if isinstance(config, PackedCheckpointConfig):
         raise CheckpointError(
-            f"{name} is packed in the checkpoint, but no config group of config.json names it, or ignore does. Correct "
+            f"{name} is packed in the checkpoint, but config.json names it in no config group, or in ignore. Correct "
             "config.json, or download the checkpoint again."
         )
     return config.choice
 
 
 def names_in_model(model: PreTrainedModel, prefixes: Iterable[str]) -> dict[str, str]:
-    """A linear's name in the checkpoint -> its name in the model, renamed as transformers renames weights."""
+    """Maps a linear's name in the checkpoint to its name in the model, renamed as transformers renames weights."""
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     state = model.state_dict()  # on the meta device: names only
     names = {}
@@ -112,10 +118,12 @@ def names_in_model(model: PreTrainedModel, prefixes: Iterable[str]) -> dict[str,
 
 
 def to_gemm_converter(version: str, quantizer: Any) -> WeightConverter:
-    """Has transformers convert each linear to the GEMM layout while it loads, wherever it then goes, the disk too.
+    """Returns a converter with which transformers turns each linear into the GEMM layout while it loads.
+
+    This also works for linears that go to disk.
 
     Raises:
-        CheckpointError: this release of transformers has no conversion of several tensors into several others.
+        CheckpointError: this release of transformers can't convert several tensors into several others.
     """
     sources = [spelling for name in AWQ_NAMES.all for spelling in spellings_of(name)]
     try:
@@ -123,7 +131,7 @@ def to_gemm_converter(version: str, quantizer: Any) -> WeightConverter:
     except ValueError as error:
         raise CheckpointError(
             f"The checkpoint's AWQ version is {version!r}, which transformers {transformers_version} can't convert "
-            "while it loads; expected 'gemm', or transformers 5.23 (known to do it). Upgrade transformers."
+            "while it loads; expected 'gemm', or transformers 5.23, which can. Upgrade transformers."
         ) from error
 
 
@@ -138,7 +146,7 @@ def keep_gemm(model: PreTrainedModel) -> None:
 
 
 class ToGemm(ConversionOps):
-    """The tensors of one linear in the layout of `version` -> in the GEMM layout."""
+    """Converts the tensors of one linear from the layout `version` to the GEMM layout."""
 
     supports_many_to_many = True
 

@@ -1,11 +1,11 @@
-"""PEFT's LoRA layer on a quantized linear: merging makes it dense, unmerging brings the 4 bits back.
+"""PEFT's LoRA layer on a quantized linear: merging makes it dense, unmerging restores the 4-bit linear.
 
-    merge:    base (4 bits)  ->  dense = dequantized base, + ΔW in the model's dtype
-    unmerge:  the base that was set aside comes back, to the bit
+    merge:    base (4 bits)  ->  dense = dequantized base + ΔW, in the model's dtype
+    unmerge:  dense  ->  the original base, bit for bit
 
-Rejected: rounding W + ΔW to the base's grid. W lies on the grid, and LoRA adds mostly less than half a step to it, so
-that rounding to the nearest gives W again and the adapter is lost (docs/log.md has the figures). Quantizing the merged
-model on calibration data is `quantize_model`'s work.
+Rejected: rounding W + ΔW to the base's grid. W lies on the grid, and LoRA mostly adds less than half a step to it, so
+rounding to nearest gives W again and the adapter is lost (docs/log.md has the figures). To quantize the merged model on
+calibration data, use `quantize_model`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ logger = get_logger(__name__)
 
 
 class AwqLoraLinear(Linear):
-    """LoRA, DoRA and their kin on a quantized linear."""
+    """LoRA, DoRA and similar adapters on a quantized linear."""
 
     _set_aside: tuple[QuantizedLinear, ...] = ()
-    """While merged, the quantized base; in a tuple, so that it is no submodule and in no state dict."""
+    """The quantized base while merged; in a tuple, so that torch does not register it as a submodule."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge into a dense linear in the model's dtype."""
+        """Merges the adapters into a dense linear in the model's dtype."""
         base = self.base_layer
         if not isinstance(base, QuantizedLinear):
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -49,12 +49,12 @@ class AwqLoraLinear(Linear):
         if self.merged:
             logger.warning_once(
                 f"Adapters are merged into dense linears in {base.dtype}, several times as large as quantized ones: "
-                "rounding the sums to few bits without data would lose most of what was learned. For few bits again: "
-                "model = model.merge_and_unload().dequantize(), then quantize_model(model, ...)."
+                "rounding the sums to few bits without data would lose most of what was learned. To quantize the "
+                "result: model = model.merge_and_unload().dequantize(), then quantize_model(model, ...)."
             )
 
     def unmerge(self) -> None:
-        """Take the merged adapters out; the quantized base is as it was before."""
+        """Takes the merged adapters out and restores the quantized base, bit for bit."""
         super().unmerge()
         if self._set_aside and not self.merged:
             (base,), dense = self._set_aside, self.base_layer

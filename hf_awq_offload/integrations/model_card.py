@@ -1,7 +1,7 @@
-"""The model card of a quantized checkpoint: README.md with metadata, what was done and measured, how to load it.
+"""Writes the model card of a quantized checkpoint: metadata, what was done and measured, and how to load it.
 
-Of a README that is there already everything is kept: metadata are added to, and only what stands between our two marks
-is replaced. The picture of losses per layer needs matplotlib (the extra `report`) and is left out without it.
+An existing README keeps everything: metadata are only added to, and only the text between our two marks is replaced.
+The picture of losses per layer needs matplotlib (the extra `report`) and is left out without it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ PICTURE = "awq_losses.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 CACHE_FOLDER = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
 SERVED_BITS = (4, 8)
-"""What vLLM and SGLang have kernels for in all releases that read packed weights (docs/formats.md)."""
+"""Bits that vLLM and SGLang have kernels for in all releases that read packed weights (docs/formats.md)."""
 AUTOMATIC = re.compile(r"This is the model card of .* has been automatically generated\.")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{10,}\b|(?<=://)[^/\s@]+@")
-"""A token of the hub, or the credentials in an address."""
+"""Matches a hub token, or the credentials in a URL."""
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that a card says."""
+    """Everything that a card says."""
 
     quantization_config: Mapping[str, Any]  # as in config.json
     base_model: str | None = None  # hub id
     report: QuantizationReport | None = None
     evaluations: Mapping[str, Any] = field(default_factory=dict)
-    """What was evaluated (a text's or model's name) -> evaluate.Evaluation."""
+    """Maps what was evaluated (the name of a text or model) to an `Evaluation`."""
     quantized_bytes: int | None = None
     full_precision_bytes: int | None = None
     repo_id: str = "your-name/your-model"  # in the snippets
@@ -48,7 +48,7 @@ class CardFacts:
 def hub_id(
     source: str | os.PathLike | None,  # what a model was loaded from
 ) -> str | None:
-    """The name that `source` has on the hub; None for a folder of the user's, whose path is nobody's business."""
+    """Returns the name of `source` on the hub; None for a local folder, whose path must not be published."""
     source = os.fspath(source or "")
     cached = [match for part in Path(source).parts if (match := CACHE_FOLDER.fullmatch(part))]
     if cached:
@@ -61,14 +61,14 @@ def hub_id(
 def proposed_name(
     source: str | os.PathLike | None,  # what a model was loaded from
 ) -> str:
-    """What to call the quantized `source`: by what it is, not by where it is put, so that runs compare file by file."""
+    """Returns a name for the quantized `source`, independent of the target folder, so that runs can be compared."""
     path = Path(source or "model")
     name = (hub_id(source) or path.resolve().name).rpartition("/")[2]
     return name if name.lower().endswith("-awq") else f"{name}-AWQ"
 
 
 def write_card(folder: Path, facts: CardFacts) -> Path:
-    """Write, or bring up to date, README.md (and the picture) in `folder`; returns the README's path."""
+    """Writes or updates README.md (and the picture) in `folder`; returns the path of README.md."""
     path = folder / "README.md"
     existing = path.read_text(encoding="utf-8") if path.exists() else None
     has_picture = facts.report is not None and draw_losses(facts.report, folder / PICTURE)
@@ -80,7 +80,7 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
 
 
 def updated(existing: str | None, facts: CardFacts, has_picture: bool) -> str:
-    """The text of README.md: `existing` with our metadata and section in it."""
+    """Returns the text of README.md: `existing` with our metadata and section added or replaced."""
     if existing is None or _is_template(existing):
         existing = f"# {facts.repo_id.rpartition('/')[2]}\n"
     if not existing.startswith("---"):
@@ -104,7 +104,7 @@ def updated(existing: str | None, facts: CardFacts, has_picture: bool) -> str:
 
 
 def _is_template(card: str) -> bool:
-    """Whether `card` is what transformers pushes to a repository without one: a form, not filled in."""
+    """Returns whether `card` is the blank template that transformers pushes to a repository without a card."""
     description = AUTOMATIC.search(card)
     if description is None:
         return False
@@ -113,7 +113,7 @@ def _is_template(card: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with tokens of the hub, and credentials in addresses, taken out."""
+    """Returns `text` without hub tokens and without credentials in URLs."""
     own_token = get_token()
     if own_token:
         text = text.replace(own_token, "")
@@ -121,7 +121,7 @@ def without_secrets(text: str) -> str:
 
 
 def draw_losses(report: QuantizationReport, path: Path) -> bool:
-    """Draw every layer's loss, rounded to nearest and as quantized, into `path`; False without matplotlib or losses."""
+    """Draws every layer's loss to the PNG file `path`; returns False without matplotlib or losses."""
     chart = loss_chart(report)
     if chart is None or not has_matplotlib():
         return False
@@ -131,7 +131,7 @@ def draw_losses(report: QuantizationReport, path: Path) -> bool:
 
 
 def _grids(config: Mapping[str, Any]) -> list[tuple[int, int | None, bool]]:
-    """Bits, group size and whether there are zero points, of every kind of linear; the commonest first."""
+    """Returns (bits, group size, has zero points) of every kind of quantized linear, the most common first."""
     groups = [group["weights"] for group in config.get("config_groups", {}).values()]
     if not groups:
         return [(config.get("bits", 4), config.get("group_size"), config.get("zero_point", True))]
@@ -167,7 +167,7 @@ def _introduction(facts: CardFacts) -> str:
         return f"## AWQ quantization\n\nA{'n' if bits == 8 else ''} {bits}-bit version{base}: {rest}."
     mixture = "; ".join(f"{bits} bits, {rest}" for bits, rest in kinds)
     return (
-        f"## AWQ quantization\n\nA version{base} of mixed precision: {mixture}. config.json says which linear is which."
+        f"## AWQ quantization\n\nA mixed-precision version{base}: {mixture}. config.json says which linear has which."
     )
 
 

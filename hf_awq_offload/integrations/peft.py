@@ -1,14 +1,14 @@
-"""Makes PEFT know the quantized linear, without the user's doing anything.
+"""Makes PEFT work with quantized linears; users need to do nothing.
 
-A quantized linear is an nn.Linear: all kinds of adapters work on it as they do on dense ones. Three things are left:
+A quantized linear is an nn.Linear, so all kinds of adapters work on it as on dense ones. Three cases need more:
 
-- LoRA has a layer of our own (lora.py), which can be merged;
-- one among modules_to_save can't be trained, which is said clearly;
-- for some mixtures of experts, PEFT rewrites configs and checkpoints of adapters, from linears per expert to the fused
-  parameters that transformers 5 has. Quantized models hold a linear per expert: there nothing is to be rewritten.
+- LoRA uses our own layer (lora.py), which can be merged;
+- a quantized linear in modules_to_save can't be trained, and raises an error that says so;
+- for some mixtures of experts, PEFT rewrites configs and checkpoints of adapters from linears per expert to the fused
+  parameters of transformers 5. Quantized models hold a linear per expert, so nothing must be rewritten.
 
-PEFT has no public way to say any of it for a whole process: `register` puts functions before those that it looks up by
-name. Where a release of PEFT lacks such a name, what it is for raises (merging: the linear's `weight` refuses).
+PEFT has no public hook for a whole process, so `register` wraps functions that PEFT looks up by name. If a release of
+PEFT lacks such a name, the feature that needs it raises (merging: the linear's `weight` refuses).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ logger = get_logger(__name__)
 
 OFFLOADED = (
     "{name} is offloaded to the CPU or the disk by its device_map. Adapters on offloaded linears can't be trained "
-    "(accelerate brings weights in for a forward pass and takes them away before the backward pass), and PEFT loads "
-    'them to where there is no memory. Load the model whole where it is used: device_map={{"": 0}} on an accelerator, '
-    'or device_map="cpu"; 4-bit weights take a quarter of the memory of 16-bit ones.'
+    "(accelerate onloads weights for the forward pass and removes them before the backward pass), and PEFT would load "
+    'them to a device without room. Load the whole model onto one device: device_map={{"": 0}} for an accelerator, or '
+    'device_map="cpu"; 4-bit weights take a quarter of the memory of 16-bit ones.'
 )
 
 
@@ -45,7 +45,7 @@ def require_onloaded(model: nn.Module) -> None:
 
 
 def register() -> None:
-    """Have PEFT, where it is installed, put LoRA on quantized linears by `AwqLoraLinear`. Calling it again is free."""
+    """Makes PEFT, if it is installed, use `AwqLoraLinear` for quantized linears. Calling it again does nothing."""
     if find_spec("peft") is not None:
         _register()
 
@@ -63,13 +63,13 @@ def _put_before(module_name: str, name: str, wrapper: Callable[[Callable], Calla
     module = import_module(module_name)
     original = getattr(module, name, None)
     if original is None:
-        logger.warning(f"This release of PEFT has no {module_name}.{name}; some of what docs/training.md says raises.")
+        logger.warning(f"This release of PEFT has no {module_name}.{name}; parts of docs/training.md will not work.")
         return
     setattr(module, name, wraps(original)(wrapper(original)))
 
 
 def _dispatching(dispatch_awq: Callable) -> Callable:
-    """Chooses `AwqLoraLinear` for a quantized linear."""
+    """Wraps PEFT's choice of a LoRA layer: a quantized linear gets `AwqLoraLinear`."""
     layer_class = import_module(".lora", __package__).AwqLoraLinear
 
     def dispatch(target: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> nn.Module | None:
@@ -78,14 +78,14 @@ def _dispatching(dispatch_awq: Callable) -> Callable:
         if target.is_offloaded:
             raise ModelStructureError(OFFLOADED.format(name=kwargs.get("target_name") or "A linear"))
         layer = layer_class(target, adapter_name, *args, **kwargs)
-        release_freed()  # the layer has read the weight, and its adapter may lie in the gap that this has left
+        release_freed()  # PEFT has dequantized the weight and freed it; the C library would keep that memory
         return layer
 
     return dispatch
 
 
 def _training(set_requires_grad: Callable) -> Callable:
-    """Says of a quantized linear among modules_to_save what torch says of its integers less clearly."""
+    """Wraps PEFT's requires_grad: a quantized linear in modules_to_save raises a clearer error than torch's."""
 
     def refuse_quantized(layer: nn.Module, requires_grad: bool, *args: Any, **kwargs: Any) -> Any:
         if isinstance(layer, QuantizedLinear):
@@ -96,7 +96,7 @@ def _training(set_requires_grad: Callable) -> Callable:
 
 
 def _converting(convert: Callable) -> Callable:
-    """Leaves the adapter's config alone where experts are linears."""
+    """Wraps PEFT's rewriting of adapter configs: leaves them unchanged if experts are linears."""
 
     def convert_config(peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not any(isinstance(module, UnfusedExperts) for module in model.modules()):
@@ -107,7 +107,7 @@ def _converting(convert: Callable) -> Callable:
 
 
 def _mapping(get_mapping: Callable) -> Callable:
-    """Leaves conversions of weights out that would merge experts which are linears."""
+    """Wraps the weight conversions: drops those that would fuse experts which are linears."""
 
     def get_mapping_without_merging(model: Any, *args: Any, **kwargs: Any) -> list[Any]:
         return conversions_without_merging(get_mapping(model, *args, **kwargs), model)

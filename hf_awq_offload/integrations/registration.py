@@ -1,4 +1,4 @@
-"""Makes transformers know the package: what importing it leads to (stand_ins.py)."""
+"""Registers the package with transformers; runs when the imported package is first used (stand_ins.py)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPRESSED_TENSORS = "compressed-tensors"
 
 @cache
 def register() -> None:
-    """Add the recipe's quantizer, and load checkpoints where transformers' own loaders can't; does so once."""
+    """Registers the quantizer, also for checkpoints that transformers' own loaders can't load; only once."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = AwqOffloadConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = AwqOffloadQuantizer
     if not is_gptqmodel_available():
@@ -35,9 +35,9 @@ def register() -> None:
 
 
 def compressed_tensors_quantizer(config: Any, **kwargs: Any) -> HfQuantizer:
-    """This package's for packed weights with zero points, transformers' own for all other checkpoints.
+    """Returns this package's quantizer for packed weights with zero points, transformers' own otherwise.
 
-    compressed-tensors 0.18 to 0.20 makes room for zero points that are not packed, so that loading packed ones fails.
+    compressed-tensors 0.18 to 0.20 allocates unpacked zero points, so it can't load packed ones.
     """
     try:
         is_ours = not config.dequantize and PackedCheckpointConfig.from_dict(config.to_dict()).is_asymmetric
@@ -47,15 +47,15 @@ def compressed_tensors_quantizer(config: Any, **kwargs: Any) -> HfQuantizer:
 
 
 def use_for_awq() -> None:
-    """From now on load every checkpoint of `quant_method: "awq"` with this package, also where gptqmodel is there."""
+    """Makes transformers load `quant_method: "awq"` checkpoints with this package, even if gptqmodel is installed."""
     AUTO_QUANTIZER_MAPPING["awq"] = AwqOffloadQuantizer
 
 
 def use_for_compressed_tensors() -> None:
-    """From now on load every compressed-tensors checkpoint with this package, also where that library is there.
+    """Makes transformers load compressed-tensors checkpoints with this package, even if that library is installed.
 
     Weights then stay packed in memory, and adapters can be trained on them. Only packed weights load
-    ("pack-quantized", 2 to 8 bits); other checkpoints of that library raise a CheckpointError.
+    ("pack-quantized", 2 to 8 bits); other compressed-tensors checkpoints raise a CheckpointError.
     """
     AUTO_QUANTIZATION_CONFIG_MAPPING[COMPRESSED_TENSORS] = PackedCheckpointConfig
     AUTO_QUANTIZER_MAPPING[COMPRESSED_TENSORS] = AwqOffloadQuantizer

@@ -1,4 +1,4 @@
-"""What config.json says of a model in memory: just quantized, or changed since."""
+"""Builds the quantization config that a model in memory is saved with: just quantized, or changed since."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .loading import choice_in
 
 
 def checkpoint_config(config: Any) -> AwqCheckpointConfig | PackedCheckpointConfig:
-    """Of a checkpoint, from what transformers parsed its config.json to.
+    """Returns a checkpoint's config, built from the one that transformers parsed from config.json.
 
     Raises:
-        CheckpointError: the checkpoint is of a kind that this package can't load.
+        CheckpointError: this package can't load this kind of checkpoint.
     """
     if isinstance(config, PackedCheckpointConfig):
         return config
@@ -39,7 +39,7 @@ def config_of_result(
     left_out: list[str],  # linears in full precision
     meta: dict[str, Any],
 ) -> AwqCheckpointConfig | PackedCheckpointConfig:
-    """The config of the model that was quantized by `recipe`; `meta` is stored where the format has room for it."""
+    """Returns the config of a model quantized with `recipe`; `meta` is stored where the format has room for it."""
     if recipe.checkpoint_format == "awq":
         return AwqCheckpointConfig(
             bits=recipe.bits,
@@ -61,7 +61,7 @@ def config_of_result(
 
 
 def meta_of(model: PreTrainedModel, config: AwqCheckpointConfig | PackedCheckpointConfig) -> dict[str, Any]:
-    """How a checkpoint was made, as far as it says."""
+    """Returns what a checkpoint says about how it was made, empty if it says nothing."""
     if isinstance(config, AwqCheckpointConfig):
         return config.meta
     return getattr(model.config, META_ATTRIBUTE, None) or {}
@@ -95,7 +95,7 @@ def dense_in_spite(
     renaming: Renaming,
     skipped: list[str],  # name patterns that AWQ loaders leave in full precision
 ) -> list[str]:
-    """Linears that are dense although `config` says that they are quantized: adapters were merged into them."""
+    """Returns the linears that are dense although `config` calls them quantized: adapters were merged into them."""
     return [
         name
         for name, module in model.named_modules()

@@ -1,9 +1,9 @@
 """Registers with transformers at no cost: importing the package imports neither transformers nor torch.
 
-transformers asks two dicts of `transformers.quantizers.auto` for a quantizer. As soon as that module is imported, by
-whomever, stand-ins are put there; the first of them that is used, or the first public name of the package, puts the
-real classes in their places. Importing transformers' quantizers here instead would cost what torch costs; importing the
-package's own in the middle of transformers' import would run in a circle.
+transformers looks quantizers up in two dicts of `transformers.quantizers.auto`. When anything imports that module,
+stand-ins are put into the dicts. The first use of a stand-in, or of a public name of the package, replaces them by the
+real classes. Importing transformers' quantizers here instead would cost as much as importing torch, and importing our
+own in the middle of transformers' import would be circular.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONFIGS, QUANTIZERS = "AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPIN
 
 
 def register_when_needed() -> None:
-    """Stand-ins go into transformers' mappings: now if these are there, else when they are imported."""
+    """Puts stand-ins into transformers' mappings: now if they are imported already, else once they are."""
     if WATCHED in sys.modules:
         put_stand_ins(sys.modules[WATCHED])
     else:
@@ -30,7 +30,7 @@ def register_when_needed() -> None:
 
 
 def put_stand_ins(auto: ModuleType) -> None:
-    """For what `registration.register` registers; the conditions are looked up there once one of them is used."""
+    """Puts a stand-in wherever `registration.register` will put a real class, under the same conditions."""
     from transformers.utils.import_utils import is_compressed_tensors_available, is_gptqmodel_available
 
     places = [(CONFIGS, "awq_offload"), (QUANTIZERS, "awq_offload"), (QUANTIZERS, "compressed-tensors")]
@@ -43,14 +43,14 @@ def put_stand_ins(auto: ModuleType) -> None:
 
 
 class StandIn:
-    """In a mapping of transformers, until it is asked for a quantizer or a config."""
+    """Stands in a mapping of transformers until a quantizer or config is asked for, then registers the real one."""
 
     def __init__(self, mapping: str, method: str):
         self.mapping = mapping
         self.method = method
 
     def resolved(self) -> Any:
-        """What stands in the place once the package is registered."""
+        """Registers the package, and returns the class that takes this stand-in's place."""
         importlib.import_module("hf_awq_offload.integrations.registration").register()
         return getattr(sys.modules[WATCHED], self.mapping)[self.method]
 
@@ -62,7 +62,7 @@ class StandIn:
 
 
 class _Watch(MetaPathFinder):
-    """Finds one module, by all other finders, and has something done after it has run."""
+    """Finds WATCHED through the other finders, and has the stand-ins put there after its code has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

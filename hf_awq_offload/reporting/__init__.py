@@ -1,1 +1,1 @@
-"""`report_dir`: what a run did, as JSON for programs and as a page with pictures for people. See docs/report.md."""
+"""Reports what a run does: progress while it works, then `report_dir` (JSON, a page, pictures). See docs/report.md."""

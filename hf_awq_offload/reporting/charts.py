@@ -1,7 +1,7 @@
-"""The pictures of a report, and of a model card: matplotlib figures, as PNG and as SVG that follows a page's colours.
+"""Charts for reports and model cards: matplotlib figures as PNG, and as SVG that takes on the page's colours.
 
-Figures are drawn in the colours of `LIGHT`; in SVG each of them becomes a CSS variable of the same name, which the
-page defines for light and for dark. matplotlib comes with the extra `report`.
+Figures are drawn in the colours of `LIGHT`. In SVG, each colour becomes a CSS variable of the same name, which the page
+defines for light and dark mode. matplotlib comes with the extra `report`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ SERIES = [LIGHT[f"series-{number}"] for number in range(1, 7)]
 
 WIDTH_INCHES = 8.0
 MOST_FAMILIES = 12
-"""More kinds of groups than that are drawn as one: those with the least loss."""
+"""A chart shows at most this many families; those with the least loss are merged into one."""
 MOST_TICKS = 12
 LOG_TICKS: Sequence[tuple[float, Sequence[float]]] = (
     (3, (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)), (20, (1, 2, 3, 5, 7)), (500, (1, 2, 5)), (float("inf"), (1,))
 )  # fmt: skip
-"""Below which ratio of the ends of a logarithmic axis which multiples of powers of ten are named."""
+"""A logarithmic axis whose ends are in a ratio below the first number labels these multiples of powers of ten."""
 MOST_MARKERS = 40
-"""More layers than that are drawn as a line without markers."""
+"""With more layers than this, lines are drawn without markers."""
 LONGEST_LABEL = 44
 NEGLIGIBLE = 0.01
-"""Of the whole: no part of a picture, and no entry in its legend."""
+"""A part below this share of the whole is left out of the chart and its legend."""
 PHASES = {"onload": SERIES[4], "structure": SERIES[3], "forward": SERIES[2], "search": SERIES[0]}
 OTHERS = "all others"
 
@@ -57,12 +57,13 @@ def has_matplotlib() -> bool:
 
 
 class Chart:
-    """A figure that is not drawn yet.
+    """A chart that is drawn when it is rendered.
 
     Args:
-        name: of the file, without its ending.
-        title: for people.
-        draw: draws it on an empty figure.
+        name: file name without its extension.
+        title: shown as the caption.
+        draw: draws the chart on an empty matplotlib figure.
+        height_inches: height of the figure.
     """
 
     def __init__(self, name: str, title: str, draw: Callable[[Any], None], height_inches: float):
@@ -73,7 +74,7 @@ class Chart:
         return self._rendered("png", dpi=dots_per_inch, facecolor="#ffffff", metadata={"Software": None})
 
     def svg(self) -> str:
-        """To stand in a page: without sizes and ids of its own, its colours CSS variables."""
+        """Returns SVG to embed in a page: without fixed size or ids, with CSS variables for colours."""
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         text = self._rendered("svg", transparent=True, metadata=nothing).decode("utf-8")
         text = text[text.index("<svg") :]
@@ -87,7 +88,7 @@ class Chart:
         import matplotlib
         from matplotlib.figure import Figure
 
-        # Ids of clip paths and markers are hashes with this salt: two pictures in one page don't share any.
+        # Ids of clip paths and markers are hashes with this salt, so that two charts on one page share none.
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": self.name}):
             figure = Figure(figsize=(WIDTH_INCHES, self._height_inches), layout="constrained")
             self._draw(figure)
@@ -97,7 +98,7 @@ class Chart:
 
 
 def loss_chart(report: QuantizationReport) -> Chart | None:
-    """Every layer's loss, rounded to nearest and as quantized; None without losses."""
+    """Returns the chart of every layer's loss, rounded to nearest and as quantized; None if no losses were measured."""
     if not any(layer.loss_nearest > 0 for layer in report.layers):
         return None
 
@@ -107,11 +108,11 @@ def loss_chart(report: QuantizationReport) -> Chart | None:
         axes.set(xlabel="decoder layer", ylabel="mean squared output error")
         _legend(figure, axes.get_lines())
 
-    return Chart("loss", "Loss of every layer", draw, 3.2)
+    return Chart("loss", "Loss by layer", draw, 3.2)
 
 
 def charts_of(report: QuantizationReport, facts: RunFacts) -> list[Chart]:
-    """All that a report shows; pictures of what was not measured are left out."""
+    """Returns all charts of a report, leaving out those of quantities that were not measured."""
     if not report.layers:
         return []
     families = _drawn_families(report)
@@ -147,7 +148,7 @@ def _group_losses(report: QuantizationReport, families: Mapping[str, Family]) ->
         figure.supxlabel("decoder layer", fontsize=9)
         figure.supylabel("mean squared output error", fontsize=9)
 
-    return Chart("groups", "Loss of every layer, by group", draw, 0.4 + 1.7 * lines)
+    return Chart("groups", "Loss by layer and group", draw, 0.4 + 1.7 * lines)
 
 
 def _gains(families: Mapping[str, Family]) -> Chart:
@@ -168,7 +169,7 @@ def _gains(families: Mapping[str, Family]) -> Chart:
         _legend(figure, axes.get_legend_handles_labels()[0])
         _name_rows(axes, named)
 
-    return Chart("gains", "What scales, clipping and rounding gain", draw, 1.1 + 0.27 * len(families))
+    return Chart("gains", "Gains from scales, clipping and rounding", draw, 1.1 + 0.27 * len(families))
 
 
 def _alphas(report: QuantizationReport, families: Mapping[str, Family]) -> Chart:
@@ -188,7 +189,7 @@ def _alphas(report: QuantizationReport, families: Mapping[str, Family]) -> Chart
         patches += [(RAMP[step], f"{step / 10:.1f}") for step in range(10)]
         _legend(figure, _patches(patches), title="α from")
 
-    return Chart("alpha", "Chosen α of every group", draw, 1.5 + 0.27 * len(families))
+    return Chart("alpha", "Chosen α by group", draw, 1.5 + 0.27 * len(families))
 
 
 def _identity(families: Mapping[str, Family]) -> Chart:
@@ -215,7 +216,7 @@ def _clipping(families: Mapping[str, Family]) -> Chart:
         }
         _draw_shares(axes, families, counts, RAMP)
         axes.set(xlabel="share of the groups of weights")
-        _legend(figure, _patches(zip(RAMP, counts, strict=True)), title="kept of the range (1.00: not clipped)")
+        _legend(figure, _patches(zip(RAMP, counts, strict=True)), title="share of the range kept (1.00: not clipped)")
 
     return Chart("clipping", "Clipping ratios", draw, 1.5 + 0.27 * len(families))
 
@@ -236,12 +237,12 @@ def _seconds(report: QuantizationReport, plan: Mapping[str, Any] | None) -> Char
         seconds = None if plan is None else plan.get("seconds")
         if seconds is not None and plan is not None:
             mean = seconds / max(1, plan["layers"])
-            axes.axhline(mean, color=LIGHT["series-2"], linestyle="--", label="planned, mean of a layer")
+            axes.axhline(mean, color=LIGHT["series-2"], linestyle="--", label="planned mean per layer")
         _layer_axis(axes, len(report.layers))
         axes.set(xlabel="decoder layer", ylabel="seconds")
         _legend(figure, axes.get_legend_handles_labels()[0])
 
-    return Chart("time", "Time of every layer", draw, 3.0)
+    return Chart("time", "Time by layer", draw, 3.0)
 
 
 def _memory(report: QuantizationReport, plan: Mapping[str, Any] | None) -> Chart:
@@ -270,7 +271,7 @@ def _memory(report: QuantizationReport, plan: Mapping[str, Any] | None) -> Chart
                 axes.set_title({"ram": "RAM", "accelerator": "Accelerator"}[kind])
         _legend(figure, axes.get_legend_handles_labels()[0])
 
-    return Chart("memory", "Memory, above what was in use before the run", draw, 3.0)
+    return Chart("memory", "Memory beyond what was in use before the run", draw, 3.0)
 
 
 # -- parts of figures --------------------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def _layer_axis(axes: Any, layers: int, most_ticks: int = MOST_TICKS) -> None:
 
 
 def _draw_cells(axes: Any, values: Sequence[Sequence[float]], colours: Any, low: int, high: int) -> None:
-    """A coloured cell per (row, layer); values are whole numbers from low to high."""
+    """Draws a coloured cell per (row, layer); values are integers from `low` to `high`."""
     from matplotlib.ticker import MaxNLocator
 
     columns, rows = ([edge - 0.5 for edge in range(count + 1)] for count in (len(values[0]), len(values)))
@@ -314,7 +315,7 @@ def _draw_cells(axes: Any, values: Sequence[Sequence[float]], colours: Any, low:
 def _draw_shares(
     axes: Any, families: Mapping[str, Family], counts: Mapping[str, Sequence[int]], colours: Sequence[str]
 ) -> None:
-    """A bar of length 1 per family, divided as the counts of the parts are."""
+    """Draws a bar of length 1 per family, divided in proportion to the counts of its parts."""
     totals = [max(1, sum(parts)) for parts in zip(*counts.values(), strict=True)]
     left = [0.0] * len(totals)
     for numbers, colour in zip(counts.values(), colours, strict=True):
@@ -332,14 +333,14 @@ def _name_rows(axes: Any, names: Mapping[str, Any]) -> None:
 
 
 def _patches(entries: Iterable[tuple[str, str]]) -> list[Any]:
-    """Squares for a legend, of (colour, label)."""
+    """Returns legend squares for pairs of (colour, label)."""
     from matplotlib.patches import Patch
 
     return [Patch(facecolor=colour, label=label) for colour, label in entries]
 
 
 def _legend(figure: Any, handles: Sequence[Any], ncols: int | None = None, title: str | None = None) -> None:
-    """Above the axes, from the figure's left edge; in one line by default."""
+    """Draws the legend above the axes, aligned with the figure's left edge, on one line by default."""
     figure.legend(
         handles=handles, ncols=ncols or len(handles), title=title, loc="outside upper left", alignment="left",
         handlelength=1.2, handletextpad=0.4, columnspacing=1.0,
@@ -347,7 +348,7 @@ def _legend(figure: Any, handles: Sequence[Any], ncols: int | None = None, title
 
 
 def _drawn_families(report: QuantizationReport) -> dict[str, Family]:
-    """Of all layers; no more than MOST_FAMILIES."""
+    """Returns the families of all layers, at most MOST_FAMILIES of them."""
     families = all_families(report)
     if len(families) <= MOST_FAMILIES:
         return families
@@ -358,7 +359,7 @@ def _drawn_families(report: QuantizationReport) -> dict[str, Family]:
 
 
 def _cells(report: QuantizationReport, families: Mapping[str, Family]) -> dict[str, list[Family | None]]:
-    """Family -> what each layer has of it."""
+    """Maps each family to its members in every layer (None where a layer has none)."""
     cells: dict[str, list[Family | None]] = {name: [] for name in families}
     for layer in report.layers:
         own = families_of(layer)

@@ -1,4 +1,4 @@
-"""report.json: a run as JSON values. Its schema is report.schema.json beside this file, and docs/report.md in words."""
+"""report.json: a run as JSON values. report.schema.json beside this file is its schema, docs/report.md explains it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..search.clip import STEP, STEPS
 from .families import Family
 
 SCHEMA_VERSION = 1
-"""Raised when a field changes its meaning or goes; new fields may come without that."""
+"""Raised when a field is removed or changes its meaning; adding fields does not raise it."""
 
 CLIP_RATIOS = [round(1 - step * STEP, 10) for step in range(STEPS)]
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a report says beside the records of the layers."""
+    """What a report says about the run as a whole, beside the records of its layers."""
 
-    model: str  # a name of the hub's, or a folder's
+    model: str  # name on the hub, or name of a folder
     device: str  # the execution device
     settings: Mapping[str, Any] = field(default_factory=dict)  # JSON values
     plan: Mapping[str, Any] | None = None  # fields of `Plan`, where one was made
@@ -37,10 +37,10 @@ def facts_of(
     source: str | None,  # a name on the hub, or a path
     device: torch.device,
     recipe: AwqOffloadConfig,
-    meta: Mapping[str, Any],  # what the checkpoint says of how it was made
+    meta: Mapping[str, Any],  # how the checkpoint was made, as its config.json says
     plan: Plan | None = None,
 ) -> RunFacts:
-    """What is known of a run; of a path its last part only."""
+    """Collects the facts of a run; a path is reduced to its last part, so that a report names no private folders."""
     source = source or "a model"
     model = Path(source).name if os.path.exists(source) else source
     chosen = ("bits", "group_size", "zero_point", "overrides", "min_expert_tokens", "all_experts", "offload")
@@ -50,7 +50,7 @@ def facts_of(
 
 
 def document_of(report: QuantizationReport, facts: RunFacts) -> dict[str, Any]:
-    """The content of report.json."""
+    """Returns the content of report.json."""
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -68,7 +68,7 @@ def document_of(report: QuantizationReport, facts: RunFacts) -> dict[str, Any]:
 
 
 def summary_of(report: QuantizationReport) -> dict[str, Any]:
-    """The figures of the whole run; None where they are not known."""
+    """Returns the figures of the whole run, None where a figure is not known."""
     everything = Family(tuple(group for layer in report.layers for group in layer.groups))
     identity = sum(everything.reasons.values())
     memory = [layer.memory for layer in report.layers if layer.memory is not None]

@@ -1,4 +1,4 @@
-"""How far a model is from another (perplexity, KL divergence, top-1 agreement on a text), and how fast it decodes."""
+"""Measures how far a model is from another (perplexity, KL divergence, top-1 agreement) and how fast it decodes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Evaluation:
     kl_nats: float | None  # KL(reference ‖ model), None without a reference
     top1_agreement: float | None  # share of tokens where both models predict the same one, None without a reference
     tokens: int  # predicted tokens
-    reference_perplexity: float | None = None  # of the reference on the same tokens
+    reference_perplexity: float | None = None  # the reference's, on the same tokens
 
 
 class Window(NamedTuple):
-    """A stretch of text, of which a model predicts the last tokens."""
+    """A stretch of text whose last tokens a model is scored on."""
 
     token_ids: Tensor  # (1, tokens) int64
-    predicted: int  # how many of the last tokens count; those before them are context
+    predicted: int  # how many of the last tokens are scored; those before them are context
 
 
 def token_windows(
@@ -40,7 +40,7 @@ def token_windows(
     window_tokens: int,
     count: int | None = None,
 ) -> list[Tensor]:
-    """The first `count` non-overlapping windows of the text, each (1, window_tokens); all full ones by default."""
+    """Returns the first `count` non-overlapping windows of text, each (1, window_tokens); all full ones by default."""
     windows = [window.unsqueeze(0) for window in token_ids.split(window_tokens) if len(window) == window_tokens]
     return windows if count is None else windows[:count]
 
@@ -50,10 +50,10 @@ def sliding_windows(
     window_tokens: int,
     stride_tokens: int,
 ) -> list[Window]:
-    """Windows that begin every `stride_tokens`; each token of the text but the first is predicted exactly once.
+    """Returns windows that start every `stride_tokens`; each token of the text but the first is scored exactly once.
 
-    A token is predicted from at least `window_tokens - stride_tokens` tokens before it, where the text has them. With
-    a stride of the whole window, the first token of each is context only, and is predicted by none.
+    A token is predicted from at least `window_tokens - stride_tokens` preceding tokens, where the text has them. If the
+    stride equals the window, the first token of each window is context only and is never scored.
 
     Raises:
         ValueError: the text has fewer than two tokens, or the stride is not between 1 and the window.
@@ -61,11 +61,11 @@ def sliding_windows(
     if not 1 <= stride_tokens <= window_tokens or window_tokens < 2:
         raise ValueError(
             f"The stride is {stride_tokens} and the window {window_tokens} tokens; expected a window of at least 2 and "
-            "a stride from 1 to the window."
+            "a stride between 1 and the window."
         )
     if len(token_ids) < 2:
         raise ValueError(f"The text has {len(token_ids)} tokens; expected at least two. Give a longer text.")
-    windows, done = [], 1  # tokens that are predicted, or can't be
+    windows, done = [], 1  # tokens that are scored; the first can't be
     for start in range(0, len(token_ids), stride_tokens):
         end = min(start + window_tokens, len(token_ids))
         predicted = min(end - done, end - start - 1)
@@ -83,12 +83,12 @@ def evaluate(
     windows: Sequence[Tensor | Window],  # tensors (batch, tokens) int64: all but the first token is predicted
     reference: PreTrainedModel | None = None,
 ) -> Evaluation:
-    """Compare `model` on `windows` with the text itself and, where given, with `reference`.
+    """Measures `model` on `windows` against the text itself and, if given, against `reference`.
 
-    Log-probabilities are taken in fp32.
+    Log-probabilities are computed in fp32.
 
     Raises:
-        ValueError: there is no window, or one of less than two tokens.
+        ValueError: there is no window, or one has fewer than two tokens.
     """
     stretches = [window if isinstance(window, Window) else Window(window, window.shape[1] - 1) for window in windows]
     if not stretches or any(stretch.token_ids.shape[1] < 2 for stretch in stretches):
@@ -116,18 +116,18 @@ def evaluate(
 
 
 def _log_probabilities(model: PreTrainedModel, stretch: Window) -> Tensor:
-    """Log-probabilities of the tokens that count, (batch * predicted, vocabulary) fp32."""
+    """Returns the log-probabilities at the scored tokens, (batch * predicted, vocabulary) fp32."""
     logits = model(input_ids=stretch.token_ids.to(model.device), use_cache=False).logits
     return logits[:, -stretch.predicted - 1 : -1].flatten(0, 1).float().log_softmax(-1)
 
 
 def _exp(nats: float) -> float:
-    """Infinite where a float is too small; a broken model gets there."""
+    """Returns infinity instead of overflowing, which a broken model's perplexity would do."""
     return math.exp(nats) if nats < 700 else math.inf
 
 
 def decoding_tokens_per_second(model: PreTrainedModel, new_tokens: int, runs: int = 3) -> float:
-    """Speed of greedy `generate` from a prompt of 16 tokens; the median of `runs`, after one to warm up."""
+    """Returns the speed of greedy `generate` from a prompt of 16 tokens: the median of `runs`, after a warm-up run."""
     prompt = torch.arange(1, 17, device=model.device)[None]
     seconds = []
     for _ in range(runs + 1):

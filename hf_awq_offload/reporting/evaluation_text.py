@@ -1,4 +1,4 @@
-"""The text on which models are evaluated: a file, or a data set by its name."""
+"""Reads the text that models are evaluated on: a file, or a data set by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..config import AwqOffloadConfig
 from ..errors import CalibrationDataError
 
 WIKITEXT2 = "wikitext2"
-"""Its test split, whole and in order, paragraphs joined by blank lines: what published perplexities are of."""
+"""The whole test split in order, paragraphs joined by blank lines: what published perplexities are measured on."""
 
 PARAGRAPHS = "\n\n"
 
@@ -26,14 +26,14 @@ def evaluation_tokens(
     most_tokens: int,
     text_column: str | None = None,
 ) -> Tensor:
-    """Token ids of the beginning of a text, (tokens,) int64, at most `most_tokens`.
+    """Returns the token ids of the beginning of a text, (tokens,) int64, at most `most_tokens`.
 
     Args:
-        dataset: "wikitext2", or what `AwqOffloadConfig.dataset` takes as a name or file (docs/calibration.md), as far
-            as it is text. Of a list of documents, those that fit are a random choice that is always the same.
-        tokenizer: of the model.
-        most_tokens: reading stops there.
-        text_column: the column of the data set that holds text.
+        dataset: "wikitext2", or a name or file of text that `AwqOffloadConfig.dataset` takes (docs/calibration.md). A
+            data set of many documents is sampled, with a fixed seed.
+        tokenizer: the model's tokenizer.
+        most_tokens: where reading stops.
+        text_column: the column of the data set that holds the text.
 
     Raises:
         CalibrationDataError: the data can't be read, or is not text.
@@ -48,7 +48,7 @@ def evaluation_tokens(
         if not isinstance(document, Text):
             raise CalibrationDataError(
                 f"Row {document.row} of {os.fspath(dataset)} is a {type(document).__name__}; models are evaluated on "
-                "plain text. Name a text file, or a data set with a column of text by --text-column."
+                "plain text. Name a text file, or a data set whose column of text --text-column names."
             )
         texts.append((document.row, document.text))
         tokens += len(_token_ids(tokenizer, document.text))
@@ -66,9 +66,9 @@ def _wikitext2() -> list[str]:
 
     try:
         rows: Any = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-    except Exception as error:  # dozens of kinds: network, cache, hub
+    except Exception as error:  # of dozens of kinds: network, cache, hub
         raise CalibrationDataError(
-            f"The data set 'wikitext2' can't be had ({type(error).__name__}: {str(error)[:300]}). It is downloaded; "
-            "without a network, evaluate on a text file: --dataset FILE."
+            f"The data set 'wikitext2' could not be downloaded ({type(error).__name__}: {str(error)[:300]}). Without a "
+            "network, evaluate on a text file: --dataset FILE."
         ) from error
     return rows["text"]

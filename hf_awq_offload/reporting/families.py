@@ -1,4 +1,4 @@
-"""Groups that do the same in their layers, over all layers and experts: what pictures and tables have a row for.
+"""Collects groups that play the same part in every layer and expert into families, the rows of charts and tables.
 
 layers.7: ("mlp.experts.12.down_proj",)  ->  "mlp.experts.*.down_proj"
 """
@@ -14,7 +14,7 @@ from ..report import GroupReport, LayerReport, QuantizationReport
 
 @dataclass(frozen=True)
 class Family:
-    """Groups of one kind: of one layer (one, or one of each expert), or of all layers."""
+    """Groups of one kind, from one layer (a single group, or one per expert) or from all layers."""
 
     groups: tuple[GroupReport, ...]
 
@@ -24,7 +24,7 @@ class Family:
 
     @property
     def loss_scaled(self) -> float | None:
-        """None if one of them does not say."""
+        """Sum over the groups; None if one of them has no such loss."""
         losses = [group.loss_scaled for group in self.groups if group.loss_scaled is not None]
         return sum(losses) if len(losses) == len(self.groups) else None
 
@@ -34,12 +34,12 @@ class Family:
 
     @property
     def alphas(self) -> list[float]:
-        """Of those that have a scale, ascending."""
+        """Exponents of the groups that have a scale, ascending."""
         return sorted(group.alpha for group in self.groups if group.alpha is not None)
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Why groups have no scale -> how many."""
+        """Maps each reason for having no scale to the number of groups it applies to."""
         counts: dict[str, int] = {}
         for group in self.groups:
             if group.alpha is None:
@@ -49,7 +49,7 @@ class Family:
 
     @property
     def clip_counts(self) -> list[int]:
-        """Groups of weights by clipping range, see GroupReport; empty where clipping was not searched."""
+        """Number of weight groups per clipping ratio, see GroupReport; empty where clipping was not searched."""
         return [sum(counts) for counts in zip(*(g.clip_counts for g in self.groups if g.clip_counts), strict=True)]
 
     @property
@@ -62,7 +62,7 @@ class Family:
 
 
 def family_name(consumers: Iterable[str]) -> str:
-    """One name for all groups of a kind: "self_attn: q_proj, k_proj, v_proj"."""
+    """Returns the name that all groups of a kind share: "self_attn: q_proj, k_proj, v_proj"."""
     names = list(dict.fromkeys(NUMBER.sub("*", name) for name in consumers))
     parents = {name.rpartition(".")[0] for name in names}
     if len(names) == 1 or len(parents) > 1:
@@ -73,17 +73,17 @@ def family_name(consumers: Iterable[str]) -> str:
 
 
 def families_of(layer: LayerReport) -> dict[str, Family]:
-    """The groups of one layer by family."""
+    """Returns the groups of one layer by family."""
     return _by_name(layer.groups)
 
 
 def all_families(report: QuantizationReport) -> dict[str, Family]:
-    """Those of all layers, in the order in which they first come."""
+    """Returns the groups of all layers by family, in order of first appearance."""
     return _by_name(group for layer in report.layers for group in layer.groups)
 
 
 def collapsed(names: Iterable[str]) -> dict[str, int]:
-    """Names with their numbers taken out -> how many of them there are."""
+    """Replaces the numbers in names by "*"; maps each result to how many names it stands for."""
     counts: dict[str, int] = {}
     for name in names:
         pattern = NUMBER.sub("*", name)

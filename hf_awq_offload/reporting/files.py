@@ -1,4 +1,4 @@
-"""Where a report goes: checked before anything is calibrated, written when all is done."""
+"""Checks `report_dir` before calibration starts, and writes the report when the run is done."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .page import page_of
 logger = get_logger(__name__)
 
 ROOM_BYTES = 32 << 20
-"""What has to be free: more than the report of a mixture of 128 experts in 96 layers takes."""
+"""Required free space: more than the report of a mixture of 128 experts in 96 layers takes."""
 PICTURES = ("loss", "groups", "gains", "alpha", "identity", "clipping", "time", "memory")
 
 
 def prepare_folder(
-    folder: str | os.PathLike[str] | None,  # None: no report is asked for
+    folder: str | os.PathLike[str] | None,  # None: no report
 ) -> None:
-    """Make the folder, and see that a report can be written to it.
+    """Creates the folder and checks that a report can be written to it.
 
     Raises:
-        ConfigError: matplotlib is missing, or there is a file of that name.
-        StorageError: the folder can't be made or written to, or the disk is full.
+        ConfigError: matplotlib is missing, or `folder` is a file.
+        StorageError: the folder can't be created or written to, or the disk is full.
     """
     if folder is None:
         return
@@ -59,9 +59,9 @@ def prepare_folder(
 
 
 def write_report(folder: str | os.PathLike[str] | None, report: QuantizationReport, facts: RunFacts) -> None:
-    """Write report.json, the pictures, and report.html; those of an earlier run are replaced, other files stay.
+    """Writes report.json, the pictures and report.html, replacing those of an earlier run; other files stay.
 
-    Hours of work are in memory when this is called: whatever goes wrong is logged, and nothing is raised.
+    Errors are logged, never raised: when this is called, memory holds the result of hours of work.
     """
     if folder is None:
         return
@@ -74,7 +74,7 @@ def write_report(folder: str | os.PathLike[str] | None, report: QuantizationRepo
         for chart in charts:
             _write(path / f"{chart.name}.png", chart.png())
         for name in set(PICTURES) - {chart.name for chart in charts}:
-            (path / f"{name}.png").unlink(missing_ok=True)  # of an earlier run
+            (path / f"{name}.png").unlink(missing_ok=True)  # from an earlier run
         _write(path / "report.html", page_of(report, document, charts).encode())
         logger.info("The report is in %s.", path / "report.html")
     except Exception as error:

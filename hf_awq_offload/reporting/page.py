@@ -1,7 +1,7 @@
-"""report.html: one file without scripts and without requests, in the reader's light or dark colours.
+"""Renders report.html: one file without scripts or requests, in light or dark colours as the reader prefers.
 
-Names and reasons come from checkpoints and data sets: all text is escaped, and a content security policy allows
-nothing but the page's own style.
+Names and reasons come from checkpoints and data sets, so all text is escaped, and a content security policy allows
+only the page's own style.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ DARK = {
     "ramp-5": "#4285ba", "ramp-6": "#5b99cd", "ramp-7": "#7bafdd", "ramp-8": "#a0c7eb", "ramp-9": "#cbe2f8",
 }  # fmt: skip
 MOST_EXPERTS_NAMED = 8
-"""Of one layer, those with the fewest tokens; report.json has all of them."""
+"""A layer's row names this many experts, those with the fewest tokens; report.json has them all."""
 LONG_TEXT = 30
-"""Longer texts in tables may break into lines, figures don't."""
+"""Table cells longer than this may wrap; shorter ones, and so figures, don't."""
 
 STYLE = """
 *{box-sizing:border-box}
@@ -55,19 +55,19 @@ code{font:.92em ui-monospace,monospace;overflow-wrap:anywhere}
 """
 
 EXPLAINED = {
-    "loss": "Squared output error per token of all linears of a layer, on the calibration data.",
-    "groups": "Linears that read the same input, and of a mixture of experts those of all experts, are one line.",
-    "gains": "Of all layers together; what is left of the error of rounding every weight to the nearest value.",
-    "alpha": "The exponent of the scales that the search took; mean of the experts where a layer has several.",
-    "identity": "Why a group has none; it is clipped and rounded all the same, as the recipe says.",
-    "clipping": "What the search kept of the range of a group of weights, where that lowers a row's error.",
+    "loss": "Squared output error per token, summed over a layer's linears, on the calibration data.",
+    "groups": "Linears that read the same input share a chart, and so do the experts of a mixture.",
+    "gains": "Over all layers: the loss that is left, relative to rounding every weight to the nearest value.",
+    "alpha": "The exponent of the scales that the search chose; the mean over experts where a layer has several.",
+    "identity": "Why groups have no scale; they are clipped and rounded as the recipe says all the same.",
+    "clipping": "The share of a weight group's range that the search kept, where clipping lowers a row's error.",
     "time": "By phase: read, probe, run on the calibration data, search and round.",
-    "memory": "The peak is that of the run so far.",
+    "memory": "The peak is the highest so far in the run.",
 }
 
 
 def page_of(report: QuantizationReport, document: Mapping[str, Any], charts: Sequence[Chart]) -> str:
-    """The page; `document` is report.json's content."""
+    """Returns the page's HTML; `document` is the content of report.json."""
     title = f"Quantization of {document['model']}"
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -104,7 +104,7 @@ def _colours() -> str:
 
 
 def _figures(document: Mapping[str, Any]) -> str:
-    """The headline figures; `data-value` is what report.json says."""
+    """Returns the headline figures; each `data-value` is the value in report.json."""
     summary, plan = document["summary"], document["plan"] or {}
     peak = "accelerator_peak_bytes" if summary["accelerator_peak_bytes"] else "ram_peak_bytes"
     entries: list[tuple[str, str, Any, Callable[[Any], str]]] = [
@@ -198,8 +198,8 @@ def _starved(report: QuantizationReport, minimum: int | None) -> str:
         named += f" and {more} more" if more > 0 else ""
         rows.append([layer.name, str(len(experts)), str(experts[0][1]), named])
     return (
-        f'<h2 id="starved">Starved experts</h2><p>Experts that saw few calibration tokens{less}; they were given '
-        f"the layer's pooled statistics for those that they lack.</p>"
+        f'<h2 id="starved">Starved experts</h2><p>Experts that saw few calibration tokens{less}; for the '
+        f"tokens that they lack, the layer's pooled statistics stand in.</p>"
         + _table(["layer", "experts", "fewest tokens", "which (tokens)"], rows)
     )
 

@@ -1,10 +1,10 @@
-"""What a run says while it works: a bar on a terminal and in a notebook, a line per layer in a log file.
+"""Shows a run's progress: a bar on a terminal and in a notebook, a line per layer in a log file.
 
     terminal, notebook   Quantizing:  38%|███▊      | 12/32 [03:10, ETA 05:17, model.layers.12 search, loss …, peak …]
     anything else        [12/32] model.layers.11: loss 0.012 → 0.0045, onload 0.2 s, forward 1.1 s, … ETA 05:17
 
-The bar is transformers' own (tqdm, with widgets in Jupyter). Both are silent after transformers'
-`logging.disable_progress_bar()`, and at verbosity "error" and above.
+The bar is transformers' own (tqdm, with widgets in Jupyter). Nothing is shown after transformers'
+`logging.disable_progress_bar()`, or at verbosity "error" and above.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{p
 
 
 def announce(text: str) -> None:
-    """Say something about the run as a whole, where progress is shown at all."""
+    """Prints a message about the run as a whole to stderr, if progress is shown at all."""
     if is_shown():
         print(text, file=sys.stderr, flush=True)
 
@@ -33,7 +33,7 @@ def is_shown() -> bool:
 
 
 def can_redraw() -> bool:
-    """Whether stderr is a terminal or a notebook's output, where a bar can be drawn over itself."""
+    """Returns whether stderr is a terminal or a notebook's output, where a bar can be redrawn in place."""
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
     shell = get_shell()
     is_notebook = shell is not None and "IPKernelApp" in shell.config
@@ -41,18 +41,18 @@ def can_redraw() -> bool:
 
 
 def _has_room() -> bool:
-    """Some containers' terminals have no columns or no lines; tqdm draws nothing there."""
+    """Returns whether the terminal has a size; in some containers it has none, and tqdm draws nothing there."""
     try:
         return 0 not in os.get_terminal_size(sys.stderr.fileno())
-    except OSError:  # it does not say
+    except OSError:  # the size is not known
         return True
 
 
 class Progress:
-    """Of one run over decoder layers. A context manager.
+    """Shows the progress of one run over the decoder layers. Use as a context manager.
 
     Args:
-        title: what is being done.
+        title: shown in front of the bar.
     """
 
     def __init__(self, title: str = "Quantizing"):
@@ -64,7 +64,7 @@ class Progress:
         self._layer_seconds: list[float] = []
         self._since = time.perf_counter()
         self._last: list[str] = []
-        """What is known of the layer that was finished last."""
+        """Loss and peak memory of the last finished layer."""
 
     def __enter__(self) -> Progress:
         if is_shown():
@@ -80,20 +80,20 @@ class Progress:
             self._bar.close()
 
     def expect(self, layers: int) -> None:
-        """So many layers there are, and the first is about to begin."""
+        """Sets the number of layers; call it just before the first begins."""
         self.total = layers
         self._since = time.perf_counter()
         if self._bar is not None:
             self._bar.reset(total=layers)
 
     def phase(self, name: str, layer: str | None = None) -> None:
-        """What is being done now, and on which layer."""
+        """Shows the current phase and the layer that it works on."""
         if self._bar is not None:
             doing = name if layer is None else f"{layer} {name}"
             self._bar.set_postfix_str(", ".join([*self._eta(), doing, *self._last]))
 
     def finished(self, report: LayerReport) -> None:
-        """A layer was quantized."""
+        """Reports a layer that this run has quantized."""
         now = time.perf_counter()
         self._layer_seconds.append(now - self._since)
         losses = [f"loss {report.loss_nearest:.3g} → {report.loss:.3g}"] if report.loss_nearest > 0 else []
@@ -103,7 +103,7 @@ class Progress:
         self._advance(report.name, [*losses, *phases, f"{now - self._since:.1f} s in all", *peak])
 
     def adopted(self, name: str) -> None:
-        """A layer was found in the journal."""
+        """Reports a layer that was found in the journal."""
         self._advance(name, ["quantized by an earlier run"])
 
     def _advance(self, name: str, facts: list[str]) -> None:
@@ -116,7 +116,7 @@ class Progress:
             announce(f"[{self.done}/{self.total}] {name}: {', '.join([*facts, *self._eta()])}")
 
     def _eta(self) -> list[str]:
-        """From the layers of this run; the first counts only until there is another: it is probed as well."""
+        """Estimates from this run's layers; the first is probed as well, so it counts only until a second is done."""
         known = self._layer_seconds[1:] or self._layer_seconds
         if not known or self.done >= self.total:
             return []
@@ -124,5 +124,5 @@ class Progress:
 
 
 def _peak_bytes(memory: MemoryUse) -> int:
-    """Of what a layer is processed on."""
+    """Returns the peak on the accelerator if there is one, else in RAM."""
     return memory.accelerator_peak or memory.ram_peak

@@ -1,4 +1,4 @@
-"""What the mappings of other tools give scales to, for the table in docs/architectures.md.
+"""Lists which linears other tools scale, for the table in docs/architectures.md.
 
 Written down from `awq/models/<type>.py` (`get_layers_for_scaling`) of AutoAWQ 0.2.9, and from `mappings.py` and
 `dynamic_mappings.py` in `modifiers/transform/awq` of llm-compressor 0.14.0.1: which linears they scale, as suffixes of
@@ -114,7 +114,7 @@ LLM_COMPRESSOR = {
 
 
 def shares(suite: str, model_type: str) -> tuple[float | None, float | None]:
-    """Share of the linears of the decoder layers that (AutoAWQ, llm-compressor) scale; None: no mapping for it."""
+    """Returns the share of decoder-layer linears that AutoAWQ and llm-compressor scale; None without a mapping."""
     layers = _decoder_layers(suite, model_type)
     return tuple(
         None if mapping is None else _share(layers, mapping)

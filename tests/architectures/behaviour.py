@@ -1,4 +1,4 @@
-"""What every architecture is held to, and what it turned out to fold: one behaviour, run over every model type."""
+"""One behaviour that every architecture must show, run over every model type, and a summary of its folds."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from hf_awq_offload.pipeline.stack_rounding import RoundingData, Stack, StackOut
 
 GROUP_SIZE = 32
 SAME_WEIGHTS_TOLERANCE = 1e-5
-"""The same between two models of equal weights: kernels differ in the last bit with the alignment of memory."""
+"""Deviation of logits between models of equal weights: kernels differ in the last bit with memory alignment."""
 IDENTITY_TOLERANCE = 2e-4
 """Relative deviation of logits that fp32 rounding may cause in a model whose weights are only rescaled."""
 
 
 def recipe(**changes: Any) -> AwqOffloadConfig:
-    """Few short sequences and few candidates: what is tested is the structure, not the quality."""
+    """Returns a recipe with few short sequences and few candidates, to test structure, not quality."""
     tokens = [row.tolist() for row in text_ids(4, 32)]
     defaults = {"dataset": tokens, "group_size": GROUP_SIZE, "n_samples": 4, "max_seq_len": 32, "n_grid": 4}
     return AwqOffloadConfig(**defaults | changes)
@@ -45,12 +45,12 @@ TEXT: Inputs = {"input_ids": text_ids(1, 24, seed=5)}
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, inputs: list[Inputs]) -> Tensor:
-    """On fixed inputs, one after the other; (tokens, vocabulary)."""
+    """Returns the logits on fixed inputs, one after the other; (tokens, vocabulary)."""
     return torch.cat([model(**each, use_cache=False).logits.flatten(0, -2) for each in inputs])
 
 
 def load(model_class: type[PreTrainedModel], path: Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model in fp32, and what transformers says of missing, unexpected and mismatched weights."""
+    """Loads the model in fp32; also returns what transformers says of missing, unexpected and mismatched weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **kwargs)
@@ -69,7 +69,7 @@ def assert_all_loaded(info: dict[str, Any]) -> None:
 
 
 def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:
-    """Every parameter and buffer that is saved, bit for bit."""
+    """Asserts that all saved parameters and buffers are equal, bit for bit."""
     tensors, others = model.state_dict(), other.state_dict()
     assert tensors.keys() == others.keys()
     differing = [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])]
@@ -102,7 +102,7 @@ def relative_change(output: Tensor, reference: Tensor) -> float:
 def check(
     model: PreTrainedModel, folder: Path, inputs: list[Inputs] | None = None, dataset: list[Any] | None = None
 ) -> dict[str, Any]:
-    """Quantize `model` from a checkpoint, save, reload, compare; and once more without rounding. Returns `summary`.
+    """Quantizes `model` from a checkpoint, saves, reloads, compares; then again without rounding. Returns `summary`.
 
     Args:
         model: in full precision.
@@ -137,7 +137,7 @@ def check(
 
 
 def summary(model: PreTrainedModel) -> dict[str, Any]:
-    """What was quantized and folded: per layer class, consumers -> producer; experts and layers by a star."""
+    """Returns what was quantized and folded, per layer class: consumers -> producer, "*" for layers and experts."""
     report = model.hf_quantizer.report
     folds: dict[str, dict[str, str | None]] = {}
     for layer in report.layers:

@@ -1,4 +1,4 @@
-"""docs/architectures.md from what the suite recorded."""
+"""Writes docs/architectures.md from what the suite recorded."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ HIDDEN_REASONS = ("outside the decoder layers", "does not run on text alone: not
 
 
 def render(causal_lm: dict[str, dict[str, Any]], image_text: dict[str, dict[str, Any]]) -> str:
-    """The whole page."""
+    """Returns the text of the page."""
     lines = [HEAD.format(types=len(causal_lm), image_text_types=len(image_text)), *map(_row, sorted(causal_lm.items()))]
     with_images = sum(found["images"] for found in image_text.values())
     lines.append(IMAGE_TEXT_HEAD.format(types=len(image_text), with_images=with_images))
@@ -128,6 +128,6 @@ def _row(of_type: tuple[str, dict[str, Any]], *more: str) -> str:
 
 
 def _short(names: list[str], most: int = 3) -> list[str]:
-    """The last parts of names, at most so many of them."""
+    """Returns the last parts of names, up to a number of them."""
     short = list(dict.fromkeys(".".join(name.rsplit(".", 2)[-2:]) for name in names))
     return [*short[:most], *(["…"] if len(short) > most else [])]

@@ -23,7 +23,7 @@ TEXT_TOKENS = 12
 
 
 def image_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Any] | None:
-    """A text with an image in it as the model's processor would return it; None if no way is found."""
+    """Returns a text with an image as the model's processor would return it; None if no format works."""
     for pixels in _ways(model, seed):
         inputs = _with_text(model, pixels, seed)
         if inputs is not None:
@@ -32,7 +32,7 @@ def image_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Any] | None
 
 
 def samples_and_texts(model: PreTrainedModel) -> tuple[list[dict[str, Any]], list[Any], bool]:
-    """What to compare models on, what to calibrate on, and whether there is an image in them."""
+    """Returns inputs to compare models on, calibration samples, and whether they hold images."""
     inputs: list[dict[str, Any]] = []
     dataset: list[Any] = []
     text = {"input_ids": text_ids(1, 24, seed=5)}
@@ -58,7 +58,7 @@ def _runs(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
 
 
 def _ways(model: PreTrainedModel, seed: int) -> Iterator[dict[str, Any]]:
-    """Everything but the text."""
+    """Yields image inputs in every known format, without the text."""
     takes = forward_arguments(model)
     size = _find(model.config, "image_size", 32)
     size = size[0] if isinstance(size, list | tuple) else size["height"] if isinstance(size, dict) else size
@@ -121,7 +121,7 @@ def _ways(model: PreTrainedModel, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _with_text(model: PreTrainedModel, pixels: dict[str, Any], seed: int) -> dict[str, Any] | None:
-    """`pixels` and as many image tokens as it takes; None if the model does not run, or does not look at them."""
+    """Adds the required number of image tokens to `pixels`; None if the model fails, or ignores the image."""
     tried: set[int] = set()
     counts = [_features(model, pixels), _find(model.config, "num_query_tokens", 0), 0]
     while counts:
@@ -161,7 +161,7 @@ def _texts(model: PreTrainedModel, pixels: dict[str, Any], count: int, seed: int
 
 
 def _features(model: PreTrainedModel, pixels: dict[str, Any]) -> int | None:
-    """How many image features there will be."""
+    """Returns the number of image features."""
     for owner in (model, model.base_model):
         if hasattr(owner, "get_image_features"):
             try:
@@ -190,7 +190,7 @@ def _image_tokens(config: PreTrainedConfig) -> list[int]:
 
 
 def _find(config: PreTrainedConfig, name: str, default: Any) -> Any:
-    """A field of the config, or of a config in it."""
+    """Finds a field of the config, or of a config nested in it."""
     if getattr(config, name, None) is not None:
         return getattr(config, name)
     for sub in config.sub_configs:
@@ -201,7 +201,7 @@ def _find(config: PreTrainedConfig, name: str, default: Any) -> Any:
 
 
 def _patch_widths(model: nn.Module) -> list[int]:
-    """Numbers of values in a flattened patch that a patch embedding may take."""
+    """Returns the possible lengths of a flattened patch, from the patch embeddings."""
     found = []
     for name, module in model.named_modules():
         if "embed" in name or "patch" in name or "proj" in name:

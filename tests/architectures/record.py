@@ -1,4 +1,4 @@
-"""Write anew what the suites compare with, and docs/architectures.md: `python tests/architectures/record.py [type …]`.
+"""Regenerates the suites' expectations and docs/architectures.md: `python tests/architectures/record.py [type …]`.
 
 Given model types, only these are run and the others keep what was recorded of them; what is now listed as unsupported
 is taken out.
@@ -30,14 +30,14 @@ HERE = Path(__file__).parent
 
 
 def check_causal_lm(model_type: str) -> dict[str, Any]:
-    """In a process of its own pool: what the suite finds of one type."""
+    """Returns what the suite finds for one type; runs in a pool's process."""
     _be_quiet()
     with tempfile.TemporaryDirectory() as folder:
         return check(tiny_causal_lm(model_type), Path(folder))
 
 
 def check_image_text(model_type: str) -> dict[str, Any]:
-    """As `check_causal_lm`."""
+    """Does the same as `check_causal_lm` for image-text models."""
     _be_quiet()
     model = tiny_image_text(model_type)
     inputs, dataset, with_images = samples_and_texts(model)
@@ -57,7 +57,7 @@ SUITES = {
 
 
 def record(suite: str, chosen: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Run the chosen types of a suite; returns all that is recorded of it."""
+    """Runs the chosen types of a suite; returns the suite's whole record."""
     path = HERE / f"{suite}.json"
     check_type, known = SUITES[suite]
     recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -68,7 +68,7 @@ def record(suite: str, chosen: Iterable[str]) -> dict[str, dict[str, Any]]:
             name = running[done]
             try:
                 recorded[name] = done.result()
-            except Exception as error:  # of any kind; the suite will show it whole
+            except Exception as error:  # of any kind; the suite will show it in full
                 print(suite, name, "failed:", repr(error)[:300], flush=True)
                 continue
             print(suite, name, recorded[name]["scaled"], "of", recorded[name]["quantized"], flush=True)

@@ -1,4 +1,4 @@
-"""Tiny random models of every type that transformers knows, from nothing but the type's config class.
+"""Builds tiny random models of every type that transformers knows, from the type's config class alone.
 
 Fields of the default config are shrunk by their *names* (`SIZES`: what a field of that name counts, whatever the
 model), lists with one entry per layer are cut down so that every kind of layer stays, and ids of special tokens are
@@ -24,10 +24,10 @@ from transformers import (
 
 VOCABULARY = 200
 LARGEST_TEXT_ID = 150
-"""Ids above it are special tokens in a shrunk model: text does not contain them."""
+"""Ids above this are special tokens in a shrunk model, which text does not contain."""
 MAX_LAYERS = 4
 PATCHES_PER_SIDE = 4
-"""Of an image."""
+"""Patches along each side of an image."""
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, EXPERTS = 64, 4, 2, 16, 128, 4
 
@@ -96,7 +96,7 @@ LAYER_COUNTS = (
 )  # fmt: skip
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-"""Rotary embeddings in three directions; the sections are half a head."""
+"""Rotary embeddings in three directions; the sections add up to half a head."""
 
 SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
           "num_hidden_layers": 2, "num_attention_heads": HEADS, "image_size": 64, "patch_size": 16}  # fmt: skip
@@ -191,21 +191,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
               "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 128,
               "attention_head_dim": 32},
 }  # fmt: skip
-"""Model type -> fields whose small value can't be told from their names."""
+"""Maps model types to fields whose small value can't be told from their names."""
 
 
 def shrunk_config(model_type: str, **changes: Any) -> PreTrainedConfig:
-    """The default config of `model_type` with every size made small."""
+    """Returns the default config of `model_type` with every size made small."""
     return _shrink(CONFIG_MAPPING[model_type], changes)
 
 
 def tiny_causal_lm(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A random model in evaluation mode, fp32, on the CPU."""
+    """Builds a random causal language model in evaluation mode, fp32, on the CPU."""
     return _tiny(AutoModelForCausalLM, model_type, seed)
 
 
 def tiny_image_text(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """As `tiny_causal_lm`, of image and text."""
+    """Builds a random image-text model, like `tiny_causal_lm`."""
     return _tiny(AutoModelForImageTextToText, model_type, seed)
 
 
@@ -262,7 +262,7 @@ DROP = object()
 
 
 def _shrunk(name: str, value: Any, values: dict[str, Any]) -> Any:
-    """The small value of one field, or None to leave it alone."""
+    """Returns the small value of one field, or None to leave it unchanged."""
     if isinstance(value, bool) or value is None:
         return None
     if name.endswith(("token_id", "token_index")) or name in ("mask_index", "unk_index"):
@@ -291,7 +291,7 @@ def _token_id(name: str, value: Any) -> Any:
 
 
 def _heads(values: dict[str, Any]) -> dict[str, int]:
-    """Key-value heads stay as many as query heads where the default has it so, and one where it has one."""
+    """Shrinks key-value heads: as many as query heads, or one, if the default config has it so."""
     fields = {}
     pairs = (("num_key_value_heads", "num_attention_heads"), ("swa_num_key_value_heads", "swa_num_attention_heads"),
              ("num_kv_heads", "num_attention_heads"), ("linear_num_key_heads", "linear_num_value_heads"))  # fmt: skip
@@ -303,7 +303,7 @@ def _heads(values: dict[str, Any]) -> dict[str, int]:
 
 
 def _per_layer(values: dict[str, Any]) -> dict[str, Any]:
-    """Few layers, and lists with an entry per layer cut so that each combination of entries occurs once."""
+    """Reduces the layers, and lists with an entry per layer, so that each combination of entries occurs once."""
     counts = {name: values[name] for name in LAYER_COUNTS if isinstance(values.get(name), int)}
     count = max(counts.values(), default=0)
     lists = {
@@ -327,7 +327,7 @@ def _per_layer(values: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Weights of which every one matters: no zeros and ones where transformers starts from them."""
+    """Randomizes the weights so that every one matters, also those that transformers sets to zero or one."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -345,5 +345,5 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 
 def text_ids(sequences: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids of the text part of the vocabulary, (sequences, tokens) int64."""
+    """Returns random token ids from the text part of the vocabulary, (sequences, tokens) int64."""
     return torch.randint(4, LARGEST_TEXT_ID, (sequences, tokens), generator=torch.Generator().manual_seed(seed))

@@ -33,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Many small products: threads cost more than they give, and the suite runs on all cores by xdist."""
+    """Runs on one thread: products are small, and xdist already uses all cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

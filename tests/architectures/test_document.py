@@ -1,4 +1,4 @@
-"""docs/architectures.md says what is recorded, no less and nothing older."""
+"""docs/architectures.md is up to date with what is recorded."""
 
 from __future__ import annotations
 

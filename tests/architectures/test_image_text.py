@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As in test_causal_lm.py."""
+    """Runs on one thread, as in test_causal_lm.py."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -19,7 +19,7 @@ from hf_awq_offload.pipeline import loop
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 MODEL_TYPE = "gemma3n_text"
-"""Its layers are given what is computed from the embeddings of all, and later ones the keys of earlier ones."""
+"""Its layers take per-layer inputs computed from the embeddings, and later layers reuse keys of earlier ones."""
 LAYERS = 4
 RECIPE: dict[str, Any] = {
     "dataset": text_ids(6, 20).tolist(),
@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
 
 
 class Stopped(BaseException):
-    """In the place of Ctrl-C: the test runner wants that one."""
+    """Stands in for KeyboardInterrupt, which would stop the test runner."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Types whose weights lie differently when they are read one by one: streamed, the same bytes all the same."""
+"""Streaming writes the same bytes for types whose weights are laid out differently when they are read one by one."""
 
 from __future__ import annotations
 

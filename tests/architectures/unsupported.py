@@ -1,4 +1,4 @@
-"""Model types that can't be quantized, and why; the suite checks that each still fails in this way.
+"""Lists model types that can't be quantized, and why; the suite checks that each still fails in this way.
 
 `error` is a regular expression that the error's text matches: once it no longer does, the entry has to go.
 """

@@ -1,4 +1,4 @@
-"""How much does the calibration text matter? Built-in text against the text that the model is judged on.
+"""Measures how much the calibration text matters: built-in text against the text that the model is evaluated on.
 
     python tests/bench/calibration_text.py
 

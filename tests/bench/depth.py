@@ -1,4 +1,4 @@
-"""Peak resident memory of `quantize` for 6, 24 and 96 layers of the same shape (hidden 1024).
+"""Measures the peak resident memory of `quantize` for 6, 24 and 96 layers of the same shape (hidden 1024).
 
     python tests/bench/depth.py [--layers 6 24 96] [--whole-recipe]
 

@@ -1,4 +1,4 @@
-"""What importing the package costs beside importing transformers: medians of alternated processes.
+"""Measures what importing the package costs beside importing transformers: medians of alternating processes.
 
     python tests/bench/import_time.py [--runs 9]
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def measured(runs: int) -> dict[str, float]:
-    """Median seconds of every import; a first round, which fills the file system's cache, is left out."""
+    """Returns the median seconds of every import; a first round that fills the file system's cache is left out."""
     rounds = [{name: once(statement) for name, statement in IMPORTS.items()} for _ in range(runs + 1)]
     return {name: statistics.median(each[name] for each in rounds[1:]) for name in IMPORTS}
 

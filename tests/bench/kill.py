@@ -22,7 +22,7 @@ from models import save_model, tiny_llama, token_recipe
 
 
 def experiment(folder: Path, seed: int, moments: int) -> tuple[list[str], int]:
-    """Descriptions of the interruptions after which the files differed, and how many there were."""
+    """Returns the interruptions after which files differed, and the number of all interruptions."""
     source = save_model(tiny_llama(num_hidden_layers=5), folder / "source")
     recipe = {name: getattr(token_recipe(), name) for name in ("dataset", "n_samples", "max_seq_len", "batch_tokens")}
     recipe |= {"group_size": 32, "n_grid": 3}

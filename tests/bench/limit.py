@@ -1,4 +1,4 @@
-"""A checkpoint that is larger than the process's limit on address space, quantized inside that limit.
+"""Quantizes a checkpoint that is larger than the process's limit on address space, within that limit.
 
     python tests/bench/limit.py [--layers 112] [--limit-mib 1536]
 

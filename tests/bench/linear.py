@@ -1,4 +1,4 @@
-"""Speed and memory of the quantized linear beside dense ones, and of decoding with it.
+"""Measures speed and memory of the quantized linear against dense ones, and of decoding with it.
 
     python tests/bench/linear.py [--backend auto] [--runs 15] [--device cpu] [--cpu-time] [--skip-decode]
     python tests/bench/linear.py --crossover [--runs 15] [--cpu-time]
@@ -74,7 +74,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def crossover(options: argparse.Namespace) -> None:
-    """Milliseconds of each way to multiply, for 4096 × 4096."""
+    """Returns the milliseconds of each way to multiply, for 4096 × 4096."""
     packed = random_linear(4096, 4096, "cpu", "c").packed
     int4 = random_linear(4096, 4096, "cpu", "cpu")
     weight = torch.randn(4096, 4096)
@@ -98,7 +98,7 @@ def crossover(options: argparse.Namespace) -> None:
 
 
 def compare(linear: AwqLinear, rows: int, dtype: torch.dtype, options: argparse.Namespace) -> str:
-    """One cell: the ratio, and both times in milliseconds."""
+    """Returns one cell of the table: the ratio, and both times in milliseconds."""
     weight = torch.randn(linear.out_features, linear.in_features, device=options.device).to(dtype)
     x = torch.randn(rows, linear.in_features, device=options.device).to(dtype)
     dense, quantized = medians_ms([lambda: nn.functional.linear(x, weight), lambda: linear(x)], options)
@@ -106,7 +106,7 @@ def compare(linear: AwqLinear, rows: int, dtype: torch.dtype, options: argparse.
 
 
 def medians_ms(contestants: list[Callable[[], object]], options: argparse.Namespace) -> list[float]:
-    """Median time of each, in milliseconds; they run in turns."""
+    """Returns the median time of each contestant in milliseconds; they run in turns."""
     clock = time.thread_time if options.cpu_time else time.perf_counter
     times_ms: list[list[float]] = [[] for _ in contestants]
     for run in range(options.runs + 2):
@@ -135,7 +135,7 @@ def random_words(rows: int, words: int) -> Tensor:
 
 
 def decode(options: argparse.Namespace) -> None:
-    """Tokens per second of `generate` on a model of eight layers, and the memory of its quantized linears."""
+    """Measures tokens per second of `generate` on a model of eight layers, and the memory of its quantized linears."""
     config = LlamaConfig(
         hidden_size=2048, intermediate_size=5504, num_hidden_layers=8, num_attention_heads=16, vocab_size=2048
     )

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights for benchmarks of memory, written layer by layer, and runs that measure themselves."""
+"""Writes random checkpoints layer by layer for memory benchmarks, and runs code that measures itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POLL_S = 0.02
 
 
 def make_checkpoint(folder: Path, n_layers: int, layers_per_shard: int = 8, **changes: Any) -> Path:
-    """A Llama in bf16; nothing but one shard is in memory at once."""
+    """Writes a bf16 Llama with only one shard in memory at a time."""
     sizes = {
         "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE,
@@ -92,7 +92,7 @@ print("RESULT", json.dumps(result))
 
 
 def measured(body: str, limit: str = "", folder: Path | None = None) -> dict[str, Any]:
-    """Run Python code in a process of its own: seconds, and its memory before and at its peak, in bytes.
+    """Runs Python code in a process of its own; returns seconds, and memory before and at its peak, in bytes.
 
     With `folder`, also the most that lay in it at any time beyond what was there before ("disk").
     """
@@ -109,7 +109,7 @@ def measured(body: str, limit: str = "", folder: Path | None = None) -> dict[str
 
 @contextmanager
 def _watched(folder: Path | None) -> Iterator[list[int]]:
-    """The sizes of all that is in a folder, taken every few milliseconds; the first is that before."""
+    """Collects a folder's total size every few milliseconds; the first is the size before."""
     sizes = [_bytes_in(folder)]
     is_over = threading.Event()
 
@@ -130,6 +130,6 @@ def _bytes_in(folder: Path | None) -> int:
     total = 0
     for parent, _, files in os.walk(folder) if folder is not None else ():
         for file in files:
-            with suppress(OSError):  # gone meanwhile
+            with suppress(OSError):  # deleted in the meantime
                 total += os.path.getsize(os.path.join(parent, file))
     return total

@@ -1,4 +1,4 @@
-"""What is left of a LoRA adapter when it is merged into 4-bit weights in several ways.
+"""Measures what is left of a LoRA adapter when it is merged into 4-bit weights in several ways.
 
     python tests/bench/merge_rounding.py [--steps 60]
 
@@ -70,7 +70,7 @@ def train(base: PreTrainedModel, windows: list[Tensor], steps: int) -> nn.Module
 
 
 def rounded(merged: PreTrainedModel, grids: dict[str, AwqLinear], same_grid: bool) -> PreTrainedModel:
-    """A copy whose linears are rounded to the nearest point of a grid."""
+    """Returns a copy whose linears are rounded to the nearest point of a grid."""
     model = copy.deepcopy(merged)
     kept, total = 0.0, 0.0
     for name, linear in grids.items():

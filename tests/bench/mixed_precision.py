@@ -1,4 +1,4 @@
-"""Bits per linear chosen by losses under a budget, against the same bits for all (KL on held-out text).
+"""Compares bits per linear, chosen by loss under a budget, with the same bits for all (KL on held-out text).
 
     python tests/bench/mixed_precision.py [--n-samples 48] [--windows 24] [--budgets 3 3.5 4]
 
@@ -64,7 +64,7 @@ def main() -> None:
 def measure(
     model: PreTrainedModel, sequences: list[Tensor]
 ) -> tuple[dict[str, dict[int, float]], dict[str, dict[str, float]], dict[str, int]]:
-    """Losses by linear and bits, weights by their name and linear, sizes by linear."""
+    """Returns losses by linear and bits, weights by name and linear, and sizes by linear."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linears = {name: linear for name, linear in linears.items() if ".layers." in name}
     grams: dict[str, Tensor] = {}
@@ -102,7 +102,7 @@ def measure(
 
 
 def choose(losses: dict[str, dict[int, float]], sizes: dict[str, int], budget: float) -> dict[str, int]:
-    """Bits of every linear: least total loss within the budget."""
+    """Chooses the bits of every linear with the least total loss within the budget."""
     allowed = budget * sum(sizes.values())
 
     def at(price: float) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What `plan` predicts against what `quantize` then takes, on several shapes.
+"""Compares what `plan` predicts with what `quantize` then takes, on several shapes.
 
     python tests/bench/plan.py [--cpu-time]
 

@@ -1,4 +1,4 @@
-"""Reading the next decoder layer ahead: the waiting for weights with and without, and that no bit differs.
+"""Measures the wait for weights with and without prefetching, and checks that no bit differs.
 
     python tests/bench/prefetch.py
 

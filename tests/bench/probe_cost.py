@@ -1,4 +1,4 @@
-"""Seconds of probing against the rest of a run, on blocks of a real shape: `python tests/bench/probe_cost.py`."""
+"""Compares the seconds of probing with the rest of a run, on real shapes: `python tests/bench/probe_cost.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time, memory and quality of quantizing, ours and other tools', on one model and the same tokens in one run.
+"""Compares time, memory and quality of this package and other tools, on one model and the same tokens in one run.
 
     python tests/bench/quantize.py --samples 32 --peer autoawq=/tmp/autoawq/bin/python
     python tests/bench/quantize.py --samples 32 --layers 2       # the time of a real block shape: random weights
@@ -94,7 +94,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def save_block_model(layers: int, folder: Path) -> Path:
-    """A Llama of random weights with decoder layers of hidden size 1024."""
+    """Saves a random Llama with decoder layers of hidden size 1024."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, vocab_size=VOCABULARY,
@@ -105,7 +105,7 @@ def save_block_model(layers: int, folder: Path) -> Path:
 
 
 def save_without_outliers(source: Path, folder: Path) -> Path:
-    """A model that train_tiny.py made, as it was before it was given outlier channels; it computes the same."""
+    """Saves a model of train_tiny.py as it was before the outlier channels were added; it computes the same."""
     training = json.loads((source / "training.json").read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     inject_outliers(model, training["outlier_factor"], training["seed"], remove=True)
@@ -117,7 +117,7 @@ def save_without_outliers(source: Path, folder: Path) -> Path:
 
 @torch.no_grad()
 def bare_forward_seconds(model: Path, sequences: list[list[int]], dtype: torch.dtype, batch: int = 8) -> float:
-    """Processor time of one pass over the tokens, without the head: the least of three batches, times their number."""
+    """Returns the processor time of one pass over the tokens, without the head: least of three batches, scaled up."""
     decoder = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).base_model
     batches = torch.tensor(sequences).split(batch)
     decoder(input_ids=batches[0][:1], use_cache=False)
@@ -132,7 +132,7 @@ def bare_forward_seconds(model: Path, sequences: list[list[int]], dtype: torch.d
 def quantize_in_process(
     script: str, python: str, variables: dict[str, str], model: Path, tokens: Path, out: Path
 ) -> dict[str, float]:
-    """Measurements of one run; the checkpoint goes to `out`."""
+    """Runs a quantizer, with the checkpoint going to `out`; returns the run's measurements."""
     command = [python, str(PEERS / f"{script}_quantizes.py"), str(model), str(tokens), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""What a report costs, in processor time and bytes, and what the records take of a quantization.
+"""Measures what a report costs in processor time and bytes, and what recording adds to a quantization.
 
     python tests/bench/report.py
 
@@ -48,7 +48,7 @@ def report_costs() -> None:
 
 
 def expert_costs() -> None:
-    """Seconds of the records' own work beside those of the whole search, of one run each."""
+    """Returns the seconds of the records' own work and of the whole search, from one run each."""
     own = layer_quantization._identity_loss
     shares = []
     for seed in range(RUNS):

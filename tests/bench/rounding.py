@@ -1,4 +1,4 @@
-"""Nearest or error feedback, with few and with many calibration tokens (docs/design/002).
+"""Compares rounding to nearest and error feedback, with few and many calibration tokens (docs/design/002).
 
 python tests/bench/rounding.py
 """

@@ -1,4 +1,4 @@
-"""Does a search on gram matrices cost quality against AWQ's search on block outputs? (docs/design/001)
+"""Measures whether searching on gram matrices costs quality against AWQ's search on block outputs (docs/design/001).
 
     python tests/bench/search_objective.py
 

@@ -1,4 +1,4 @@
-"""What the benchmarks on the shipped model share: the model, its held-out text, calibration tokens, a timed run."""
+"""Shared by benchmarks on the shipped model: the model, its held-out text, calibration tokens, a timed run."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ WINDOW_TOKENS = 512
 
 
 def load_model() -> PreTrainedModel:
-    """The shipped model in fp32."""
+    """Loads the shipped model in fp32."""
     return AutoModelForCausalLM.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
 
 
 def heldout_windows(model: Path = SHIPPED_MODEL) -> list[Tensor]:
-    """The held-out text that lies beside a model, in windows of (1, 512) token ids."""
+    """Returns the held-out text beside a model, in windows of (1, 512) token ids."""
     text = (model / "heldout.txt").read_text(encoding="utf-8")
     token_ids = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt", verbose=False).input_ids[0]
     return token_windows(token_ids, WINDOW_TOKENS)
 
 
 def builtin_sequences(n_samples: int, model: Path = SHIPPED_MODEL) -> list[Tensor]:
-    """Calibration sequences from the built-in text, (512,) token ids each."""
+    """Returns calibration sequences from the built-in text, (512,) token ids each."""
     config = AwqOffloadConfig(n_samples=n_samples, max_seq_len=WINDOW_TOKENS)
     tokenizer = AutoTokenizer.from_pretrained(model)
     return load_calibration_set(config, load_tokenizer=lambda: tokenizer, vocab_size=len(tokenizer)).sequences
 
 
 def quantized(config: AwqOffloadConfig) -> tuple[PreTrainedModel, float]:
-    """The shipped model quantized by `config`, and the seconds that it took."""
+    """Quantizes the shipped model with `config`; returns the model and the seconds it took."""
     model = load_model()
     start = time.perf_counter()
     quantize_model(model, config)

@@ -1,4 +1,4 @@
-"""How long the command line takes to answer where nothing has to be computed: medians of processes.
+"""Measures how long the command line takes to answer when nothing has to be computed: medians of processes.
 
     python tests/bench/startup.py [--runs 9]
 

@@ -1,4 +1,4 @@
-"""Train the tiny language model that ships with the package as data.
+"""Trains the tiny language model that ships with the package as data.
 
     python tests/bench/train_tiny.py --architecture llama --out hf_awq_offload/assets/tiny_llama
 

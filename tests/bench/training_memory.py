@@ -1,4 +1,4 @@
-"""Memory that training LoRA adapters takes: on a quantized model, and on the same in bf16.
+"""Measures the memory that training LoRA adapters takes, on a quantized model and on the same model in bf16.
 
     python tests/bench/training_memory.py [--layers 8] [--hidden 2048] [--checkpointing]
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def build(folder: Path, options: argparse.Namespace) -> None:
-    """A Llama of random weights in bf16, saved to `folder`."""
+    """Saves a random bf16 Llama to `folder`."""
     config = LlamaConfig(
         hidden_size=options.hidden,
         intermediate_size=options.hidden * 11 // 4,
@@ -87,13 +87,13 @@ def quantize(source: Path, target: Path) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """`train` in a process of its own."""
+    """Runs `train` in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--train", str(folder)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def train(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Load, put adapters on, and train for a few steps."""
+    """Loads the model, adds adapters, and trains for a few steps."""
     before = used_bytes(options.device)
     model = get_peft_model(load(folder, options), LoraConfig(r=RANK, target_modules="all-linear"))
     if options.checkpointing:
@@ -122,7 +122,7 @@ def load(folder: Path, options: argparse.Namespace) -> torch.nn.Module:
 
 
 def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Weights, adapters, gradients and the optimizer's state."""
+    """Returns the bytes of weights, adapters, gradients and the optimizer's state."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
@@ -136,7 +136,7 @@ def used_bytes(device: str) -> int:
 
 
 class Peak:
-    """Largest memory in use inside the context, looked at every two milliseconds."""
+    """Records the largest memory in use inside the context, sampled every two milliseconds."""
 
     def __init__(self, device: str):
         self.device, self.bytes, self.is_done = device, 0, threading.Event()

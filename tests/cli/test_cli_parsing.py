@@ -1,4 +1,4 @@
-"""Options and what is wrong with them: every option of every command refuses bad input in one line."""
+"""Every option of every command rejects bad input with one line on stderr; options make the right recipe."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from hf_awq_offload.cli.preflight import check
 from hf_awq_offload.cli.recipe_options import given_fields, recipe_fields
 from hf_awq_offload.recipe_fields import RecipeFields
 
-# What is wrong -> the exit code, and a word of the message. {model}, {empty} and {file} are paths; of a command's
-# positional arguments there is always a good set.
+# Option -> (bad value, exit code, part of the message). {model}, {empty} and {file} are paths; positional arguments
+# come from GOOD_POSITIONALS.
 BAD_VALUES = {
     "quantize": {
         "--config": (["{folder}/none.yaml"], 2, "can't be read"),
         "--dtype": (["float99"], 1, "float99"),
         "--revision": (["no-such-branch"], 1, "nobody/nothing"),
         "--max-shard-size": (["a few"], 2, "max_shard_size is 'a few'"),
-        "--push-to-hub": (["two words"], 2, "'two words' is no name of a repository"),
+        "--push-to-hub": (["two words"], 2, "'two words' is not a repository name"),
         "--bits": (["five"], 2, "invalid int value: 'five'"),
         "--group-size": (["100"], 2, "group_size is 100"),
         "--overrides": (["down_proj"], 2, "is no JSON"),
@@ -60,13 +60,13 @@ BAD_VALUES = {
         "--dataset": (["{folder}/none.txt"], 1, "there is no such file"),
         "--text-column": (["body"], 1, "body"),
         "--tokenizer": (["{empty}"], 1, "{empty}"),
-        "--window": (["0"], 2, "no positive number"),
+        "--window": (["0"], 2, "not a positive integer"),
         "--stride": (["513"], 2, "--stride is 513 and --window 512"),
-        "--tokens": (["some"], 2, "no positive number"),
-        "--new-tokens": (["-1"], 2, "no number from 0 on"),
+        "--tokens": (["some"], 2, "not a positive integer"),
+        "--new-tokens": (["-1"], 2, "not an integer of 0 or more"),
         "--tasks": (["a,,b"], 2, "empty name"),
-        "--tasks-path": (["{empty}"], 2, "belong to --tasks"),
-        "--limit": (["10"], 2, "belong to --tasks"),
+        "--tasks-path": (["{empty}"], 2, "require --tasks"),
+        "--limit": (["10"], 2, "require --tasks"),
         "--device-map": (["nowhere"], 1, "nowhere"),
         "--dtype": (["float99"], 1, "float99"),
         "--revision": (["no-such-branch"], 1, "nobody/nothing"),
@@ -107,7 +107,7 @@ COMMON = ["--json", "--debug", "--quiet", "--verbose"]
 
 @pytest.fixture(autouse=True)
 def unchanged(monkeypatch):
-    """No network, and transformers as talkative afterwards as before."""
+    """Forbids the network, and restores transformers' verbosity afterwards."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     yield
@@ -126,12 +126,12 @@ def paths(tmp_path, tiny_llama_dir) -> dict[str, str]:
 
 
 def values_of(command: str) -> list[str]:
-    """Options that take a value."""
+    """Returns the options that take a value."""
     return [action.option_strings[0] for action in actions_of(command) if action.nargs != 0]
 
 
 def actions_of(command: str) -> list[argparse.Action]:
-    """Of the options, by their first names."""
+    """Returns the argparse actions of a command's options."""
     actions = build_parser()[1][command]._actions
     return [each for each in actions if each.option_strings and not isinstance(each, argparse._HelpAction)]
 
@@ -191,7 +191,7 @@ def test_a_value_that_is_left_out_is_missed(command, option, paths, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ([], "no command is given; expected one of quantize, evaluate, inspect, convert, demo"),
+        ([], "no command given; expected one of quantize, evaluate, inspect, convert, demo"),
         (["quantise", "a", "b"], "invalid choice: 'quantise'"),
         (["quantize"], "the following arguments are required: SRC, OUT"),
         (["quantize", "a"], "the following arguments are required: OUT"),
@@ -288,14 +288,14 @@ def test_command_line_options_override_the_file(tmp_path, tiny_llama_dir):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("group-sise: 64", "has the key 'group-sise', which is no field of the recipe; near misses: group_size"),
+        ("group-sise: 64", "has the key 'group-sise', which is not a field of the recipe; near misses: group_size"),
         ("model: llama", "known: bits, group_size"),
         ("- bits", "holds a list"),
         ("4", "holds a int"),
-        ("bits: [", "is no YAML"),
+        ("bits: [", "is not valid YAML"),
         ("bits: 5", "bits is 5"),
         ("1: 2", "has the key 1"),
-        (b"\xff\xfe\x00", "is no YAML"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line(content, message, tmp_path, tiny_llama_dir, capsys):
@@ -336,7 +336,7 @@ def test_errors_are_json_too(tmp_path, capsys):
         "command": "inspect",
         "error": {
             "type": "CommandError",
-            "message": f"{tmp_path} holds no config.json; expected the folder of a checkpoint.",
+            "message": f"{tmp_path} holds no config.json; expected a checkpoint folder.",
             "exit_code": 1,
         },
     }

@@ -1,4 +1,4 @@
-"""The installed console scripts as processes of their own: what they print, how they end, what a signal leaves."""
+"""Runs the installed console scripts as processes: what they print, how they end, what a signal leaves behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = "hf-awq-offload"
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory, tiny_llama_dir) -> tuple[Path, dict]:
-    """The shipped model, quantized by the script; and what it printed."""
+    """The shipped model quantized by the script, and what the script printed."""
     folder = tmp_path_factory.mktemp("quantized")
     result = script(NAME, "quantize", tiny_llama_dir, "out", "--json", *FAST, cwd=folder)
     return folder / "out", document(result.stdout)
@@ -120,7 +120,7 @@ def test_plan_prints_and_stops(tiny_llama_dir, tmp_path):
 
 
 def test_tasks_of_lm_eval_harness(quantized, tiny_llama_dir, tmp_path):
-    """A task of our own: those of the harness are downloaded."""
+    """Uses a task of our own, because the harness downloads its own."""
     (tmp_path / "data.json").write_text(
         '[{"q": "Return a list of", "c": [" the", " zzzz"], "a": 0},'
         ' {"q": "The value is", "c": ["qqqq", " not"], "a": 1}]'
@@ -153,7 +153,7 @@ def test_push_to_hub(tiny_llama_dir, tmp_path):
 
 
 def interrupted(number: int, line: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the script, and send a signal once the journal has a layer."""
+    """Runs the script and sends it a signal once the journal has a layer."""
     process = subprocess.Popen(
         [str(SCRIPTS / NAME), *line],
         cwd=cwd,
@@ -181,7 +181,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bits(quantized, tiny_llama_di
     assert "Traceback" not in first.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.journal"]
     refused = script(NAME, *line, cwd=tmp_path, code=1)
-    assert "Go on with it by --resume" in refused.stderr.splitlines()[-1]
+    assert "Continue that run with --resume" in refused.stderr.splitlines()[-1]
     command = shlex.split(last.partition("resume with: ")[2])
     assert command == [NAME, *line, "--resume"]
     script(command[0], *command[1:], cwd=tmp_path)

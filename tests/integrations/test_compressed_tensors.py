@@ -1,4 +1,4 @@
-"""Checkpoints of 2, 3, 4 and 8 bits: what is saved is what compressed-tensors and transformers read, to the bit."""
+"""compressed-tensors and transformers read our checkpoints of 2, 3, 4 and 8 bits exactly as we do."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def config_of(directory: Path) -> dict[str, Any]:
 
 
 def by_the_library(directory: Path, **kwargs: Any) -> PreTrainedModel:
-    """Loaded by transformers and compressed-tensors alone, whatever this package would rather do."""
+    """Loads a checkpoint with transformers and compressed-tensors alone, without this package's loader."""
     config = CompressedTensorsConfig(dequantize=True)
     with as_registered(), warnings.catch_warnings():
         AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = CompressedTensorsConfig
@@ -88,7 +88,7 @@ def by_the_library(directory: Path, **kwargs: Any) -> PreTrainedModel:
 
 @contextmanager
 def as_registered() -> Iterator[None]:
-    """Whoever loads compressed-tensors checkpoints inside, afterwards it is who did before."""
+    """Restores on exit the quantizer that was registered for compressed-tensors checkpoints."""
     mappings: list[Any] = [AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING]
     before = [mapping["compressed-tensors"] for mapping in mappings]
     yield
@@ -98,7 +98,7 @@ def as_registered() -> Iterator[None]:
 
 @pytest.fixture
 def ours() -> Iterator[None]:
-    """This package loads every compressed-tensors checkpoint."""
+    """Makes this package load every compressed-tensors checkpoint."""
     with as_registered():
         use_for_compressed_tensors()
         yield
@@ -143,7 +143,7 @@ class TestRoundTrip:
         assert torch.equal(logits(dense), logits(model))
 
     def test_what_from_pretrained_does_without_being_told(self, bits, zero_point, group_size, shape, tmp_path):
-        """Symmetric ones go to transformers' own loader, which leaves the weights dense after the first pass."""
+        """transformers' own loader takes symmetric checkpoints, and leaves weights dense after the first pass."""
         model = quantized(bits=bits, zero_point=zero_point, group_size=group_size, shape=shape)
         model.save_pretrained(tmp_path)
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -171,7 +171,7 @@ def test_from_pretrained_quantizes_in_every_dtype_and_reloads_in_it(bits, zero_p
 
 
 def by_the_library_with_weights(directory: Path, model: PreTrainedModel) -> dict[str, Tensor]:
-    """Name -> weight, decompressed linear by linear from the files' tensors."""
+    """Returns the weights by name, decompressed linear by linear from the files' tensors."""
     stored = load_file(directory / "model.safetensors")
     weights = {}
     for name, linear in packed_linears(model).items():
@@ -336,7 +336,7 @@ def grids(model: nn.Module) -> dict[str, GridChoice]:
 
 
 def library_grids(directory: Path) -> dict[str, GridChoice]:
-    """The grid of every linear as compressed-tensors reads config.json."""
+    """Returns the grid of every linear as compressed-tensors reads config.json."""
     config = QuantizationConfig.model_validate(config_of(directory))
     schemes = {target: group.weights for group in config.config_groups.values() for target in group.targets}
     model = tiny_llama()
@@ -375,7 +375,7 @@ def test_where_compressed_tensors_is_not_installed_models_load_and_save(tmp_path
 
 
 class TestDamage:
-    """What is wrong in a checkpoint is named before a tensor of it is used."""
+    """Errors name what is wrong with a checkpoint before any of its tensors is used."""
 
     def change(self, directory: Path, **tensors: Tensor | None) -> None:
         from safetensors.torch import save_file

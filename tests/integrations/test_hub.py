@@ -1,4 +1,4 @@
-"""Pushing to, and loading from, a hub on loopback; by processes of their own, as HF_ENDPOINT is read once."""
+"""Pushes to and loads from a hub on loopback, in processes of their own, because HF_ENDPOINT is read once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def hub():
 
 
 def run(hub: Hub, script: str, folder: Path, home: str = "home") -> str:
-    """Run `script` against `hub` in a process of its own; returns what it printed."""
+    """Runs `script` against `hub` in a process of its own; returns what it printed."""
     command = [sys.executable, "-c", script, str(folder)]
     result = subprocess.run(
         command, env=hub.environment(folder / home), capture_output=True, text=True, cwd=folder, check=False

@@ -1,4 +1,4 @@
-"""Importing the package loads neither torch nor transformers, and still registers it, whatever is imported when."""
+"""Importing the package loads neither torch nor transformers, yet registers it, whatever the import order."""
 
 from __future__ import annotations
 

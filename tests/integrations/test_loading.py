@@ -1,4 +1,4 @@
-"""AWQ checkpoints of every version and maker load to the weights that they stand for, and broken ones are refused."""
+"""AWQ checkpoints of every version and maker load to the right weights, and broken ones are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_awq_offload import AwqLinear, AwqOffloadConfig, CheckpointError, ConfigE
 CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 MAKERS = ["autoawq-gemm", "autoawq-gemv", "autoawq-gemv-fast", "gptqmodel-gemm"]
 GEMM_OF = {"autoawq-gemv": "autoawq-gemm", "autoawq-gemv-fast": "autoawq-gemm", "llm-awq": "autoawq-gemm"}
-"""Checkpoint -> one in the GEMM layout, which the independent reader knows, with the same weights."""
+"""Maps a checkpoint to one of the same weights in the GEMM layout, which the independent reader knows."""
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 ALL_BUT_ONE_ON_DISK = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk"} | {

@@ -1,4 +1,4 @@
-"""The card says what is known, keeps what others wrote, and gives nothing away."""
+"""The card says what is known, keeps what others wrote, and reveals no secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's adapters on quantized linears do what they do on dense linears of the same weights, and are never lost."""
+"""PEFT's adapters do the same on quantized linears as on dense ones of equal weights, and are never lost."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def quantized(**changes) -> PreTrainedModel:
 
 
 def lora(**changes) -> LoraConfig:
-    """An adapter that does something from the start."""
+    """Returns the config of an adapter that has an effect from the start."""
     return LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | changes)
 
 
@@ -82,7 +82,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def loss_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Of what is trained beside the base's weights."""
+    """Returns the gradients of everything that is trained beside the base's weights."""
     model.train()
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     trained = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
@@ -90,7 +90,7 @@ def loss_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def dense_twin(model: PeftModel) -> PeftModel:
-    """The same adapters on dense linears of the same weights."""
+    """Returns a model with the same adapters on dense linears of equal weights."""
     twin = copy.deepcopy(model)
     twin.get_base_model().dequantize()
     assert not any(isinstance(module, AwqLinear) for module in twin.modules())
@@ -158,15 +158,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     model = get_peft_model(quantized(), lora())
     expected = loss_gradients(copy.deepcopy(model))
     enable_checkpointing(model.get_base_model(), {"use_reentrant": use_reentrant})
-    model.get_base_model().enable_input_require_grads()  # as the Trainer does for adapters
+    model.get_base_model().enable_input_require_grads()  # the Trainer does this for adapters
     runs = []
     model.get_base_model().model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: runs.append(1))
     torch.testing.assert_close(loss_gradients(model), expected)
-    assert len(runs) == 2  # once more in the backward pass
+    assert len(runs) == 2  # the backward pass runs it again
 
 
 def enable_checkpointing(model: PreTrainedModel, kwargs: dict) -> None:
-    """By the name that the installed transformers has for it."""
+    """Enables gradient checkpointing, by the name that the installed transformers has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(kwargs)
 
@@ -464,7 +464,7 @@ def test_a_model_that_accelerate_has_dispatched_is_trained_merged_and_unmerged()
 
 @pytest.fixture
 def offloaded(tmp_path) -> PreTrainedModel:
-    """The second layer on the disk."""
+    """Returns a model whose second layer is on disk."""
     quantized().save_pretrained(tmp_path / "base")
     device_map = {
         "model.embed_tokens": "cpu",

@@ -65,7 +65,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: Gemma3TextConfig(**SHAPE, **WINDOW, query_pre_attn_scalar=32),
 }
 MAX_RELATIVE_ERROR = 0.4
-"""Of the logits of quantized random weights; seen are 0.02 to 0.31. A fold that does not cancel costs about 1."""
+"""Allowed error of logits of quantized random weights: 0.02 to 0.31 is seen; a fold that does not cancel costs 1."""
 CONFIG_FIELDS = {
     "quant_method",
     "bits",
@@ -87,7 +87,7 @@ def make_recipe(**changes) -> AwqOffloadConfig:
 
 
 def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
-    """Random weights, with norms that are not all ones, biases that are not zero, and a few loud channels."""
+    """Builds a random model whose norms are not all ones and biases not zero, with a few outlier channels."""
     config = ARCHITECTURES[architecture]()
     for name, value in changes.items():
         setattr(config, name, value)
@@ -111,7 +111,7 @@ def save_model(directory: Path, *args, **kwargs) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A full-precision Llama on disk."""
+    """A full-precision Llama, saved on disk."""
     return save_model(tmp_path_factory.mktemp("source"))
 
 
@@ -123,7 +123,7 @@ class Quantized:
 
 @pytest.fixture(scope="module")
 def quantized(source, tmp_path_factory) -> Quantized:
-    """The same, quantized and saved; tests must not change it."""
+    """The source model, quantized and saved; tests must not change it."""
     return quantize_and_save(source, tmp_path_factory.mktemp("quantized"))
 
 
@@ -139,7 +139,7 @@ def load(directory: Path, **kwargs) -> PreTrainedModel:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
-    """(2, tokens, vocabulary) for token ids that calibration has not seen; longer than the sliding windows."""
+    """Returns logits (2, tokens, vocabulary) on token ids unseen in calibration, longer than the sliding windows."""
     generator = torch.Generator().manual_seed(2)
     token_ids = torch.randint(VOCABULARY, (2, SEQ_LEN), generator=generator)
     result = model.eval()(input_ids=token_ids).logits
@@ -159,7 +159,7 @@ def assert_same_state(
     model: PreTrainedModel | dict[str, Tensor],
     expected: PreTrainedModel | dict[str, Tensor],
 ) -> None:
-    """Same names, dtypes and bits."""
+    """Asserts equal names, dtypes and bits."""
     actual_state = model if isinstance(model, dict) else model.state_dict()
     expected_state = expected if isinstance(expected, dict) else expected.state_dict()
     assert actual_state.keys() == expected_state.keys()
@@ -549,7 +549,7 @@ class TestFailureInTheMiddle:
     @pytest.mark.parametrize("value", [float("inf"), float("nan")])
     @pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.down_proj"])
     def test_every_weight_must_be_finite(self, name, value, changes):
-        """Also where no activation shows it: in what comes last, and without calibration."""
+        """Holds even where no activation shows it: in the last weights, and without calibration."""
         model = make_model()
         with torch.no_grad():
             model.model.layers[1].get_submodule(name).weight[3, 5] = value

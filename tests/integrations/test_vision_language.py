@@ -1,4 +1,4 @@
-"""Quantizing a tiny LLaVA on samples with images, from a checkpoint and in memory, and what is refused."""
+"""Quantizes a tiny LLaVA on samples with images, from a checkpoint and in memory; bad samples are refused."""
 
 from __future__ import annotations
 

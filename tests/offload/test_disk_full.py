@@ -1,4 +1,4 @@
-"""A disk that is really full, a tmpfs of a few MiB: a clear error, nothing lost, the same bits once there is room."""
+"""On a full disk (a tmpfs of a few MiB), errors are clear, nothing is lost, and a resumed run has the same bits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def expected(llama, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
-    """A file system of its own."""
+    """Mounts a small file system."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE_MIB}m", "tmpfs", str(folder)]
@@ -46,12 +46,12 @@ def disk(tmp_path) -> Iterator[Path]:
 
 
 def recipe():
-    """Hidden states of 640 KiB, whose file does not fit into a writer's buffer."""
+    """Returns a recipe whose hidden states take 640 KiB, more than a writer's buffer."""
     return token_recipe(dataset=token_batch(125, 20).tolist(), n_samples=125)
 
 
 def fill(folder: Path) -> Path:
-    """Take all the room there is."""
+    """Fills the disk."""
     filler = folder / "filler"
     with filler.open("wb") as opened:
         free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
@@ -60,7 +60,7 @@ def fill(folder: Path) -> Path:
 
 
 def filled_at(monkeypatch, owner: object, name: str, call: int, folder: Path) -> None:
-    """The disk becomes full before a certain call."""
+    """Fills the disk just before a certain call."""
     calls = []
     original = getattr(owner, name)
 
@@ -81,7 +81,7 @@ AT = {
     "before the checkpoint": (streamed, "write_shards", 1),
     "before the card": (streamed, "complete", 1),
 }
-"""When the disk becomes full."""
+"""The calls before which the disk becomes full."""
 
 
 @pytest.mark.parametrize("whose", ["journal", "output", "both"])

@@ -1,4 +1,4 @@
-"""A run that is stopped goes on to the same bits; what is damaged is found; nothing of another run is touched."""
+"""A stopped run resumes to the same bits; damage is found; the journal of another run is never touched."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def expected(llama, tmp_path_factory) -> dict[str, str]:
 
 
 def quantized_layers(monkeypatch) -> list[str]:
-    """Names of layers, as they are quantized."""
+    """Records the names of layers as they are quantized."""
     names = []
     original = loop.quantize_with_statistics
 
@@ -136,7 +136,7 @@ def test_an_interrupted_run_says_where_it_goes_on(llama, tmp_path, monkeypatch):
 
 
 def fail_at(monkeypatch, owner, name: str, call: int) -> None:
-    """The disk is full from a certain call on."""
+    """Makes the disk full from a certain call on."""
     calls = []
     original = getattr(owner, name)
 
@@ -183,7 +183,7 @@ def test_the_journal_does_not_grow_with_the_hidden_states(llama, tmp_path, monke
 
 
 def test_smaller_batches_after_running_out_of_memory_are_remembered(llama, tmp_path, monkeypatch):
-    """Stopped and gone on with, a run that halved its micro-batches ends as it does undisturbed."""
+    """A run that halved its micro-batches ends the same when it is stopped and resumed."""
     limited = small_memory(monkeypatch, most_tokens=45)
     recipe = token_recipe(batch_tokens=120)
     quantize(llama, tmp_path / "reference" / "out", recipe)
@@ -282,7 +282,7 @@ def test_a_header_that_can_not_be_read_is_an_error(tmp_path):
 
 @pytest.mark.slow
 def test_killed_inside_a_commit_a_run_goes_on_to_the_same_bits(llama, expected, tmp_path):
-    """Every seventh step; `tests/bench/kill.py` takes all of them, and random moments."""
+    """Tests every seventh step; `tests/bench/kill.py` tests all of them, and random moments."""
     fields: Callable[[str], object] = lambda name: getattr(token_recipe(), name)  # noqa: E731
     recipe = {
         name: fields(name) for name in ("dataset", "n_samples", "max_seq_len", "batch_tokens", "group_size", "n_grid")

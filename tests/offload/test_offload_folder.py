@@ -1,4 +1,4 @@
-"""Quantized layers that stay on the disk: the same model, less memory."""
+"""Quantized layers that stay on disk give the same model with less memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def source(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_ram(source, tmp_path_factory) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and the checkpoint's tensors."""
+    """Returns the logits, and the checkpoint's tensors."""
     model = quantized(source)
     folder = tmp_path_factory.mktemp("saved")
     model.save_pretrained(folder)
@@ -104,7 +104,7 @@ def test_less_is_in_ram(llama, tmp_path):
 
 
 def test_finished_layers_leave_ram_one_by_one(llama, tmp_path, monkeypatch):
-    """While the last layer is quantized no earlier one is in RAM, in full precision or quantized."""
+    """While the last layer is quantized, no earlier one is in RAM, in full precision or quantized."""
     seen, layers = [], []
     search, build = loop.quantize_with_statistics, LlamaForCausalLM.__init__
 

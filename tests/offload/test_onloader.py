@@ -1,4 +1,4 @@
-"""Onloading one layer, and the dtype that it computes in."""
+"""The onloader moves one layer to the device, in the dtype that it computes in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Layer(nn.Module):
-    """Writes down where it is sent, for a device that this machine need not have."""
+    """Records where it is moved, so that this machine need not have the device."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is given is kept to: the micro-batch and the place of the statistics follow from the memory that is allowed."""
+"""Memory limits are kept: the micro-batch and the statistics' device follow from the memory that is allowed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_sums_that_live_elsewhere_are_the_same(monkeypatch):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
-    """Activations weigh more than weights: 2560 tokens in sequences of 20."""
+    """A Llama and 2560 tokens in sequences of 20, so that activations outweigh the weights."""
     return save_model(tiny_llama(num_hidden_layers=2, intermediate_size=512), tmp_path_factory.mktemp("llama"))
 
 
@@ -114,7 +114,7 @@ RECIPE = {"dataset": token_batch(128, 20).tolist(), "n_samples": 128, "batch_tok
 
 @pytest.mark.parametrize("room_bytes", [500_000, 2_000_000, 10**9])
 def test_a_run_on_the_cpu_takes_no_more_than_it_is_allowed(room_bytes, llama, tmp_path, monkeypatch):
-    """Counted in bytes: weights of the layer and the next, sums, and what goes in and out of all linears at once."""
+    """Counts the bytes of this layer and the next, of the sums, and of all linears' inputs and outputs."""
     layer = tiny_llama(intermediate_size=512).model.layers[0]
     layer_bytes = sum(p.numel() * 4 for p in layer.parameters())
     sizes = LayerSizes.of([layer], CPU)

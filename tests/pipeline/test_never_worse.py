@@ -1,4 +1,4 @@
-"""Never worse than rounding to the nearest, on the calibration loss of every group, whatever the inputs and weights.
+"""No group's calibration loss is worse than that of rounding to nearest, whatever the inputs and weights.
 
 On a layer made for it, the loss is computed from its inputs and outputs, in fp64, apart from the package; on whole
 models it is the report's.
@@ -31,11 +31,11 @@ IN, OUT, GROUP = 64, 24, 32
 ROUNDINGS = pytest.mark.parametrize("rounding", ["nearest", "error_feedback"])
 
 RELATIVE_ERROR_OF_FP32 = 1e-5
-"""Of squared outputs: what the package compares is computed in fp32, what the test compares in fp64."""
+"""Relative tolerance on squared outputs: the package compares losses in fp32, the test in fp64."""
 
 
 class Scale(nn.Module):
-    """What is left of a norm: its weight."""
+    """A norm reduced to its weight."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def exactly(self, x: Tensor) -> Tensor:
-        """(tokens, 2 · OUT) fp64."""
+        """Returns the block's output in fp64, (tokens, 2 · OUT)."""
         x = x.double() * self.norm.weight.double()
         weights = [
             linear.dequantized(torch.float64) if isinstance(linear, QuantizedLinear) else linear.weight.double()
@@ -80,7 +80,7 @@ def recipe_for(**fields: Any) -> AwqOffloadConfig:
 
 @torch.no_grad()
 def loss_beside_nearest(block: Block, x: Tensor, recipe: AwqOffloadConfig) -> tuple[float, float, float]:
-    """Quantizes `block`; returns its loss on x, that of rounding to the nearest, and the squared outputs' mean."""
+    """Quantizes `block`; returns its loss on x, that of rounding to nearest, and the mean squared output."""
     expected = block.exactly(x)
     nearest = []
     for name in NAMES:

@@ -1,4 +1,4 @@
-"""What the next layer is calibrated on: outputs of the original layers, or of the quantized ones."""
+"""The next layer is calibrated on outputs of the original layers, or of the quantized ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAST = f"model.layers.{LAYERS - 1}"
 
 
 def gram_of_last_layer(monkeypatch, model: nn.Module, propagate: str) -> Tensor:
-    """Of the input of the last layer's attention, as its quantization is given it."""
+    """Returns the gram matrix of the last layer's attention input, as its quantization receives it."""
     found = {}
     original = loop.quantize_with_statistics
 
@@ -36,7 +36,7 @@ def gram_of_last_layer(monkeypatch, model: nn.Module, propagate: str) -> Tensor:
 
 @torch.no_grad()
 def gram_in_forward_pass(model: nn.Module, norm: nn.Module) -> Tensor:
-    """The same from the outputs that `model` hands on, through a norm of its original."""
+    """Returns that gram matrix computed from `model`'s own outputs, through the original's norm."""
     seen: list[Tensor] = []
     layer = model.get_submodule(LAST)
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(norm(args[0])))
@@ -67,7 +67,7 @@ def test_quantized_layers_run_again_in_half_precision_and_with_experts(build, dt
 
 
 class Stopped(BaseException):
-    """As if by Ctrl-C."""
+    """Stands in for Ctrl-C."""
 
 
 @pytest.mark.parametrize("harmed", [None, "hidden-00003.bin", "layer-00001.safetensors"])

@@ -31,7 +31,7 @@ PACKED_NAMES = ("qweight", "qzeros", "scales")
 def unpack_words(
     words: np.ndarray,  # (rows, columns / 8) int32
 ) -> np.ndarray:
-    """(rows, columns) int64, values from 0 to 15."""
+    """Returns (rows, columns) int64, values from 0 to 15."""
     assert words.dtype == np.int32
     unsigned = words.view(np.uint32)
     values = np.empty((words.shape[0], 8 * words.shape[1]), dtype=np.int64)
@@ -45,7 +45,7 @@ def dequantize_linear(
     qzeros: np.ndarray,  # (in / g, out / 8) int32
     scales: np.ndarray,  # (in / g, out) fp16
 ) -> np.ndarray:
-    """The weight (out, in), fp32, without rounding."""
+    """Returns the weight (out, in) in fp32, without rounding."""
     q, z = unpack_words(qweight), unpack_words(qzeros)
     assert scales.dtype == np.float16
     assert z.shape == scales.shape
@@ -60,7 +60,7 @@ def dequantize_linear(
 
 
 def read_state_dict(directory: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """All tensors of a checkpoint in full precision: `*.weight` (out, in) instead of qweight, qzeros and scales.
+    """Returns all tensors of a checkpoint in full precision: `*.weight` (out, in) replaces qweight, qzeros and scales.
 
     Args:
         directory: holds model.safetensors, or its shards and model.safetensors.index.json.
@@ -82,7 +82,7 @@ def read_state_dict(directory: str | Path, dtype: torch.dtype = torch.float32) -
 
 
 def read_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The checkpoint as a stock model of plain linears, in evaluation mode; every parameter is accounted for."""
+    """Loads the checkpoint as a stock model of plain linears, in evaluation mode, and checks that no tensor is left."""
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -1,4 +1,4 @@
-"""AWQ as its paper describes it: every candidate is put into the model and judged by the output of its block.
+"""Implements AWQ as its paper describes it: every candidate is tried in the model and judged by its block's output.
 
 Lin et al. 2023, arXiv:2306.00978 (section 3.2), with the formulas and constants of AutoAWQ 0.2.9. Slow and obvious;
 for decoders of Llama's shape (no biases needed, norm * weight). For each decoder layer, with inputs recorded from
@@ -89,7 +89,7 @@ def quantize_dequantize(
 
 @dataclass
 class _Recorded:
-    """What one decoder layer was given, per batch."""
+    """The inputs of one decoder layer, per batch."""
 
     inputs: dict[str, list[Tensor]]  # linear -> its input per batch, (batch, tokens, in)
     attention_kwargs: list[dict]  # arguments of the attention block, without its hidden_states
@@ -115,7 +115,7 @@ class _ScaleGroup:
 
 
 def _record(model: PreTrainedModel, layer: nn.Module, batches: Sequence[Tensor]) -> _Recorded:
-    """Run the whole model and note what arrives at `layer`'s blocks and linears."""
+    """Runs the whole model and records the inputs of `layer`'s blocks and linears."""
     inputs: dict[str, list[Tensor]] = defaultdict(list)
     attention_kwargs: list[dict] = []
 
@@ -138,7 +138,7 @@ def _record(model: PreTrainedModel, layer: nn.Module, batches: Sequence[Tensor])
 
 
 def _scale_groups(layer: nn.Module, recorded: _Recorded) -> list[_ScaleGroup]:
-    """The groups in the order of AutoAWQ; o ← v only without grouped queries, as there."""
+    """Returns the groups in AutoAWQ's order; like AutoAWQ, o ← v only without grouped queries."""
     attention, mlp = layer.self_attn, layer.mlp
 
     def run_attention(index: int, x: Tensor) -> Tensor:
@@ -201,13 +201,13 @@ def _search_scales(group: _ScaleGroup, group_size: int) -> Tensor:
 
 
 def _mean_abs(inputs: list[Tensor]) -> Tensor:
-    """Mean of |X| over all tokens; (in,)."""
+    """Returns the mean of |X| over all tokens, (in,)."""
     tokens = torch.cat([x.flatten(0, -2) for x in inputs])  # (T, in)
     return tokens.abs().mean(dim=0)
 
 
 def _mean_relative_weight(weights: list[Tensor], group_size: int) -> Tensor:
-    """Mean over the rows of all weights of |W| / max |W| in its group; (in,)."""
+    """Returns the mean over the rows of all weights of |W| / max |W| in its group, (in,)."""
     weight = torch.cat(weights)  # (rows, in)
     grouped = weight.abs().reshape(weight.shape[0], -1, group_size)  # (rows, n, g)
     relative = grouped / (grouped.amax(dim=-1, keepdim=True) + 1e-6)
@@ -219,7 +219,7 @@ def _candidate(
     w_mean: Tensor,  # (in,)
     alpha: float,
 ) -> Tensor:
-    """Duo scaling; (in,)."""
+    """Returns the scales of one candidate with duo scaling, (in,)."""
     scales = (x_mean**alpha / (w_mean ** (1 - alpha) + 1e-4)).clamp(min=1e-4)
     scales = scales / (scales.max() * scales.min()).sqrt()
     return torch.where(scales.isfinite(), scales, 1.0)
@@ -238,7 +238,7 @@ def _apply_scales(
     group: _ScaleGroup,
     scales: Tensor,  # (in,)
 ) -> None:
-    """Move the scales from the linears to what feeds them, and to the recorded inputs."""
+    """Multiplies the scales into the linears, and divides the producer and the recorded inputs by them."""
     for linear in group.linears:
         linear.weight.mul_(scales)
     if isinstance(group.producer, nn.Linear):
@@ -282,6 +282,6 @@ def _clamp_groups(
     weight: Tensor,  # (out, in)
     limits: Tensor,  # (out, n)
 ) -> Tensor:
-    """Each group of each row clamped to ±limit; (out, in)."""
+    """Returns the weight with each group of each row clamped to ±limit, (out, in)."""
     grouped = weight.reshape(*limits.shape, -1)
     return grouped.clamp(-limits[..., None], limits[..., None]).reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""pack-quantized words as the compressed-tensors library reads them."""
+"""Reads pack-quantized words with the compressed-tensors library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_awq_offload.formats.pack_quantized import PackQuantizedWeight
 
 
 def decompress(packed: PackQuantizedWeight, grid: Grid) -> Tensor:
-    """The weight as compressed-tensors reads it."""
+    """Returns the weight as compressed-tensors reads it."""
     from compressed_tensors.compressors import BaseCompressor
 
     is_channel = grid.group_size == int(packed.weight_shape[1])

@@ -1,4 +1,4 @@
-"""How far a quantized model is from the full-precision one, in nats per token and in perplexity."""
+"""Measures how far a quantized model is from the full-precision one, in nats per token and in perplexity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def compute_logits(
     model: PreTrainedModel,
     batches: Iterable[Tensor],  # each (batch, tokens) int64
 ) -> list[Tensor]:
-    """Per batch (batch, tokens, vocabulary) in the model's dtype; a reference for several calls of `kl_divergence`."""
+    """Returns logits per batch, (batch, tokens, vocabulary) in the model's dtype, to reuse in `kl_divergence`."""
     return [model(input_ids=batch, use_cache=False).logits for batch in batches]
 
 
@@ -25,7 +25,7 @@ def kl_divergence(
     reference: PreTrainedModel | Sequence[Tensor],
     batches: Sequence[Tensor],  # each (batch, tokens) int64
 ) -> float:
-    """Mean over all tokens of KL(reference ‖ model) of the next-token distributions, in nats, computed in fp64.
+    """Returns the mean over all tokens of KL(reference ‖ model) of next-token distributions, in nats, computed in fp64.
 
     Args:
         model: the quantized model, in evaluation mode.
@@ -51,7 +51,7 @@ def perplexity(
     model: PreTrainedModel,
     batches: Sequence[Tensor],  # each (batch, tokens) int64
 ) -> float:
-    """exp of the mean negative log-likelihood of every token after the first of its sequence."""
+    """Returns exp of the mean negative log-likelihood of all tokens but the first of each sequence."""
     total_nats, tokens = 0.0, 0
     for batch in batches:
         (logits,) = compute_logits(model, [batch])

@@ -1,4 +1,4 @@
-"""Sliding windows predict every token once; what is measured on them is what a plain computation gives."""
+"""Sliding windows score every token once, and measurements on them agree with a plain computation."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_hopeless_model_has_an_infinite_perplexity():
 
 
 class Words:
-    """A tokenizer for which every word is its length."""
+    """A tokenizer that maps every word to its length."""
 
     def __call__(self, text, **kwargs):
         return {"input_ids": [len(word) for word in text.split()]}

@@ -1,4 +1,4 @@
-"""A bar where it can be drawn over itself, a line per layer elsewhere, nothing where progress is switched off."""
+"""Progress is a bar where it can be redrawn, a line per layer elsewhere, and nothing where it is switched off."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Terminal(io.StringIO):
 
 @contextmanager
 def stderr(stream: Any) -> Iterator[Any]:
-    """Not a fixture: pytest puts its own stream in place between a fixture and the test."""
+    """Replaces stderr; not a fixture, because pytest puts its own stream in place between a fixture and the test."""
     own, sys.stderr = sys.stderr, stream
     try:
         yield stream
@@ -78,7 +78,7 @@ def test_the_time_to_come_is_that_of_layers_after_the_first(capsys, monkeypatch)
         progress.finished(LAYER)
     first, second = capsys.readouterr().err.splitlines()
     assert "100.0 s in all" in first
-    assert first.endswith("ETA 51:40")  # 31 times 100 s, for want of another layer
+    assert first.endswith("ETA 51:40")  # 31 times 100 s, since no other layer is known yet
     assert second.endswith("ETA 05:00")
 
 
@@ -122,7 +122,7 @@ def test_transformers_switches_are_obeyed(switch, stream):
 
 @pytest.mark.parametrize(("lines", "columns"), [(24, 0), (0, 120)])
 def test_a_terminal_without_room_gets_lines(lines, columns):
-    """As a container's may be; tqdm draws nothing there."""
+    """A container's terminal may have no size; tqdm draws nothing there."""
     main, side = os.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     with open(side, "w", encoding="utf-8") as terminal, stderr(terminal), Progress() as progress:

@@ -1,4 +1,4 @@
-"""The records of a run say what was done, and come back from JSON, from the journal, and from older journals."""
+"""A run's records say what was done, and can be read back from JSON, from the journal and from older journals."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_step_of_a_group_is_told():
             assert 0 <= group.rows_nearest < group.rows
         qkv, o, gate_up, down = layer.groups
         assert qkv.rows == 64 + 2 * 32
-        # Groups of 32 weights: of v alone, since q and k are not clipped; then of o, of gate and up, and of down.
+        # Groups of 32 weights: of v only, since q and k are not clipped; then of o, of gate and up, and of down.
         assert [sum(g.clip_counts) for g in (qkv, o, gate_up, down)] == [32 * 2, 64 * 2, 2 * 96 * 2, 64 * 3]
         assert all(len(group.clip_counts) == STEPS for group in layer.groups)
         assert 0 < down.clip_counts[0] < sum(down.clip_counts)
@@ -67,7 +67,7 @@ def test_every_step_of_a_group_is_told():
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_mixtral, tiny_gpt_oss])
 def test_where_nothing_is_searched_all_losses_are_that_of_the_nearest(build):
-    """Also for experts, which see tokens of their own."""
+    """Holds for experts too, each of which sees its own tokens."""
     report = report_of(build(), n_grid=0, clip=False, rounding="error_feedback")
     nearest = report_of(build(), n_grid=0, clip=True, rounding="nearest")
     for ours, theirs in zip(report.layers, nearest.layers, strict=True):
@@ -178,7 +178,7 @@ print(json.dumps([start.ram, during.ram, after.ram, after.ram_peak]))
 
 
 def test_memory_is_counted_from_the_beginning_of_the_run():
-    # Of a process of its own: what other tests leave to the collector is freed at any moment.
+    # In its own process, because garbage of other tests could be freed at any moment.
     result = subprocess.run([sys.executable, "-c", OWN_PROCESS], capture_output=True, text=True, check=True)
     start, during, after, peak = json.loads(result.stdout)
     assert start < 2**22
@@ -188,7 +188,7 @@ def test_memory_is_counted_from_the_beginning_of_the_run():
 
 
 def test_memory_of_an_accelerator_is_counted_from_the_beginning_too(monkeypatch):
-    allocated, highest = [100], [900]  # the peak is of the process's earlier life
+    allocated, highest = [100], [900]  # the peak is from before the run
     monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: allocated[0])
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: highest[0])
     watch = MemoryWatch(torch.device("cuda"))

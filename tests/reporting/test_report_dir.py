@@ -1,4 +1,4 @@
-"""`report_dir`: what is written, checked before anything is calibrated, and never at the cost of the model."""
+"""`report_dir` is checked before calibration; the report is complete, and its failures never cost the model."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_records_of_an_earlier_release_make_a_report(tmp_path):
 
 
 def refused(call: Any, error: type[Exception], message: str, llama: Path, folder: Path, monkeypatch) -> None:
-    """The call ends with this error, before calibration data are loaded."""
+    """Asserts that the call raises this error before calibration data are loaded."""
 
     def fail(*args, **kwargs):
         raise AssertionError("calibration data were loaded")

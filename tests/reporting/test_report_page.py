@@ -1,4 +1,4 @@
-"""report.html in a real browser: its figures, light and dark, wide and narrow, with names that are markup."""
+"""Opens report.html in a real browser: figures, light and dark, wide and narrow, with markup in names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIGURES = {
     "identity-share": "identity_share", "clip-ratio-mean": "clip_ratio_mean", "starved-experts": "starved_experts",
     "calibration-tokens": "calibration_tokens", "seconds": "seconds", "peak-bytes": "ram_peak_bytes",
 }  # fmt: skip
-"""Ids on the page -> fields of report.json's summary."""
+"""Maps ids on the page to fields of report.json's summary."""
 
 browser = pytest.mark.browser
 
@@ -33,7 +33,7 @@ def page(folder: Path, report: QuantizationReport, plan: dict | None = None) -> 
 
 
 def figures(found: Dom) -> dict[str, str]:
-    """What the page says, by id."""
+    """Returns the page's figures by id."""
     return {name: text for name, text in found.text.items() if "data-value" in found.attributes[name]}
 
 
@@ -105,7 +105,7 @@ def test_pictures_follow_the_reader_s_colours(view, tmp_path):
     ours, others = (LIGHT, DARK) if view == "light" else (DARK, LIGHT)
     for name in ("ink", "series-1", "series-2", "series-3", "ramp-0", "ramp-9"):
         assert rgb(ours[name]) in colours, name
-        assert name == "ink" or rgb(others[name]) not in colours, name  # edges of text have greys of all kinds
+        assert name == "ink" or rgb(others[name]) not in colours, name  # anti-aliased text has greys of all kinds
 
 
 @browser
@@ -160,7 +160,7 @@ def test_nothing_is_fetched_and_nothing_is_run(tmp_path):
 
 @pytest.mark.parametrize("view", ["light", "dark"])
 def test_colours_stand_out_from_the_paper(view):
-    """WCAG 2.1: 4.5 for text, 3 for what is drawn."""
+    """WCAG 2.1 asks for a contrast of 4.5 for text and 3 for graphics."""
     colours = {"light": LIGHT, "dark": DARK}[view]
     assert LIGHT.keys() == DARK.keys()
     for name, colour in colours.items():

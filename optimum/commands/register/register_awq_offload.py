@@ -1,6 +1,6 @@
-"""`optimum-cli quantize awq`: found by optimum in its namespace of commands, where no folder may have an __init__.py.
+"""`optimum-cli quantize awq`: optimum finds this file in its namespace of commands; no folder may have an __init__.py.
 
-optimum imports this file at every start of its command line; it imports nothing heavy itself.
+optimum imports this file whenever its command line starts, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from hf_awq_offload.cli.parser import add_common_options, add_quantize_options
 
 
 class AwqCommand(BaseOptimumCLICommand):
-    """`optimum-cli quantize awq SRC OUT`, with the options of `hf-awq-offload quantize`."""
+    """`optimum-cli quantize awq SRC OUT`, which takes the options of `hf-awq-offload quantize`."""
 
-    COMMAND = CommandInfo(name="awq", help="AWQ, one decoder layer at a time, by hf_awq_offload")
+    COMMAND = CommandInfo(name="awq", help="AWQ quantization with hf_awq_offload, one decoder layer at a time")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -32,12 +32,12 @@ class AwqCommand(BaseOptimumCLICommand):
 
 
 class QuantizeCommand(BaseOptimumCLICommand):
-    """`optimum-cli quantize`: its only subcommand is ours."""
+    """`optimum-cli quantize`, whose only subcommand is ours."""
 
     COMMAND = CommandInfo(name="quantize", help="quantize a checkpoint")
     SUBCOMMANDS = (CommandInfo(name="awq", help=AwqCommand.COMMAND.help, subcommand_class=AwqCommand),)
 
 
 REGISTER_COMMANDS = iter([QuantizeCommand])
-"""optimum reads this once per folder that has this file: a clone on the path beside an installation must not register a
-command twice, which argparse refuses. So it is used up after the first time."""
+"""An iterator, so that only the first read yields the command: optimum reads this once per folder that has the file (a
+clone on the path beside an installation), and argparse refuses a command that is registered twice."""

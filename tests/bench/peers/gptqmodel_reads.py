@@ -1,4 +1,4 @@
-"""Does stock transformers with gptqmodel load what this package writes, and agree?
+"""Checks that stock transformers with gptqmodel loads what this package writes, and agrees with it.
 
 gptqmodel replaces torch, so that it lives in an environment of its own:
 
