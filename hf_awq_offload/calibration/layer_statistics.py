@@ -1,8 +1,8 @@
-"""Whose tokens are a linear's statistics: one collector per distinct input, and per expert.
+"""Decides which tokens count for which linear: one collector for each distinct input, and for each expert.
 
-The linears of a group share their input and so their statistics. Experts are the exception: each sees the tokens
-that the router sends it, and these are its statistics. An expert that saw few is given the layer's pooled statistics
-for the tokens that it lacks: G = (n·G_own + (m - n)·G_pool) / m for n < m tokens.
+The linears of a group share their input and so their statistics. Experts are the exception: each has statistics of the
+tokens that the router sends it. An expert that saw few tokens takes the layer's pooled statistics for those that it
+lacks: G = (n·G_own + (m - n)·G_pool) / m for n < m tokens.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .statistics_collector import StatisticsCollector
 
 
 class LayerStatistics:
-    """Collects while a decoder layer runs, and says what each of its linears saw.
+    """Collects the statistics of a decoder layer while it runs.
 
     Args:
         layer: the decoder layer.
         structure: its groups.
         wanted: linears whose statistics are needed.
         device: where the sums live.
-        every_token: let every expert see every token while collecting.
+        every_token: send every token through every expert while collecting.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LayerStatistics:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Collect from every forward pass inside the context."""
+        """Collects from every forward pass inside the context."""
         with routed(self.layer, self.routing), self.collector.collecting():
             yield
 
@@ -64,11 +64,11 @@ class LayerStatistics:
         self,
         counted: Tensor | None,  # (batch, tokens) bool
     ) -> None:
-        """Which tokens of the batch that comes next enter the statistics; None means all of them."""
+        """Says which tokens of the next batch enter the statistics; None means all of them."""
         self.collector.set_counted_tokens(counted)
 
     def gathered(self, layer_name: str, min_expert_tokens: int) -> GatheredStatistics:
-        """What was collected; `layer_name` is for errors only.
+        """Returns what was collected; `layer_name` is for errors only.
 
         Raises:
             NumericalError: activations were NaN or infinite, or no token reached a linear outside experts.
@@ -81,7 +81,7 @@ class LayerStatistics:
 
 
 class GatheredStatistics:
-    """The statistics of a layer's groups and linears."""
+    """Holds the statistics of a layer's groups and linears."""
 
     def __init__(
         self,
@@ -101,7 +101,10 @@ class GatheredStatistics:
         self._pools = {family: pooled([own[name] for name in names]) for family, names in families.items()}
 
     def of_group(self, group: InputGroup) -> InputStatistics | None:
-        """Of the input that a group shares: over all tokens; of a single expert's, its own. None: not collected."""
+        """Returns the statistics of the input that a group shares, over all tokens; None if they were not collected.
+
+        A group of a single expert has that expert's own statistics.
+        """
         leaders = dict.fromkeys(self.leader_of[name] for name in group.consumers if name in self.leader_of)
         if not leaders:
             return None
@@ -113,7 +116,7 @@ class GatheredStatistics:
         return pooled([self.own[name] for name in leaders])
 
     def of_linear(self, group: InputGroup, name: str) -> InputStatistics:
-        """Of one linear's input: an expert's own tokens, filled up where these are few."""
+        """Returns the statistics of a linear's input; those of an expert that saw few tokens are filled up."""
         leader = self.leader_of[name]
         if leader not in self.parts:
             return self.own[leader]
@@ -122,7 +125,7 @@ class GatheredStatistics:
         return blended(self.own[leader], pool, self.min_expert_tokens)
 
     def starved(self) -> dict[str, int]:
-        """Experts that saw fewer tokens than the minimum -> how many."""
+        """Returns the experts that saw fewer tokens than the minimum -> how many they saw."""
         tokens: dict[str, int] = {}
         for name, statistics in self.own.items():
             if name in self.parts:

@@ -1,9 +1,9 @@
-"""The skeleton pass: what the model gives each of its decoder layers on every batch, without running them.
+"""The skeleton pass: records what the model gives each of its decoder layers on every batch, without running them.
 
-The model's own forward runs with every decoder layer replaced by "write down what you were given, return the hidden
-states unchanged". What it yields is exact for every layer: masks and rotary embeddings differ from layer to layer in
-many models (sliding and global attention, two rotary bases), so what layer 0 was given says nothing about layer 1.
-Modules keep their class and attributes; only `forward` is shadowed, and put back afterwards.
+The model's own forward runs, and every decoder layer only records its arguments and returns the hidden states
+unchanged. The record is exact for every layer. In many models masks and rotary embeddings differ from layer to layer
+(sliding and global attention, two rotary bases), so the arguments of layer 0 say nothing about layer 1. Modules keep
+their class and attributes; only `forward` is shadowed, and restored afterwards.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class NotAChainError(ModelStructureError):
 
 @dataclass
 class Skeleton:
-    """What a skeleton pass recorded."""
+    """Holds what a skeleton pass recorded."""
 
     layer_names: list[str] = field(default_factory=list)
     """Decoder layers in the order in which the model runs them."""
     calls: dict[str, dict[int, LayerCall]] = field(default_factory=dict)
-    """Per layer, the call that it receives for every batch that it runs on."""
+    """Layer -> index of a batch that reaches it -> the call."""
     hidden: list[Tensor] = field(default_factory=list)
-    """Per batch, the hidden states that enter the first layer, (batch, tokens, hidden)."""
+    """Hidden states that enter the first layer, one tensor (batch, tokens, hidden) per batch."""
 
 
 def record_skeleton(
@@ -55,17 +55,17 @@ def record_skeleton(
     layers: Mapping[str, nn.Module] | None = None,  # name -> decoder layer; by default all that may be one
     forward: Callable[[ModelInputs], None] | None = None,
 ) -> Skeleton:
-    """Run `model` over `batches` with its decoder layers stubbed and return what each layer would be given.
+    """Runs `model` over `batches` with its decoder layers stubbed; returns what each layer would be given.
 
-    Args that are equal from batch to batch, or shared between layers, are stored once. A layer's own forward runs
-    once per layer class, on the first batch, to learn what form of output the model expects: make it a short one.
+    Arguments that are equal from batch to batch, or shared between layers, are stored once. One layer of each class
+    runs on the first batch, to show what form of output the model expects: make that batch a short one.
 
-    On the first batch of each kind gradients tell what depends on the hidden states of an earlier layer.
+    On the first batch of each kind, gradients tell what depends on the hidden states of an earlier layer.
 
     Raises:
         NotAChainError: a layer runs twice in a pass, or takes anything from earlier layers beside the hidden states
             that the last one returned (something computed between the layers, shared state).
-        ModelStructureError: no decoder layer ran, or the hidden states can't be told.
+        ModelStructureError: no decoder layer ran, or it is unclear which argument holds the hidden states.
     """
     forward = forward or ForwardPass(model)
     layers = candidate_layers(model) if layers is None else layers
@@ -81,17 +81,16 @@ def record_skeleton(
             with torch.set_grad_enabled(is_first):
                 forward(batch)
             recorder.end_batch()
-    recorder.skeleton.layer_names = merged(recorder.orders.values(), type(model).__name__)
-    return recorder.skeleton
+    return recorder.finished()
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside, and none is changed.
+    """Freezes all parameters inside the context, and checks on exit that none was changed.
 
     Raises:
-        ModelStructureError: on leaving, when the model's own code has changed a parameter in place. What it does to a
-            weight at the first forward pass would be in the saved checkpoint and be done to the loaded one again.
+        ModelStructureError: on exit, if the model's own code has changed a parameter in place. The change would be
+            saved with the checkpoint, and made once more after loading.
     """
     versions = {name: (parameter, parameter._version) for name, parameter in model.named_parameters()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -112,7 +111,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def requiring_grad(value: Any) -> Any:
-    """A floating-point tensor so that what is computed from it requires a gradient; anything else as it is."""
+    """Returns a floating-point tensor such that what is computed from it requires a gradient; all else as it is."""
     is_floating = isinstance(value, Tensor) and value.is_floating_point()
     return value.detach().requires_grad_() * 1 if is_floating else value
 
@@ -121,7 +120,7 @@ Step = TypeVar("Step", bound=Hashable)
 
 
 def merged(orders: Iterable[Sequence[Step]], model_name: str) -> list[Step]:
-    """One order of all steps that keeps each of `orders`; layers that only some batches run take their place in it.
+    """Merges orders into one that keeps each of them; layers that only some batches run find their place in it.
 
     Raises:
         ModelStructureError: two orders contradict each other.
@@ -150,10 +149,10 @@ class _Recorder:
         self.learned_outputs: dict[type, Any] = {}
         self.stored: dict[tuple[str, int], Tensor] = {}
         self.orders: dict[frozenset[str], list[str]] = {}
-        """By kind of batch, the layers in the order of their runs."""
+        """Kind of batch -> the layers in the order in which they run."""
 
     def next_batch(self, kind: frozenset[str]) -> bool:
-        """Whether it is the first of its kind: then what is computed from a layer's output requires a gradient."""
+        """Begins a batch; returns whether it is the first of its kind: in that one, outputs require a gradient."""
         self.kind, self.trace = kind, kind not in self.orders
         self.called: list[str] = []
         self.last_hidden: Tensor | None = None
@@ -174,6 +173,11 @@ class _Recorder:
                 f"{self.called} after {self.orders[self.kind]}. Layers that are skipped at random must be switched "
                 "off for calibration."
             )
+
+    def finished(self) -> Skeleton:
+        """Returns what was recorded, its layers in one order for all kinds of batches."""
+        self.skeleton.layer_names = merged(self.orders.values(), self.model_name)
+        return self.skeleton
 
     def stub(self, name: str, layer: nn.Module) -> Callable[..., Any]:
         signature = inspect.signature(type(layer).forward)
@@ -246,7 +250,7 @@ class _Recorder:
 
 
 def _find_hidden(name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among a layer's arguments: its first parameter, by position or by name."""
+    """Returns the hidden states among a layer's arguments: its first parameter, by position or by name."""
     first = next(parameter for parameter in signature.parameters if parameter != "self")
     hidden = args[0] if args else kwargs.get(first)
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point():

@@ -37,7 +37,7 @@ class StatisticsCollector:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Collect from every forward pass inside the context."""
+        """Collects from every forward pass inside the context."""
         handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.inputs.items()]
         try:
             yield
@@ -49,11 +49,11 @@ class StatisticsCollector:
         self,
         counted: Tensor | None,  # (batch, tokens) bool
     ) -> None:
-        """Which tokens of the batch that comes next enter the statistics; None means all of them."""
+        """Says which tokens of the next batch enter the statistics; None means all of them."""
         self.counted = counted
 
     def take(self, name: str, layer_name: str, may_be_empty: bool = False) -> InputStatistics:
-        """The statistics of one input, zeros if no token reached it; its sums are given up for them.
+        """Returns the statistics of one input, zeros if no token reached it, and frees its sums.
 
         `layer_name` is for the error only.
 
@@ -98,9 +98,9 @@ def _are_together(tensor: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def exact_on_matrix_units(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Inside, fp32 products of numbers that were of `dtype` may run on matrix units, which lose nothing of them.
+    """Lets fp32 products run on matrix units inside the context, if these lose nothing of numbers that were of `dtype`.
 
-    TF32 has the 10 bits of an fp16 or bf16 mantissa, AMX multiplies bf16; both add up in fp32.
+    TF32 keeps the 10 bits of an fp16 mantissa, AMX multiplies bf16; both sum in fp32.
     """
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         backend, precision = torch.backends.cuda.matmul, "tf32"
@@ -121,7 +121,7 @@ def add_gram(
     gram: Tensor,  # (in, in) fp32
     rows: Tensor,  # (tokens, in) fp32
 ) -> None:
-    """gram += XᵀX in the blocks on and above the diagonal: little more than half of the products."""
+    """Adds XᵀX to the blocks of `gram` on and above the diagonal: little more than half of the products."""
     for start in range(0, gram.shape[0], BLOCK_CHANNELS):
         gram[start : start + BLOCK_CHANNELS, start:].addmm_(
             rows[:, start : start + BLOCK_CHANNELS].t(), rows[:, start:]
@@ -131,7 +131,7 @@ def add_gram(
 def mirror_upper(
     gram: Tensor,  # (in, in)
 ) -> None:
-    """Fill the blocks below the diagonal, in place, from those above."""
+    """Fills the blocks below the diagonal in place, from those above."""
     for start in range(0, gram.shape[0], BLOCK_CHANNELS):
         stop = start + BLOCK_CHANNELS
         gram[stop:, start:stop] = gram[start:stop, stop:].t()
@@ -141,7 +141,7 @@ def _counted_rows(
     x: Tensor,  # (..., in)
     counted: Tensor | None,  # (batch, tokens) bool
 ) -> Tensor:
-    """Inputs of the counted tokens, (tokens, in). Inputs that are not one row per token are taken whole."""
+    """Returns the inputs of the counted tokens, (tokens, in); all inputs if they are not one row per token."""
     rows = x.detach().reshape(-1, x.shape[-1])
     if counted is not None and rows.shape[0] == counted.numel():
         rows = rows[counted.reshape(-1).to(rows.device)]

@@ -1,9 +1,9 @@
-"""Which of a model's layers are its text decoder's, and how the model runs on text alone.
+"""Finds the layers of a model's text decoder, and how the model runs on text alone.
 
-A model of text alone has no other layers that run. In an image-text model, vision and audio towers run too; what tells
-them from the decoder is measured: a layer is the decoder's if what it is given is computed from the embeddings of the
-text's tokens, and so is every other layer of the same list (cross-attention layers, which only some samples reach,
-stand between the others). Towers and projectors stay as they are.
+In a model of text alone, no other layers run. In an image-text model, vision and audio towers run too. A measurement
+tells them from the decoder: a layer belongs to the decoder if its inputs are computed from the embeddings of the text's
+tokens, and so does every other layer of the same list (cross-attention layers, which only some samples reach, stand
+between the others). Towers and projectors stay as they are.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from .skeleton import frozen, record_skeleton, requiring_grad
 logger = get_logger(__name__)
 
 RunLayer = Callable[[str, Callable[[LayerRunner], Any]], Any]
-"""Name of a layer and what to do with its runner -> what that returned; puts the layer on its device."""
+"""Puts the layer of a name on its device, calls a function with its runner, and returns what that returned."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What of a model is calibrated, and how the model is run."""
+    """Names the layers that are calibrated, and runs their model."""
 
     forward: ForwardPass
     layers: Mapping[str, nn.Module]
-    """Name -> layer; not all of them need run."""
+    """Name -> layer; not all of them need to run."""
 
 
 def find_decoder(
     model: nn.Module, samples: Sequence[ModelInputs], run_layer: RunLayer, needs_text: bool
 ) -> tuple[Decoder, bool]:
-    """What of `model` is calibrated on `samples` and text, and whether it runs on text alone.
+    """Returns what of `model` is calibrated on samples and text, and whether the model runs on text alone.
 
     Args:
         model: the whole model.
-        samples: a processor's outputs, perhaps none.
+        samples: a processor's outputs; may be empty.
         run_layer: runs a layer on its device.
-        needs_text: there is plain text to calibrate on.
+        needs_text: whether there is plain text to calibrate on.
 
     Raises:
         ModelStructureError: there is plain text, and the model does not run on that.
@@ -74,9 +74,9 @@ def find_decoder(
 
 
 def text_forward(model: nn.Module, run_layer: RunLayer, may_fail: bool = False) -> ForwardPass | None:
-    """How `model` runs on token ids alone: itself, or only the text decoder in it. None: not at all.
+    """Returns how `model` runs on token ids alone: as a whole, or only its text decoder. None if it does not.
 
-    Unless it `may_fail`, nothing is tried where there is no choice.
+    A model with no choice is tried only if it `may_fail`.
     """
     passes = text_passes(model)
     if len(passes) == 1 and not may_fail:
@@ -99,7 +99,7 @@ def layers_in_order(
     run_layer: RunLayer,
     forward: Callable[[ModelInputs], None],
 ) -> list[str]:
-    """Names of those of `layers` that a forward pass runs, as it runs them, with repetitions."""
+    """Returns the names of the `layers` that a forward pass runs, in its order, with repetitions."""
     try:
         return record_skeleton(model, [inputs], layers, forward).layer_names
     except Exception:  # of any kind: stubs can break what a model computes between its layers
@@ -113,7 +113,7 @@ def order_of_layers(
     run_layer: RunLayer,
     forward: Callable[[ModelInputs], None],
 ) -> list[str]:
-    """As `layers_in_order`, from a forward pass that runs every layer.
+    """Returns what `layers_in_order` does, from a forward pass that really runs every layer.
 
     Raises:
         ModelStructureError: none ran.
@@ -133,7 +133,7 @@ def order_of_layers(
 
 
 def decoder_layers(model: nn.Module, sample: ModelInputs, run_layer: RunLayer) -> dict[str, nn.Module]:
-    """The candidate layers that are the text decoder's: what reaches them depends on the text's embeddings.
+    """Returns the candidate layers of the text decoder: their inputs depend on the text's embeddings.
 
     Args:
         model: the whole model.
@@ -186,7 +186,7 @@ def decoder_layers(model: nn.Module, sample: ModelInputs, run_layer: RunLayer) -
 
 @contextmanager
 def towers_on_device(model: nn.Module, decoder: Mapping[str, nn.Module], run_layer: RunLayer) -> Iterator[None]:
-    """Layers outside the decoder compute on the execution device, one at a time, wherever the model runs them."""
+    """Brings layers outside the decoder to the execution device whenever the model runs them, one at a time."""
 
     def stub(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: _on_device(run_layer, name, forward, args, kwargs)

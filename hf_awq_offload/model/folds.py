@@ -60,7 +60,7 @@ class Reader:
         channel_scale: Tensor,  # (in,)
         ndim: int,  # of the parameter
     ) -> Tensor:
-        """What the parameter is multiplied by: `channel_scale` along `axis`, every other axis of size 1."""
+        """Returns the factor of the parameter: `channel_scale` along `axis`, every other axis of size 1."""
         shape = [1] * ndim
         shape[self.axis] = -1
         return channel_scale.view(shape)

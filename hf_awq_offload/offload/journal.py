@@ -1,14 +1,14 @@
-"""What a quantization has done so far, on disk: a run that was killed goes on from its last decoder layer.
+"""The journal of a run, on disk: a run that was killed resumes after its last committed decoder layer.
 
     journal.json                what the run is: the journal's format and a fingerprint of source, recipe and data
     layer-00007.safetensors     the tensors of the eighth layer, quantized
     hidden-00008.bin            what enters the ninth, the bytes of all batches
     layer-00007.json            the commit: names, sizes and SHA-256 of both files, and the layer's report
 
-Every file is written beside its place, flushed and renamed; the commit comes last, so that a layer is either committed
-or not there. The hidden states of the last two commits are kept: should the newest be damaged, the run falls back one
-layer. A damaged older layer is quantized again from hidden states that forward passes of the original layers bring
-back. Files are checked when the journal is opened.
+Every file is written under another name, flushed and renamed. The commit comes last, so that a layer is either
+committed or absent. The journal keeps the hidden states of the last two commits: if the newest are damaged, the run
+falls back one layer. A damaged older layer is quantized again, on hidden states that forward passes of the original
+layers compute anew. Opening a journal checks its files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .hidden_states import HiddenStates, HiddenWriter
 logger = get_logger(__name__)
 
 FORMAT = 1
-"""Raised whenever what is written, or how layers are quantized from it, changes its meaning."""
+"""Goes up whenever the meaning of the files, or how layers are quantized from them, changes."""
 
 HEADER_NAME = "journal.json"
 LOCK_NAME = "journal.lock"
@@ -57,15 +57,15 @@ class LayerCommit:
 
 
 class Journal:
-    """A folder that one run at a time writes to; made if it is not there.
+    """Keeps finished layers in a folder that one run at a time writes to; makes the folder if it is missing.
 
     Args:
         directory: the folder.
-        fingerprint: part -> digest, of everything that the result depends on.
+        fingerprint: part -> digest; covers everything that the result depends on.
 
     Raises:
-        JournalError: the folder is another run's, holds other files, or is in use.
-        StorageError: it can't be written to.
+        JournalError: the folder belongs to another run, holds other files, or is in use.
+        StorageError: it cannot be written to.
     """
 
     def __init__(self, directory: str | os.PathLike[str], fingerprint: Mapping[str, str]):
@@ -100,7 +100,7 @@ class Journal:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def hidden(self, index: int) -> HiddenStates | None:
-        """What enters the layer of this index, if the journal has it."""
+        """Returns what enters the layer of this index, if the journal has it."""
         entry = self._hidden.get(index)
         if entry is None:
             return None
@@ -156,7 +156,7 @@ class Journal:
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def hidden_writer(self, index: int) -> HiddenWriter:
-        """Takes what enters the layer of this index; `commit` makes it last."""
+        """Returns a writer for what enters the layer of this index; `commit` makes it durable."""
         with _storage_errors(self.directory):
             return HiddenWriter(self.directory / (_hidden_name(index) + PARTIAL_SUFFIX))
 
@@ -169,10 +169,10 @@ class Journal:
         report: dict[str, Any],
         hidden: HiddenWriter | None,  # closed by this; None: nothing that comes later needs them
     ) -> LayerCommit:
-        """Make a layer last, all or nothing.
+        """Makes a layer durable, all of it or nothing.
 
         Raises:
-            StorageError: the disk is full, or a file can't be written; earlier commits are as they were.
+            StorageError: the disk is full, or a file cannot be written; earlier commits are intact.
         """
         file = self.directory / f"layer-{index:05}.safetensors"
         entry: dict[str, Any] = {"index": index, "name": name, "batch_tokens": batch_tokens, "report": report}
@@ -208,7 +208,7 @@ class Journal:
         }
 
     def _forget_hidden(self, last: int) -> None:
-        """Remove the hidden states of this layer and earlier ones."""
+        """Removes the hidden states that enter this layer and earlier ones."""
         for index in [each for each in self._hidden if each <= last]:
             entry = self._hidden.pop(index)
             (self.directory / entry["file"]).unlink(missing_ok=True)
@@ -216,13 +216,13 @@ class Journal:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
-        """Take the journal's own files away, and the folder if nothing else is in it. The journal's end."""
+        """Removes the journal's own files, and the folder if nothing else is in it; closes the journal."""
         _remove_files(self.directory)
         self.close()
         _remove_folder(self.directory)
 
     def close(self) -> None:
-        """Let another run have the folder."""
+        """Releases the folder for other runs."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -237,13 +237,13 @@ class Journal:
 
 
 def committed_layers(directory: str | os.PathLike[str]) -> int | None:
-    """How many decoder layers the journal in a folder holds; None where there is no journal. Nothing is checked."""
+    """Counts the decoder layers in the journal of a folder, unchecked; None if there is no journal."""
     folder = Path(directory)
     return len(list(folder.glob("layer-*.json"))) if (folder / HEADER_NAME).exists() else None
 
 
 def discard_if_empty(directory: str | os.PathLike[str]) -> None:
-    """Remove a journal without a committed layer, which no run can go on from. The run that made it must be over."""
+    """Removes a journal without a committed layer: no run can resume from it. The run that made it must be over."""
     if committed_layers(directory) == 0:
         _remove_files(Path(directory))
         _remove_folder(Path(directory))
@@ -266,13 +266,13 @@ def _hidden_name(index: int) -> str:
 
 
 def _sealed(entry: Mapping[str, Any]) -> str:
-    """A commit as text, with a digest of itself."""
+    """Returns a commit as text, with a digest of itself."""
     text = json.dumps(entry)
     return json.dumps({"commit": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def _unsealed(text: str) -> dict[str, Any]:
-    """The commit in what `_sealed` made; ValueError if it was changed."""
+    """Returns the commit in what `_sealed` made; raises ValueError if it was changed."""
     sealed = json.loads(text)
     if hashlib.sha256(sealed["commit"].encode()).hexdigest() != sealed["sha256"]:
         raise ValueError("its digest differs")
@@ -280,7 +280,7 @@ def _unsealed(text: str) -> dict[str, Any]:
 
 
 class _storage_errors:
-    """Says of a failed write what to do; safetensors wraps the system's errors in its own."""
+    """Turns a failed write into a StorageError that says what to do; safetensors wraps the system's errors."""
 
     def __init__(self, directory: Path):
         self.directory = directory

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much was in use at most."""
+"""Measures and limits memory: what a device has, what is in use, and the most that was in use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from ..report import MemoryUse
 
 M_MMAP_THRESHOLD = -3
-"""Of mallopt(3)."""
+"""The parameter of mallopt(3) that sets from which size blocks are mapped on their own."""
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def default_execution_device() -> torch.device:
-    """The accelerator if the machine has one, else the CPU."""
+    """Returns the accelerator if the machine has one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return CPU
@@ -33,18 +33,18 @@ def default_execution_device() -> torch.device:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether smaller micro-batches may help."""
+    """Whether an error says that memory ran out, so that smaller micro-batches may help."""
     return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 def release_cached(device: torch.device) -> None:
-    """Give memory that the allocator holds for later back to the accelerator."""
+    """Returns the memory that the allocator has cached to the accelerator."""
     if device.type != "cpu":
         clear_device_cache()
 
 
 def memory_in_use_bytes(device: torch.device) -> int:
-    """Memory in use now: the accelerator's allocations, or on a CPU the process's resident set."""
+    """Returns the memory in use: the accelerator's allocations, or on a CPU the process's resident set."""
     if device.type != "cpu":
         return torch.accelerator.memory_allocated(device)
     resident_bytes = _status_bytes("VmRSS")
@@ -52,7 +52,7 @@ def memory_in_use_bytes(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far, since the last reset if there was one; counted as in `memory_in_use_bytes`."""
+    """Returns the most memory in use since the last reset or the start; counts as `memory_in_use_bytes` does."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     peak_bytes = _status_bytes("VmHWM")
@@ -63,7 +63,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _status_bytes(field: str) -> int | None:
-    """What Linux says of this process in proc(5); None where it does not."""
+    """Returns a size from this process's status file, see proc(5); None on other systems than Linux."""
     try:
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     except (OSError, StopIteration):
@@ -72,17 +72,17 @@ def _status_bytes(field: str) -> int | None:
 
 
 def accelerator_bytes(device: torch.device) -> tuple[int, int]:
-    """Of an accelerator's memory: (free, all)."""
+    """Returns an accelerator's memory as (free, total)."""
     free, total = torch.accelerator.get_memory_info(device)
     return int(free), int(total)
 
 
 @contextmanager
 def at_most(limits: Mapping[torch.device, int | None]) -> Iterator[None]:
-    """Inside, allocating beyond a limit fails as it does when memory is used up.
+    """Makes allocations beyond a limit fail inside the context, as they fail when memory is used up.
 
-    On CUDA torch's allocator keeps to it. The CPU's is a limit on the process's private memory (RLIMIT_DATA, Linux),
-    counted from what it has now; mapped files do not count.
+    On CUDA torch's allocator enforces the limit. On a CPU it limits the process's private memory (RLIMIT_DATA, Linux),
+    counted from what the process has now; mapped files do not count.
     """
     with ExitStack() as stack:
         for device, limit_bytes in limits.items():
@@ -98,23 +98,23 @@ def at_most(limits: Mapping[torch.device, int | None]) -> Iterator[None]:
 
 
 def _limit_private_memory(limit_bytes: int, stack: ExitStack) -> None:
-    torch.ones(512, 512) @ torch.ones(512, 512)  # threads are there from now on; their stacks would count
+    torch.ones(512, 512) @ torch.ones(512, 512)  # starts the threads, whose stacks would count
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     private_bytes = _status_bytes("VmData")
     if private_bytes is None:
         return
     allowed = private_bytes + limit_bytes
     if any(most != resource.RLIM_INFINITY and most < allowed for most in (soft, hard)):
-        return  # less is allowed already
+        return  # a lower limit is set already
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
     stack.callback(resource.setrlimit, resource.RLIMIT_DATA, (soft, hard))
 
 
 def release_freed() -> None:
-    """Give memory that was freed back to the system.
+    """Returns freed memory to the system, where the C library is glibc.
 
-    glibc keeps what was freed between blocks that are in use. Layer after layer that adds up to a resident set that
-    grows with the depth of the model (docs/log.md); other C libraries are left alone.
+    glibc keeps freed blocks that lie between blocks in use. Layer after layer, the resident set would grow with the
+    depth of the model (docs/log.md).
     """
     if _C_LIBRARY is not None:
         _C_LIBRARY.malloc_trim(0)
@@ -122,11 +122,11 @@ def release_freed() -> None:
 
 @contextmanager
 def large_blocks_apart() -> Iterator[None]:
-    """Inside, glibc maps every block of 1 MiB and more on its own, and gives it back when it is freed.
+    """Has glibc map every block of 1 MiB and more on its own inside the context, and return it when it is freed.
 
-    By itself it raises that size to up to 32 MiB and then keeps such blocks in its heap, in pieces that fit the next
-    layer's badly: address space and resident set grow layer by layer. It can't be set back to raise it by itself;
-    afterwards it stands at those 32 MiB.
+    By default glibc raises that size by itself, up to 32 MiB, and keeps smaller blocks in its heap, in pieces that fit
+    the next layer badly: address space and resident set grow layer by layer. The automatic rise cannot be switched on
+    again; on exit the size is 32 MiB.
     """
     if _C_LIBRARY is None:
         yield
@@ -150,9 +150,9 @@ _C_LIBRARY = _glibc()
 
 
 class MemoryWatch:
-    """Memory in use above what there was when it was made. It resets no counter: others may be reading them.
+    """Reads the memory in use above what was in use when the watch was made. Resets no counter: others may read them.
 
-    A peak is known once it exceeds that of the process's earlier life; until then it is the most that was seen.
+    A peak is known once it exceeds the peak of the process's earlier life; until then, the most that was seen counts.
 
     Args:
         device: the execution device.
@@ -168,7 +168,7 @@ class MemoryWatch:
         return MemoryUse(*(count_bytes for device in self._devices for count_bytes in self._read(device)))
 
     def _read(self, device: torch.device) -> tuple[int, int]:
-        """(in use, the most so far), above what there was at the start."""
+        """Returns (in use, the most so far), above what was in use at the start."""
         in_use, peak, start = memory_in_use_bytes(device), peak_memory_bytes(device), self._start_bytes[device]
         if peak > self._earlier_peak_bytes[device]:
             self._highest_bytes[device] = max(self._highest_bytes[device], peak)
@@ -177,7 +177,7 @@ class MemoryWatch:
 
 
 class MemoryMeter:
-    """The peaks from now on, above what is in use now.
+    """Reads the peaks from its making on, above what was in use then. Resets the counters of peaks.
 
     Args:
         device: the execution device.
@@ -193,10 +193,10 @@ class MemoryMeter:
             torch.accelerator.reset_peak_memory_stats(device)
 
     def now_bytes(self) -> int:
-        """RAM in use now, above what was at the beginning; 0 where that can't be told."""
+        """Returns the RAM in use above what was in use at the start; 0 where that is unknown."""
         return 0 if self.baseline_bytes is None else memory_in_use_bytes(CPU) - self.baseline_bytes
 
     def peak_bytes(self) -> tuple[int | None, int]:
-        """(RAM or None where that can't be told, accelerator or 0)."""
+        """Returns (RAM, or None where that is unknown; accelerator, or 0)."""
         ram = None if self.baseline_bytes is None else peak_memory_bytes(CPU) - self.baseline_bytes
         return ram, 0 if self.device.type == "cpu" else peak_memory_bytes(self.device)

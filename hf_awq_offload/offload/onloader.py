@@ -78,10 +78,18 @@ class Fate(Enum):
 
 @dataclass
 class FilledModule:
-    """A module that `filled` has given its tensors; set `fate` to decide what becomes of them."""
+    """A module that `filled` has given its tensors; decides what becomes of them."""
 
     module: nn.Module
     fate: Fate = Fate.RESTORE
+
+    def keep(self) -> None:
+        """Lets the module go to RAM when it leaves the device."""
+        self.fate = Fate.KEEP
+
+    def release(self) -> None:
+        """Frees the module's memory when it leaves the device."""
+        self.fate = Fate.RELEASE
 
 
 @contextmanager
@@ -192,7 +200,7 @@ class Onloader:
         """Lets this layer, which is onloaded, stay in RAM from here on."""
         if self.weights is not None:
             self._in_ram.add(name)
-            self._filled[name].fate = Fate.KEEP
+            self._filled[name].keep()
 
     def mark_in_ram(self, name: str) -> None:
         """Notes that this layer's weights were put into the model: it need not be read."""
@@ -202,7 +210,7 @@ class Onloader:
         """Frees the memory of this layer, which is onloaded, once it leaves the device."""
         if self.weights is not None:
             self._released.add(name)
-            self._filled[name].fate = Fate.RELEASE
+            self._filled[name].release()
 
     @contextmanager
     def on_demand(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Weights of a model on the meta device, read from where they lie on the disk when they are asked for."""
+"""Reads the weights of a model on the meta device from the disk when they are needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tensors = dict[str, Tensor]
 
 
 class StoredWeights:
-    """Parameters by name, lazily.
+    """Reads parameters by name, when asked for.
 
     Args:
         index: name in the model -> {"safetensors_file", "weight_name"}, as transformers makes it for accelerate.
@@ -49,7 +49,7 @@ class StoredWeights:
 
     @property
     def files(self) -> list[Path]:
-        """The files that are read, each once."""
+        """The files that hold the weights, each once."""
         return list(dict.fromkeys(place.file for place in self.places.values()))
 
     def take_experts_apart(self, model: nn.Module, fused: Mapping[str, nn.Module]) -> None:
@@ -66,12 +66,12 @@ class StoredWeights:
                 self.fused[name] = (module, experts)
 
     def is_as_stored(self, name: str) -> bool:
-        """Whether `read` gives the very bytes that are in the file."""
+        """Whether `read` returns the very bytes that are in the file."""
         dtype = self.places[name].torch_dtype
         return not dtype.is_floating_point or self.dtypes.get(name, dtype) == dtype
 
     def read(self, name: str, pin_memory: bool = False) -> Tensor:
-        """One parameter, on the CPU, in the model's dtype.
+        """Returns one parameter on the CPU, in the model's dtype.
 
         Raises:
             CheckpointError: the checkpoint has no such tensor.
@@ -85,7 +85,7 @@ class StoredWeights:
         return tensor.to(wanted) if tensor.is_floating_point() else tensor
 
     def of(self, module_name: str, module: nn.Module, pin_memory: bool = False) -> Tensors:
-        """All parameters of a module, by their names within it."""
+        """Returns all parameters of a module, by their names within it."""
         found: Tensors = {}
         for name, (original, experts) in self.fused.items():
             if name == module_name or name.startswith(f"{module_name}."):
@@ -105,9 +105,9 @@ class StoredWeights:
 
 
 class ReadAhead:
-    """`read(name)`, with what comes next being read by another thread meanwhile.
+    """Calls `read(name)`, and meanwhile has another thread read what comes next.
 
-    It gives the same as `read`, whatever is asked for; only the waiting is shorter.
+    Returns what `read` returns, whatever is asked for; only the wait is shorter.
     """
 
     def __init__(self, read: Callable[[str], Any], order: Sequence[str]):
@@ -117,7 +117,7 @@ class ReadAhead:
         self._coming: tuple[str, Future[Any]] | None = None
 
     def take(self, name: str) -> Any:
-        """What `read(name)` gives; begins with the name that follows."""
+        """Returns what `read(name)` returns; starts reading the name that follows."""
         coming, self._coming = self._coming, None
         found = coming[1].result() if coming is not None and coming[0] == name else None
         if found is None:
@@ -127,7 +127,7 @@ class ReadAhead:
         return found
 
     def close(self) -> None:
-        """Let go of what was read ahead."""
+        """Drops what was read ahead."""
         self._coming = None
         self._pool.shutdown(wait=True, cancel_futures=True)
 

@@ -29,7 +29,7 @@ class LinearShape(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, scales: Tensor) -> LinearShape:
-        """What an input x (…, K) and a weight with scales (n, N) ask for."""
+        """Returns the shape that an input x (…, K) and a weight with scales (n, N) ask for."""
         in_features = x.shape[-1]
         return cls(x.device.type, x.dtype, in_features, scales.shape[1], in_features // max(scales.shape[0], 1))
 

@@ -1,8 +1,9 @@
-"""What quantizing a decoder layer takes of the execution device's memory, and what follows from how much there is.
+"""Plans the execution device's memory for one decoder layer: the micro-batch, and where the statistics are.
 
-While statistics are collected there are the layer's weights, the next one's, the sums and a micro-batch's activations;
-after that, in the place of the activations, what the search works on. The micro-batch takes what the rest leaves. Where
-not even a single sequence would find room beside the sums, these are in RAM: a gram matrix at a time is on the device.
+While statistics are collected, the device holds the layer's weights, the next layer's, the sums, and the activations of
+a micro-batch. After that, the search's tensors take the place of the activations. The micro-batch takes what the rest
+leaves. If not even a single sequence fits beside the sums, these go to RAM, and the device holds one gram matrix at a
+time.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ from ..ops.blocks import matmul_dtype
 
 FP32_BYTES = 4
 WEIGHT_COPIES = 6
-"""fp32 tensors of a linear's size that its search and rounding hold at once, beside …"""
+"""fp32 tensors of a linear's size that its search and rounding hold at once."""
 GRAM_COPIES = 2
-"""… gram matrices of its input's size: divided by the scale, and factorized."""
+"""Gram matrices that they hold beside these: divided by the scale, and factorized."""
 FACTORIZING_COPIES = 4
-"""Gram matrices while one is factorized."""
+"""Gram matrices that exist while one is factorized."""
 CPU_BATCH_TOKENS = 4096
 """Micro-batch on a CPU: large enough for full-speed matrix products, small beside any model."""
 ACCELERATOR_MEMORY_SHARE = 0.25
-"""Share of the accelerator's free memory that a micro-batch's activations may take where nothing else is said."""
+"""Share of the accelerator's free memory that a micro-batch's activations may take if no limit is set."""
 
 PROCESS_BYTES = 32 << 20
-"""RAM for modules that are imported on the way, and for what libraries keep for themselves (docs/log.md)."""
+"""RAM for modules that are imported during a run, and for buffers that libraries keep (docs/log.md)."""
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Bytes of what is there at once, for the largest decoder layer."""
+    """Bytes that the largest decoder layer takes, part by part."""
 
     weights: int
     computed_copy: int
-    """In the dtype that the device computes in, where that is another."""
+    """A copy of the weights in the dtype that the device computes in; 0 if that is their own."""
     statistics: int
     largest_gram: int
     search: int
@@ -54,7 +55,7 @@ class LayerSizes:
 
     @classmethod
     def of(cls, layers: Collection[nn.Module], device: torch.device) -> LayerSizes:
-        """Of the largest of `layers`."""
+        """Returns the sizes of the largest of `layers`."""
         widest = max(layers, key=parameter_bytes)
         linears = linears_in(widest).values()
         dtype = next(widest.parameters()).dtype
@@ -81,7 +82,7 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class Budget:
-    """How a decoder layer is processed, and what that takes of the execution device."""
+    """How a decoder layer is processed, and the memory that this takes on the execution device."""
 
     batch_tokens: int
     statistics_device: torch.device
@@ -91,7 +92,7 @@ class Budget:
 def budget_of(
     model: nn.Module, recipe: AwqOffloadConfig, device: torch.device, calibration: CalibrationSet | None
 ) -> Budget:
-    """What the recipe, the data and the machine allow; `device` is the execution device."""
+    """Returns the budget that the recipe, the data and the machine allow; `device` is the execution device."""
     samples = [] if calibration is None else [sample.token_ids for sample in calibration.samples]
     sequences = [] if calibration is None else calibration.sequences
     free_bytes, total_bytes = (None, None) if device.type == "cpu" else accelerator_bytes(device)
@@ -112,7 +113,7 @@ def budget_of(
 
 
 def hidden_bytes(model: nn.Module, calibration: CalibrationSet | None) -> int:
-    """Of the hidden states of all calibration tokens between two layers."""
+    """Returns the bytes of the hidden states of all calibration tokens between two layers."""
     embeddings = cast(Any, model).get_input_embeddings().weight
     return 0 if calibration is None else calibration.tokens * embeddings.shape[-1] * embeddings.element_size()
 
@@ -129,10 +130,10 @@ def budget_for(
     free_bytes: int | None = None,  # of an accelerator
     total_bytes: int | None = None,  # of an accelerator
 ) -> Budget:
-    """Micro-batch, and the place of the statistics, that keep to the limit as far as that can be done.
+    """Returns a micro-batch and a place for the statistics that keep to the limit as far as possible.
 
-    Where the statistics are depends on the limit, or on the accelerator's size, not on what happens to be free: it
-    changes the order of sums, and a run that goes on must do as the one before it.
+    The place depends on the limit, or on the accelerator's size, not on what happens to be free: it changes the order
+    of sums, and a resumed run must repeat the order of the run before it.
     """
     held = sizes.weights * (1 + prefetch)
 
@@ -165,7 +166,7 @@ def _gram_bytes(in_features: int) -> int:
 
 
 def _gram_sizes(layer: nn.Module) -> list[int]:
-    """Bytes of the gram matrices of a layer: one for each distinct input, as far as shapes tell, and each expert's."""
+    """Returns the bytes of a layer's gram matrices: one for each distinct input, as far as shapes tell, and expert."""
     parts, linears = expert_parts(layer), linears_in(layer)
     shapes = {(linear.in_features, linear.out_features) for name, linear in linears.items() if name not in parts}
     sizes = [_gram_bytes(in_features) for in_features, _ in shapes]

@@ -1,4 +1,4 @@
-"""What the result of a quantization depends on, as digests: a journal of other ones is not gone on with.
+"""Digests of what the result of a quantization depends on: a run resumes only from a journal with the same ones.
 
     source   every tensor's name, dtype, shape and file, and 4 KiB from its start, its middle and its end
     model    class and config
@@ -6,7 +6,7 @@
     data     token ids and masks of all calibration sequences
 
 Reading all of a large checkpoint would take minutes at every start. A file that was trained further, converted or
-replaced differs in every tensor; a tensor that was edited somewhere between the three places is not noticed.
+replaced differs in every tensor. An edit of a tensor between the three places goes unnoticed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..config import AwqOffloadConfig
 SAMPLE_BYTES = 4096
 
 HOW_NOT_WHAT = (
-    *("dataset", "tokenizer", "text_column", "n_samples", "max_seq_len"),  # the token ids tell
+    *("dataset", "tokenizer", "text_column", "n_samples", "max_seq_len"),  # covered by the token ids
     *("execution_device", "batch_tokens", "backend", "offload", "prefetch", "max_memory"),
     *("checkpoint_dir", "report_dir"),
 )
@@ -38,7 +38,7 @@ HOW_NOT_WHAT = (
 def fingerprint(
     model: PreTrainedModel, recipe: AwqOffloadConfig, calibration: CalibrationSet | None, files: Iterable[Path]
 ) -> dict[str, str]:
-    """Part -> what it is, as text."""
+    """Returns the parts of the fingerprint: name of a part -> digest or text."""
     config = model.config.to_dict()
     for name in ("quantization_config", "transformers_version", "_name_or_path"):
         config.pop(name, None)
@@ -66,7 +66,7 @@ def _source_digest(files: Iterable[Path]) -> str:
 
 
 def _data_digest(calibration: CalibrationSet) -> str:
-    """Over everything that a calibration set holds but its name."""
+    """Digests everything in a calibration set except its name."""
     digest = hashlib.sha256()
     for field in fields(calibration):
         if field.name != "name":

@@ -15,22 +15,23 @@ from .layer_context import LayerContext
 NEEDS_OTHER_DATA = "did not run in calibration: needs samples with images"
 
 
-def add_layers_left_out(
+def layers_left_out(
     report: QuantizationReport, model: nn.Module, is_quantizable: Callable[[str], bool]
-) -> QuantizationReport:
-    """Adds to the report, and returns it: linears of layers that did not run, and matrices that are no linears."""
+) -> dict[str, str]:
+    """Returns linears of layers that did not run, and matrices that are no linears -> why they are left out."""
+    left_out: dict[str, str] = {}
     ran = dict.fromkeys(layer.name for layer in report.layers)
     for name in ran:
         others = matrices_outside_linears(model.get_submodule(name))
-        report.left_out |= {f"{name}.{part}": reason for part, reason in others.items()}
+        left_out |= {f"{name}.{part}": reason for part, reason in others.items()}
     lists = {name.rpartition(".")[0] for name in ran}
     for name, layer in candidate_layers(model).items():
         among_others = name.rpartition(".")[0] in lists
         reason = NEEDS_OTHER_DATA if among_others else "does not run on text alone: not part of the decoder"
         for part in linears_in(layer) if name not in ran else []:
             if is_quantizable(f"{name}.{part}"):
-                report.left_out[f"{name}.{part}"] = reason
-    return report
+                left_out[f"{name}.{part}"] = reason
+    return left_out
 
 
 def not_reached(context: LayerContext, structure: LayerStructure) -> dict[str, str]:

@@ -37,7 +37,7 @@ from ..report import QuantizationReport
 from .budget import CPU, Budget, budget_of
 from .layer_context import LayerContext, Undo
 from .layer_quantization import quantize_with_statistics, quantize_without_data
-from .left_out import add_layers_left_out, not_reached
+from .left_out import layers_left_out, not_reached
 from .run import Run
 from .run_record import RunRecord
 from .run_storage import RunStorage
@@ -67,14 +67,16 @@ def quantize_layers(
         StorageError: the journal cannot be written; what it held before is whole.
     """
     device = storage.onloader.device
-    record = RunRecord("Quantizing" if most_layers is None else "Planning", device)
+    title = "Quantizing" if most_layers is None else "Planning"
+    record = RunRecord(title, device, tokens=0 if calibration is None else calibration.tokens)
     run = Run(model, recipe, storage, record, is_quantizable, undo, most_layers, rounder)
     limits = {limited: recipe.memory_limit_bytes(limited) for limited in (device, CPU)}
     bounded = nullcontext() if storage.onloader.weights is None else large_blocks_apart()
     with at_most(limits), bounded, calibration_mode(model), storage.onloader.on_demand(), record.progress:
         adopted = _without_data(run) if calibration is None else _on_data(run, calibration)
         storage.install(adopted, run.context)
-    return add_layers_left_out(record.report, model, is_quantizable)
+    record.add_left_out(layers_left_out(record.report, model, is_quantizable))
+    return record.report
 
 
 def _without_data(run: Run) -> list[LayerCommit]:
@@ -104,7 +106,6 @@ def _without_data(run: Run) -> list[LayerCommit]:
 
 def _on_data(run: Run, calibration: CalibrationSet) -> list[LayerCommit]:
     """Calibrates and quantizes every layer; returns those that the journal had already."""
-    run.record.report.tokens = calibration.tokens
     onloader = run.storage.onloader
     with onloader.non_layer_weights_loaded():
         decoder, probes = decoder_and_probes(run.model, calibration, onloader.run_layer)

@@ -21,10 +21,11 @@ class RunRecord:
     Args:
         title: what the run does, for the progress bar.
         device: the execution device, whose memory is watched.
+        tokens: calibration tokens that enter the statistics.
     """
 
-    def __init__(self, title: str, device: torch.device):
-        self.report = QuantizationReport()
+    def __init__(self, title: str, device: torch.device, tokens: int):
+        self.report = QuantizationReport(tokens=tokens)
         self.progress = Progress(title)
         self._memory = MemoryWatch(device)
         self._layer_seconds: dict[str, dict[str, float]] = defaultdict(dict)
@@ -54,7 +55,11 @@ class RunRecord:
     def add(self, layer: LayerReport, left_out: dict[str, str]) -> None:
         """Adds a layer to the report; `left_out` says which of its linears stay in full precision, and why."""
         self.report.layers.append(layer)
-        self.report.left_out |= left_out
+        self.add_left_out(left_out)
+
+    def add_left_out(self, left_out: dict[str, str]) -> None:
+        """Adds linears that stay in full precision -> why."""
+        self.report.left_out.update(left_out)
 
     def adopt(self, commit: LayerCommit) -> None:
         """Adds a layer that an earlier run has quantized."""
