@@ -140,8 +140,8 @@ class AwqOffloadConfig(RecipeFields, QuantizationConfigMixin):
 
     @property
     def _fits_awq(self) -> bool:
-        found = choices(self.base_choice, self.overrides or {})
-        return len(found) == 1 and self.bits == 4
+        grids = choices(self.base_choice, self.overrides or {})
+        return len(grids) == 1 and self.bits == 4
 
     @property
     def checkpoint_format(self) -> str:

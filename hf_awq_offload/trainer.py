@@ -198,7 +198,7 @@ def _require_quantizable(model: Any, args: Any) -> None:
             "The model's adapters were added by add_adapter or load_adapter; AwqQuantizeCallback can merge only those "
             "of a PeftModel. Use peft.get_peft_model(model, config)."
         )
-    prompts = [name for name, each in getattr(model, "peft_config", {}).items() if each.is_prompt_learning]
+    prompts = [name for name, adapter in getattr(model, "peft_config", {}).items() if adapter.is_prompt_learning]
     if model is not base and prompts:
         raise ModelStructureError(
             f"The adapter {prompts[0]!r} learns a prompt, which can't be merged into weights; expected one like LoRA."
@@ -242,7 +242,7 @@ def _weights_without_adapters(base: nn.Module) -> dict[str, Tensor]:
             renamed[f"{name}.{original}."] = f"{name}."
     state = {}
     for key, value in base.state_dict().items():
-        prefix = max((each for each in renamed if key.startswith(each)), key=len, default=None)
+        prefix = max((name for name in renamed if key.startswith(name)), key=len, default=None)
         if prefix is not None:
             state[renamed[prefix] + key.removeprefix(prefix)] = value
         elif not key.startswith(tuple(inside)):

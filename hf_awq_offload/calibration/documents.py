@@ -227,13 +227,13 @@ def _integers(value: Any, where: str, expected: str, kinds: str) -> Tensor:
         ) from error
     if array.size and array.dtype.kind not in kinds:
         remedy = "Remove everything that is not a token id; pass texts as strings"
-        found = f"values of type {array.dtype}"
+        description = f"values of type {array.dtype}"
         if array.dtype.kind == "O":
             culprit = next((value for value in array.flat if not isinstance(value, int | np.integer)), array.flat[0])
-            found = type_name(culprit)
+            description = type_name(culprit)
             if isinstance(culprit, Mapping):
                 remedy = "Wrap conversations: {'messages': [...]}"
-        raise CalibrationDataError(f"{where} holds {found}; expected {expected}. {remedy}.")
+        raise CalibrationDataError(f"{where} holds {description}; expected {expected}. {remedy}.")
     return torch.from_numpy(array.astype(np.int64))
 
 

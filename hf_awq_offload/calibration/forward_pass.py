@@ -49,7 +49,7 @@ def text_passes(model: nn.Module) -> list[nn.Module]:
     """Returns the modules that may run on token ids alone: the model without its head, and its text decoder."""
     passes = [_without_head(model)]
     decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
-    if isinstance(decoder, nn.Module) and all(decoder is not each for each in (*passes, model)):
+    if isinstance(decoder, nn.Module) and all(decoder is not known for known in (*passes, model)):
         passes.append(decoder)
     return passes
 
@@ -121,24 +121,28 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
 
 def _named_arguments(module: nn.Module) -> frozenset[str]:
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return frozenset(each.name for each in _parameters(module) if each.kind not in variable)
+    return frozenset(parameter.name for parameter in _parameters(module) if parameter.kind not in variable)
 
 
 def _takes_any(module: nn.Module) -> bool:
-    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in _parameters(module))
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in _parameters(module))
 
 
 def placeholder_ids(model: nn.Module) -> frozenset[int]:
     """Returns the token ids that the config names: those of images, the start and end of a text, and the like."""
-    found: set[int] = set()
+    ids: set[int] = set()
     configs = [config] if (config := getattr(model, "config", None)) is not None else []
     while configs:
         for name, value in vars(configs.pop()).items():
             if isinstance(value, PreTrainedConfig):
                 configs.append(value)
             elif name.endswith(("token_id", "token_index")):
-                found |= {each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)}
-    return frozenset(found)
+                ids |= {
+                    token_id
+                    for token_id in (value if isinstance(value, list) else [value])
+                    if isinstance(token_id, int)
+                }
+    return frozenset(ids)
 
 
 def text_in(model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> Tensor:

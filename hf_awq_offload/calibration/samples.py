@@ -99,9 +99,9 @@ def has_media(messages: list[dict[str, Any]]) -> bool:
 def _token_ids(row: int, value: Any) -> Tensor:
     ids = _as_input(row, "input_ids", value)
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2:
-        found = f"a {type(value).__name__} of shape {_shape(value)}"
+        given = f"a {type(value).__name__} of shape {_shape(value)}"
         raise CalibrationDataError(
-            f"Row {row}: input_ids is {found}; in a row with images or sound, expected token ids of shape (batch, "
+            f"Row {row}: input_ids is {given}; in a row with images or sound, expected token ids of shape (batch, "
             'tokens), as a processor returns them with return_tensors="pt".'
         )
     return ids.long()

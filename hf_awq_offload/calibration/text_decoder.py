@@ -81,12 +81,12 @@ def text_forward(model: nn.Module, run_layer: RunLayer, may_fail: bool = False) 
     passes = text_passes(model)
     if len(passes) == 1 and not may_fail:
         return ForwardPass(model)
-    for each in passes:
-        forward = ForwardPass(model, each)
+    for part in passes:
+        forward = ForwardPass(model, part)
         try:
             layers_in_order(model, candidate_layers(model), trial_text(), run_layer, forward)
         except Exception as error:  # of any kind: modeling code raises what it likes
-            logger.info("%s does not run on text alone: %r", type(each).__name__, error)
+            logger.info("%s does not run on text alone: %r", type(part).__name__, error)
         else:
             return forward
     return None

@@ -211,14 +211,14 @@ class _Conversion:
 
     def _config(self) -> dict[str, Any]:
         config = {name: value for name, value in self.checkpoint.config.items() if name != "compression_config"}
-        found = self.checkpoint.quantization
-        if isinstance(found, AwqCheckpointConfig) and self.to != COMPRESSED_TENSORS:
+        quantization = self.checkpoint.quantization
+        if isinstance(quantization, AwqCheckpointConfig) and self.to != COMPRESSED_TENSORS:
             fields = dict(config["quantization_config"])  # fields that another tool has added stay
             changed = {name: self.to for name in ("format", "checkpoint_format") if name in fields}
             return config | {"quantization_config": fields | changed | {"version": self.to}}
-        if isinstance(found, AwqCheckpointConfig):
-            if found.meta:
-                config[META_ATTRIBUTE] = found.meta
+        if isinstance(quantization, AwqCheckpointConfig):
+            if quantization.meta:
+                config[META_ATTRIBUTE] = quantization.meta
             return config | {"quantization_config": self._packed_config().to_dict()}
         new = AwqCheckpointConfig(
             group_size=self.choice.group_size,
@@ -247,14 +247,14 @@ class _Conversion:
                 for name, place in places
                 if name.endswith(".weight") and len(place.shape) == 2 and "embed" not in name
             }
-        found = set()
+        names = set()
         for name, module in model.named_modules():
             is_matrix = may_be_taken_for_a_linear(module)
             if renaming.name_in_checkpoint(name) not in self.facts and (
                 is_matrix if matrices else isinstance(module, nn.Linear)
             ):
-                found |= {name, renaming.name_in_checkpoint(name)} if matrices else {name}
-        return found
+                names |= {name, renaming.name_in_checkpoint(name)} if matrices else {name}
+        return names
 
     def _model(self) -> tuple[PreTrainedModel | None, Any]:
         """The model on the meta device, or None if transformers can't build it, and its renaming."""
@@ -278,5 +278,5 @@ class _Conversion:
 def _model_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The model's dtype in config.json; fp16 if it is missing or no dtype for scales."""
     text = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
-    found = getattr(torch, str(text).removeprefix("torch."), None)
-    return found if found in FLOAT_DTYPES else torch.float16
+    dtype = getattr(torch, str(text).removeprefix("torch."), None)
+    return dtype if dtype in FLOAT_DTYPES else torch.float16

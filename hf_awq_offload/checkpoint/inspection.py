@@ -99,15 +99,15 @@ def inspect_checkpoint(folder: Path, headers_only: bool = False) -> Inspection:
     findings += [Finding(True, "index", problem) for problem in index_problems(folder)]
     for file in files:
         try:
-            found = tensor_places(file)
+            of_file = tensor_places(file)
         except CheckpointError as error:
             findings.append(Finding(True, file.name, str(error)))
             continue
-        if twice := sorted(found.keys() & places.keys()):
+        if twice := sorted(of_file.keys() & places.keys()):
             findings.append(
                 Finding(True, file.name, f"{len(twice)} tensors are in another file too, such as {twice[0]}")
             )
-        places |= found
+        places |= of_file
     is_known = not any(finding.where == CONFIG_NAME for finding in findings)
     checkpoint = Checkpoint(folder, config, places, parsed_quantization(config) if is_known else None)
     result = Inspection(checkpoint.format, len(files), sum(file.stat().st_size for file in files))

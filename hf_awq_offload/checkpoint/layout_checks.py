@@ -91,16 +91,16 @@ def check_linear(
     """
     _refuse_permuted(prefix, headers, format)
     expected = tensors_of(format, features.in_features, features.out_features, grid)
-    found = find_tensors(format, headers, f"{prefix}.")
+    stored_names = find_tensors(format, headers, f"{prefix}.")
     for name, layout in expected.items():
-        if name not in found:
+        if name not in stored_names:
             raise CheckpointError(
                 f"{prefix}.{name} is missing in the checkpoint; a linear in the format {format!r} has "
                 f"{', '.join(expected)}. Check that the download is complete, and the quantization_config in "
                 "config.json."
             )
         described = f"the format {format!r}, {grid.bits} bits and group size {grid.group_size}"
-        _check_tensor(found[name], headers[found[name]], layout, described)
+        _check_tensor(stored_names[name], headers[stored_names[name]], layout, described)
     _check_bias(prefix, features, headers)
     return cast(torch.dtype, headers[f"{prefix}.{names_in(format).scales}"].dtype)
 

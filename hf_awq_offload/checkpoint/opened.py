@@ -105,18 +105,18 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file can't be read, or holds no JSON object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read ({error}); get the checkpoint again.") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}; expected a JSON object.")
-    return found
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
+    return value
 
 
 def quantization_fields(config: dict[str, Any]) -> dict[str, Any] | None:
     """The quantization config in config.json; older tools called it compression_config."""
-    found = config.get("quantization_config") or config.get("compression_config")
-    return found if isinstance(found, dict) else None
+    entry = config.get("quantization_config") or config.get("compression_config")
+    return entry if isinstance(entry, dict) else None
 
 
 def parsed_quantization(config: dict[str, Any]) -> AwqCheckpointConfig | PackedCheckpointConfig | None:

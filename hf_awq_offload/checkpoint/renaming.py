@@ -20,7 +20,7 @@ class Renaming:
     """
 
     def __init__(self, conversions: Sequence[Any]):
-        reverse = [each.reverse_transform() for each in reversed(conversions)]
+        reverse = [conversion.reverse_transform() for conversion in reversed(conversions)]
         self.on_loading, self.on_saving = list(conversions), reverse
 
     def keeps(
@@ -57,12 +57,12 @@ def _with_last(key: str, tensor: str) -> str:
 
 
 def _renamed(key: str, conversions: Sequence[Any]) -> str:
-    for each in conversions:
-        if isinstance(each, WeightRenaming):
-            key, _ = each.rename_source_key(key)
+    for conversion in conversions:
+        if isinstance(conversion, WeightRenaming):
+            key, _ = conversion.rename_source_key(key)
     return key
 
 
 def _is_converted(key: str, conversions: Sequence[Any]) -> bool:
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    return any(each.rename_source_key(key)[1] is not None for each in converters)
+    converters = [converter for converter in conversions if isinstance(converter, WeightConverter)]
+    return any(converter.rename_source_key(key)[1] is not None for converter in converters)

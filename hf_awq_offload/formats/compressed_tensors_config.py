@@ -57,12 +57,12 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
         """The grid of a module, or None if it is not quantized."""
         if any(matches(pattern, name) for pattern in self.ignore for name in names):
             return None
-        classes = {each.__name__ for each in type(module).__mro__}
+        classes = {base.__name__ for base in type(module).__mro__}
         named = [target for target in self.grids if any(matches(target, name) for name in names)]
         of_class = [target for target in self.grids if target in classes]
         # Names before patterns, as compressed-tensors sorts them.
-        found = sorted(named, key=lambda target: (target not in names, target)) + sorted(of_class)
-        return self.grids[found[0]] if found else None
+        targets = sorted(named, key=lambda target: (target not in names, target)) + sorted(of_class)
+        return self.grids[targets[0]] if targets else None
 
     @property
     def layout(self) -> str:

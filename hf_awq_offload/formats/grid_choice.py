@@ -46,10 +46,10 @@ def choice_for(
 
 def choices(base: GridChoice, overrides: Overrides) -> set[GridChoice]:
     """Every grid that a linear may get, whatever its name."""
-    found = {base}
+    reachable = {base}
     for fields in overrides.values():
-        found |= {choice._replace(**fields) for choice in found}
-    return found
+        reachable |= {choice._replace(**fields) for choice in reachable}
+    return reachable
 
 
 def check_choice(where: str, choice: GridChoice) -> None:

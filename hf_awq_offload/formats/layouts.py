@@ -135,9 +135,9 @@ def find_tensors(
     prefix: str = "",  # a linear's name in the checkpoint, and a dot
 ) -> dict[str, str]:
     """Name as `tensors_of` has it -> name in `available`, for each tensor of a linear that is there."""
-    found = {}
+    stored_names = {}
     for name in names_in(format).all:
-        stored = next((prefix + each for each in spellings_of(name) if prefix + each in available), None)
+        stored = next((prefix + spelling for spelling in spellings_of(name) if prefix + spelling in available), None)
         if stored is not None:
-            found[name] = stored
-    return found
+            stored_names[name] = stored
+    return stored_names

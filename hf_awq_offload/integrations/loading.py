@@ -163,11 +163,11 @@ class ToGemm(ConversionOps):
     ) -> dict[str, list[Tensor]]:
         name = kwargs["full_layer_name"]
         linear = kwargs["model"].get_submodule(name.rpartition(".")[0])
-        found = find_tensors(self.version, input_dict)
-        if len(found) < len(AWQ_NAMES.all):
+        stored_names = find_tensors(self.version, input_dict)
+        if len(stored_names) < len(AWQ_NAMES.all):
             raise CheckpointError(
                 f"The linear of {name} has only {sorted(input_dict)} in the checkpoint; download it again."
             )
-        stored = PackedWeight(**{name: input_dict[pattern][0] for name, pattern in found.items()})
+        stored = PackedWeight(**{name: input_dict[pattern][0] for name, pattern in stored_names.items()})
         converted = to_gemm(self.version, stored, linear.scales.shape[0])
         return {pattern: [tensor] for pattern, tensor in converted._asdict().items()}

@@ -141,7 +141,7 @@ def _grids(config: Mapping[str, Any]) -> list[tuple[int, int | None, bool]]:
 def _metadata(facts: CardFacts) -> dict[str, Any]:
     method = str(facts.quantization_config.get("quant_method", "awq"))
     bits = sorted({bits for bits, *_ in _grids(facts.quantization_config)})
-    tags = list(dict.fromkeys(["awq", method, *(f"{each}-bit" for each in bits)]))
+    tags = list(dict.fromkeys(["awq", method, *(f"{width}-bit" for width in bits)]))
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": tags}
     if facts.base_model:
         metadata |= {"base_model": facts.base_model, "base_model_relation": "quantized"}

@@ -46,7 +46,7 @@ class DequantizedWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if isinstance(result, tuple | list):  # from split(), chunk() and others
-            return type(result)(_guarded(each, args) for each in result) if type(result) in (tuple, list) else result
+            return type(result)(_guarded(part, args) for part in result) if type(result) in (tuple, list) else result
         return _guarded(result, args)
 
 
@@ -66,7 +66,7 @@ def _is_write(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def _guarded(result: Any, args: tuple) -> Any:
-    if isinstance(result, Tensor) and any(_shares_memory(result, each) for each in args):
+    if isinstance(result, Tensor) and any(_shares_memory(result, argument) for argument in args):
         return result.as_subclass(DequantizedWeight)
     return result
 

@@ -119,7 +119,7 @@ class QuantizedLinear(nn.Linear):
     def is_offloaded(self) -> bool:
         """Whether accelerate loads the tensors for each forward pass."""
         hook = getattr(self, "_hf_hook", None)
-        return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
+        return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:
         """A trainable nn.Linear with the dequantized weight and the bias in `dtype`, on the same device."""

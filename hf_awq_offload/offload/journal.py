@@ -83,7 +83,7 @@ class Journal:
     def _open(self, header: Mapping[str, str]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / HEADER_NAME
-        others = {each.name for each in self.directory.iterdir()} - {LOCK_NAME, HEADER_NAME + PARTIAL_SUFFIX}
+        others = {entry.name for entry in self.directory.iterdir()} - {LOCK_NAME, HEADER_NAME + PARTIAL_SUFFIX}
         if others and not path.exists():
             raise JournalError(
                 f"checkpoint_dir {self.directory} holds other files ({', '.join(sorted(others)[:3])}) and no "
@@ -209,7 +209,7 @@ class Journal:
 
     def _forget_hidden(self, last: int) -> None:
         """Removes the hidden states that enter this layer and earlier ones."""
-        for index in [each for each in self._hidden if each <= last]:
+        for index in [kept for kept in self._hidden if kept <= last]:
             entry = self._hidden.pop(index)
             (self.directory / entry["file"]).unlink(missing_ok=True)
 

@@ -160,8 +160,8 @@ class MemoryWatch:
 
     def __init__(self, device: torch.device):
         self._devices = [CPU] if device.type == "cpu" else [CPU, device]
-        self._start_bytes = {each: memory_in_use_bytes(each) for each in self._devices}
-        self._earlier_peak_bytes = {each: peak_memory_bytes(each) for each in self._devices}
+        self._start_bytes = {watched: memory_in_use_bytes(watched) for watched in self._devices}
+        self._earlier_peak_bytes = {watched: peak_memory_bytes(watched) for watched in self._devices}
         self._highest_bytes = dict(self._start_bytes)
 
     def now(self) -> MemoryUse:

@@ -86,15 +86,15 @@ class StoredWeights:
 
     def of(self, module_name: str, module: nn.Module, pin_memory: bool = False) -> Tensors:
         """Returns all parameters of a module, by their names within it."""
-        found: Tensors = {}
+        tensors: Tensors = {}
         for name, (original, experts) in self.fused.items():
             if name == module_name or name.startswith(f"{module_name}."):
                 within = name[len(module_name) + 1 :]
-                found |= {_joined(within, key): value for key, value in self._apart(name, original, experts).items()}
+                tensors |= {_joined(within, key): value for key, value in self._apart(name, original, experts).items()}
         for name, _ in module.named_parameters(remove_duplicate=False):
-            if name not in found:
-                found[name] = self.read(_joined(module_name, name), pin_memory)
-        return found
+            if name not in tensors:
+                tensors[name] = self.read(_joined(module_name, name), pin_memory)
+        return tensors
 
     def _apart(self, name: str, original: nn.Module, experts: UnfusedExperts) -> Tensors:
         loaded = copy.copy(original)
@@ -119,12 +119,12 @@ class ReadAhead:
     def take(self, name: str) -> Any:
         """Returns what `read(name)` returns; starts reading the name that follows."""
         coming, self._coming = self._coming, None
-        found = coming[1].result() if coming is not None and coming[0] == name else None
-        if found is None:
-            found = self.read(name)
+        value = coming[1].result() if coming is not None and coming[0] == name else None
+        if value is None:
+            value = self.read(name)
         if name in self.next:
             self._coming = self.next[name], self._pool.submit(self.read, self.next[name])
-        return found
+        return value
 
     def close(self) -> None:
         """Drops what was read ahead."""

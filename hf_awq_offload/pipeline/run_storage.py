@@ -156,10 +156,10 @@ def chosen_offload(recipe: AwqOffloadConfig, files: Sequence[Path], result_on_di
     is_lazy = bool(files) and all(file.suffix == ".safetensors" for file in files)
     wanted = "disk" if result_on_disk else recipe.offload
     if wanted == "disk" and not is_lazy:
-        found = ", ".join(file.name for file in files) or "none"
+        names = ", ".join(file.name for file in files) or "none"
         raise ConfigError(
             f"{'device_map has modules on' if result_on_disk else 'offload is'} 'disk', but the checkpoint's files are "
-            f"{found}; weights can be read one by one from safetensors files only. Load the model and save it once "
+            f"{names}; weights can be read one by one from safetensors files only. Load the model and save it once "
             "with save_pretrained, or have everything on 'cpu' or an accelerator."
         )
     if wanted != "auto":
