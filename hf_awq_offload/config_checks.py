@@ -1,4 +1,4 @@
-"""What values the recipe's fields may have.
+"""Checks the values of the recipe's fields.
 
 Each function takes the value of one field. It raises a ConfigError that says which field it is, what was found and
 what to pass; `checked_...` functions return the value in the form in which the recipe keeps it.

@@ -29,7 +29,8 @@ from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_c
 from .integrations.quantizer import AwqOffloadQuantizer
 from .model.decoder_layers import candidate_layers
 from .model.experts import is_fused_experts
-from .offload.memory import MemoryMeter, accelerator_bytes
+from .offload.devices import accelerator_bytes
+from .offload.memory_use import MemoryMeter
 from .offload.stored_weights import StoredWeights
 from .pipeline.budget import PROCESS_BYTES, LayerSizes, budget_of, hidden_bytes, parameter_bytes
 from .pipeline.loop import quantize_layers

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections import Counter
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_awq_offload"
+if __name__ == "__main__" and sys.argv[1:]:
+    PACKAGE = Path(sys.argv[1]).resolve()
 
 LEVELS: list[list[str]] = [
     ["errors", "logs", "report"],
@@ -105,3 +108,26 @@ def _known(start: list[str], name: list[str]) -> str:
     """Returns the module that "from start import name" loads: start.name if it is a module, else start."""
     longer = ".".join([*start, *name])
     return longer if longer in MODULES else ".".join(start) or "__init__"
+
+
+def longest(kind: type[ast.AST]) -> tuple[int, str]:
+    """Lines and name of the longest class or function, docstring included."""
+    return max(
+        ((node.end_lineno or 0) - node.lineno + 1, f"{module}.{node.name}")
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, kind) and isinstance(node, ast.ClassDef | ast.FunctionDef)
+    )
+
+
+def main() -> None:
+    edges = [(module, name) for module in MODULES for name in imported_modules(module)]
+    within = sum(package_of(module) == package_of(name) for module, name in edges)
+    print(f"modules: {len(MODULES)}, in the root: {sum(path.parent == PACKAGE for path in MODULES.values())}")
+    print(f"imports: {len(edges)}, between packages or modules of the root: {len(edges) - within}")
+    print("longest class: {} lines, {}".format(*longest(ast.ClassDef)))
+    print("longest function: {} lines, {}".format(*longest(ast.FunctionDef)))
+
+
+if __name__ == "__main__":
+    main()

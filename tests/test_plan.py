@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, Plan, plan, quantize, streamed
 from hf_awq_offload.offload import journal, stored_weights
-from hf_awq_offload.offload.memory import MemoryMeter, release_freed
+from hf_awq_offload.offload.memory_limit import release_freed
+from hf_awq_offload.offload.memory_use import MemoryMeter
 from hf_awq_offload.pipeline.budget import PROCESS_BYTES
 
 CPU = torch.device("cpu")

@@ -143,6 +143,26 @@ def packages() -> str:
 
 PICTURES = {"memory.svg": memory, "comparison.svg": comparison, "packages.svg": packages}
 
+PACKAGES_BEGIN, PACKAGES_END = (
+    "<!-- packages: written by python docs/_site/pictures.py -->\n",
+    "<!-- end of packages -->",
+)
+
+
+def with_package_table(page: str) -> str:
+    """Returns docs/contributing.md with the table of the packages as the code has them."""
+    ideas = imports.ideas()
+    lines = ["", "| package or module | |", "|---|---|"]
+    for level in imports.LEVELS:
+        for name in level:
+            shown = f"`{name}/`" if (imports.PACKAGE / name).is_dir() else f"`{name}.py`"
+            lines.append(f"| {shown} | {ideas[name].rstrip('.')} |")
+    before, rest = page.split(PACKAGES_BEGIN)
+    return before + PACKAGES_BEGIN + "\n".join([*lines, "", ""]) + PACKAGES_END + rest.split(PACKAGES_END)[1]
+
+
 if __name__ == "__main__":
+    contributing = DOCS / "contributing.md"
+    contributing.write_text(with_package_table(contributing.read_text(encoding="utf-8")), encoding="utf-8")
     for file_name, draw in PICTURES.items():
         (DOCS / "images" / file_name).write_text(draw(), encoding="utf-8")

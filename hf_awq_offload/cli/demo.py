@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from ..config import AwqOffloadConfig
 from ..in_memory import quantize_model
-from ..offload.memory import default_execution_device, peak_memory_bytes
+from ..offload.devices import default_execution_device
+from ..offload.memory_use import peak_memory_bytes
 from ..reporting.evaluation import Evaluation, decoding_tokens_per_second, evaluate, token_windows
 from .outcome import Outcome
 

@@ -1,1 +1,1 @@
-"""What packed integers, words and config entries mean: pure functions and records, no files and no modules."""
+"""States what packed integers, words and config entries mean: pure functions and records, no files, no modules."""

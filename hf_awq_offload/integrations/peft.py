@@ -25,7 +25,7 @@ from ..errors import ModelStructureError
 from ..logs import get_logger
 from ..model.experts import UnfusedExperts, conversions_without_merging
 from ..nn.quantized_linear import QuantizedLinear
-from ..offload.memory import release_freed
+from ..offload.memory_limit import release_freed
 
 logger = get_logger(__name__)
 

@@ -1,1 +1,1 @@
-"""Where weights, hidden states and results are, and how a decoder layer gets onto the device and back."""
+"""Keeps weights, hidden states and results where there is room; brings one decoder layer to the device and back."""

@@ -1,1 +1,1 @@
-"""The one loop over decoder layers, and what it does to each of them."""
+"""Runs the one loop over decoder layers (loop.py) and what it does to each of them."""

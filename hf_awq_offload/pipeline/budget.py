@@ -20,7 +20,7 @@ from ..config import AwqOffloadConfig
 from ..model.decoder_layers import candidate_layers
 from ..model.experts import expert_parts, is_fused_experts
 from ..model.linears import linears_in
-from ..offload.memory import accelerator_bytes
+from ..offload.devices import CPU, accelerator_bytes
 from ..ops.blocks import matmul_dtype
 
 FP32_BYTES = 4
@@ -37,8 +37,6 @@ ACCELERATOR_MEMORY_SHARE = 0.25
 
 PROCESS_BYTES = 32 << 20
 """RAM for modules that are imported during a run, and for buffers that libraries keep (docs/log.md)."""
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,16 @@ from ..errors import MemoryLimitError, ModelStructureError
 from ..logs import get_logger
 from ..model.decoder_layers import calibration_mode, runner_on
 from ..model.folds import LayerStructure
+from ..offload.devices import CPU, release_cached
 from ..offload.hidden_states import HiddenWriter
 from ..offload.journal import LayerCommit
-from ..offload.memory import at_most, is_out_of_memory, large_blocks_apart, release_cached, release_freed
+from ..offload.memory_limit import at_most, is_out_of_memory, large_blocks_apart, release_freed
 from ..report import QuantizationReport
-from .budget import CPU, Budget, budget_of
+from .budget import Budget, budget_of
 from .layer_context import LayerContext, Undo
 from .layer_quantization import quantize_with_statistics, quantize_without_data
 from .left_out import layers_left_out, not_reached
-from .run import Run
+from .run_context import Run
 from .run_record import RunRecord
 from .run_storage import RunStorage
 from .stack_rounding import Rounder, round_and_pack

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from ..offload.journal import LayerCommit
-from ..offload.memory import MemoryWatch
+from ..offload.memory_use import MemoryWatch
 from ..report import GroupReport, LayerReport, QuantizationReport
 from ..reporting.progress import Progress
 

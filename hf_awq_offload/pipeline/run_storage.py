@@ -20,10 +20,10 @@ from ..calibration.dataset import CalibrationSet
 from ..config import AwqOffloadConfig
 from ..errors import ConfigError
 from ..logs import get_logger
+from ..offload.devices import default_execution_device
 from ..offload.hidden_states import HiddenWriter
 from ..offload.hidden_storage import HiddenStorage
 from ..offload.journal import Journal, LayerCommit
-from ..offload.memory import default_execution_device
 from ..offload.offload_folder import OffloadFolder
 from ..offload.onloader import Onloader
 from ..offload.stored_weights import StoredWeights

@@ -79,7 +79,7 @@ from transformers.utils import logging
 logging.disable_progress_bar(); logging.set_verbosity_error()
 from made import *
 from hf_awq_offload import AwqOffloadConfig, quantize
-from hf_awq_offload.offload.memory import MemoryMeter
+from hf_awq_offload.offload.memory_use import MemoryMeter
 meter = MemoryMeter(torch.device("cpu"))
 {limit}
 start = time.perf_counter(), time.process_time()

@@ -38,6 +38,11 @@ def test_the_pictures_are_what_the_script_draws():
         )
 
 
+def test_the_map_of_the_packages_is_what_the_code_says():
+    page = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    assert script("pictures").with_package_table(page) == page, "run python docs/_site/pictures.py"
+
+
 def test_the_chart_shows_every_tool_that_was_measured():
     tools = [name for name, _, _ in script("pictures").measured()]
     assert len(tools) == 6

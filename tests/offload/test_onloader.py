@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_awq_offload.offload.memory import default_execution_device, peak_memory_bytes
+from hf_awq_offload.offload.devices import default_execution_device
+from hf_awq_offload.offload.memory_use import peak_memory_bytes
 from hf_awq_offload.offload.onloader import onloaded
 from hf_awq_offload.ops.blocks import matmul_dtype
 

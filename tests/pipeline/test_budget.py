@@ -15,7 +15,8 @@ from hf_awq_offload import plan, quantize
 from hf_awq_offload.calibration import statistics_collector
 from hf_awq_offload.calibration.statistics_collector import StatisticsCollector
 from hf_awq_offload.model.experts import unfused
-from hf_awq_offload.pipeline.budget import CPU, CPU_BATCH_TOKENS, PROCESS_BYTES, LayerSizes, budget_for
+from hf_awq_offload.offload.devices import CPU
+from hf_awq_offload.pipeline.budget import CPU_BATCH_TOKENS, PROCESS_BYTES, LayerSizes, budget_for
 
 GPU = torch.device("cuda", 0)
 SIZES = LayerSizes(
@@ -149,7 +150,7 @@ from models import token_batch, token_recipe
 from transformers.utils import logging
 logging.disable_progress_bar()
 from hf_awq_offload import quantize, streamed
-from hf_awq_offload.offload.memory import MemoryMeter
+from hf_awq_offload.offload.memory_use import MemoryMeter
 streamed.require_fit = lambda *args: None  # a plan that is wrong
 recipe = token_recipe(dataset=token_batch(400, 100).tolist(), n_samples=400, max_seq_len=100, batch_tokens=40_000)
 meter = MemoryMeter(torch.device("cpu"))

@@ -15,7 +15,7 @@ from models import save_model, tiny_gemma2, tiny_gpt_oss, tiny_llama, tiny_mixtr
 from hf_awq_offload import quantize, quantize_model
 from hf_awq_offload.formats.grid import Grid, group_range
 from hf_awq_offload.offload.journal import Journal
-from hf_awq_offload.offload.memory import MemoryWatch
+from hf_awq_offload.offload.memory_use import MemoryWatch
 from hf_awq_offload.pipeline import layer_quantization
 from hf_awq_offload.pipeline.layer_quantization import NO_DATA
 from hf_awq_offload.pipeline.scaling import NO_BETTER, NO_PRODUCER, NOT_STORABLE, SEARCH_OFF
@@ -165,7 +165,7 @@ def test_what_a_group_kept_of_its_range_is_what_the_search_found():
 
 OWN_PROCESS = """
 import json, torch
-from hf_awq_offload.offload.memory import MemoryWatch
+from hf_awq_offload.offload.memory_use import MemoryWatch
 before = torch.ones(2**23)  # 32 MiB that are not the run's
 watch = MemoryWatch(torch.device("cpu"))
 start = watch.now()
