@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import token_recipe
@@ -28,11 +29,11 @@ def stop_after(monkeypatch, commits: int, error: type[BaseException] = Stopped) 
     monkeypatch.setattr(Journal, "commit", stopping)
 
 
-def stopped_run(llama: Path, folder: Path, monkeypatch, commits: int) -> Path:
-    """Stops a run and returns its journal."""
+def stopped_run(llama: Path, folder: Path, monkeypatch, commits: int, **recipe: Any) -> Path:
+    """Stops a run and returns its journal; `recipe` changes fields of `token_recipe`."""
     with monkeypatch.context() as patched:
         stop_after(patched, commits)
         with pytest.raises(Stopped):
-            quantize(llama, folder / "out", token_recipe(), checkpoint_dir=folder / "journal")
+            quantize(llama, folder / "out", token_recipe(**recipe), checkpoint_dir=folder / "journal")
     assert not (folder / "out").exists()
     return folder / "journal"

@@ -18,6 +18,7 @@ from models import (
     token_batch,
     token_recipe,
 )
+from stopped_runs import stopped_run
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -283,6 +284,15 @@ def small_memory(monkeypatch, most_tokens: int) -> list[int]:
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", limited)
     return tried
+
+
+def test_running_out_of_memory_on_the_way_back_is_said_and_does_not_repeat(llama, tmp_path, monkeypatch):
+    journal = stopped_run(llama, tmp_path, monkeypatch, 2, batch_tokens=120)
+    for file in journal.glob("hidden-*.bin"):
+        file.unlink()
+    small_memory(monkeypatch, most_tokens=45)
+    with pytest.raises(MemoryLimitError, match="ran out of memory while finished layers ran again"):
+        quantize(llama, tmp_path / "out", token_recipe(batch_tokens=120), checkpoint_dir=journal)
 
 
 def test_running_out_of_memory_halves_the_micro_batch_and_goes_on(llama, quantized, tmp_path, monkeypatch):

@@ -51,15 +51,19 @@ class ChainInputs:
         self._record, self._cut, self._storage, self._run_layer = record, cut, storage, run_layer
         self._start(skeleton, batches)
 
-    def _start(self, skeleton: Skeleton, batches: Batches) -> None:
-        """Begins at the first layer."""
+    def _start(
+        self, skeleton: Skeleton, batches: Batches, hidden: HiddenStates | None = None, position: int = 0
+    ) -> None:
+        """Begins at the first layer, or at another one with the hidden states that enter it."""
         n_probes = len(batches.probes)
         self.calls: dict[str, dict[int, LayerCall]] = skeleton.calls
         """Layer -> index of a batch that reaches it, probes counted -> the recorded call."""
         self._batches = batches
         self._hidden_of_probes = skeleton.hidden[:n_probes]
-        self._hidden = self._storage.keep_first(HiddenStates(skeleton.hidden[n_probes:]))
-        self._position = 0
+        if hidden is None:
+            hidden = self._storage.keep_first(HiddenStates(skeleton.hidden[n_probes:]))
+        self._hidden = hidden
+        self._position = position
         """Index of the layer that `_hidden` enters."""
 
     @property
@@ -85,9 +89,14 @@ class ChainInputs:
                 if collector is not None:
                     collector.set_counted_tokens(counted)
                 call = calls.get(index)  # None: this batch passes the layer by
-                output = hidden if call is None else runner(call, hidden)
-                if into is not None:
-                    into.append(output.to(device=hidden.device, dtype=hidden.dtype))
+                self._run_batch(runner, call, hidden, into)
+
+    @staticmethod
+    def _run_batch(runner: LayerRunner, call: LayerCall | None, hidden: Tensor, into: HiddenWriter | None) -> None:
+        """Runs one batch; on return, nothing of it is left on the execution device."""
+        output = hidden if call is None else runner(call, hidden)
+        if into is not None:
+            into.append(output.to(device=hidden.device, dtype=hidden.dtype))
 
     def next_writer(self) -> HiddenWriter | None:
         following = self._position + 1
@@ -115,25 +124,22 @@ class ChainInputs:
 
     def rebatch(self, batch_tokens: int) -> None:
         """Cuts the data into other micro-batches; the hidden states still enter the layer that they entered."""
-        hidden, position = self._hidden, self._position
-        self._restart(batch_tokens)
-        if position:
-            self._hidden, self._position = hidden.regrouped(self._batches.sequences), position
+        self._go_to(self._position, self._hidden, batch_tokens)
 
-    def _restart(self, batch_tokens: int) -> None:
+    def _go_to(self, position: int, hidden: HiddenStates | None, batch_tokens: int) -> None:
+        """Cuts micro-batches and goes to a layer with the hidden states that enter it; the first needs none."""
+        if position and batch_tokens == self.batch_tokens:
+            assert hidden is not None
+            self._hidden, self._position = hidden.regrouped(self._batches.sequences), position
+            return
         batches = self._cut(batch_tokens)
-        self._start(self._record(batches), batches)
+        regrouped = hidden.regrouped(batches.sequences) if position and hidden is not None else None
+        self._start(self._record(batches), batches, regrouped, position)
 
     def _take_committed(self, start: int) -> None:
         """Goes to the layer of this index, the first or one whose hidden states the journal has."""
         earlier = self._storage.batch_tokens_of(self.layer_names[start - 1]) if start else None
-        batch_tokens = self.batch_tokens if earlier is None else earlier
-        if not start or batch_tokens != self.batch_tokens:
-            self._restart(batch_tokens)
-        if start:
-            hidden = self._storage.committed(start)
-            assert hidden is not None
-            self._hidden, self._position = hidden.regrouped(self._batches.sequences), start
+        self._go_to(start, self._storage.committed(start), self.batch_tokens if earlier is None else earlier)
 
     def _pass_through(self, name: str) -> None:
         """Runs a layer that is finished, in the micro-batches that it had then, for its outputs alone."""
@@ -143,5 +149,5 @@ class ChainInputs:
             self.rebatch(batch_tokens)
         outputs = self._storage.scratch_writer(self._position + 1)
         self._run_layer(name, lambda runner: self.run(runner, into=outputs))
-        self._hidden = outputs.finish()
+        self._hidden = self._storage.finished(outputs)
         self._position += 1

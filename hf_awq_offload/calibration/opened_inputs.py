@@ -56,20 +56,28 @@ def open_layer_inputs(
             return record_skeleton(model, batches, decoder.layers, decoder.forward)
 
     with towers_on_device(model, decoder.layers, run_layer):
-        skeleton = _recorded(record, batches, type(model).__name__)
-        if skeleton is not None:
-            yield ChainInputs(skeleton, batches, record, cut, storage or HiddenStorage(), run_layer)
+        inputs = _chain(record, batches, cut, storage or HiddenStorage(), run_layer, type(model).__name__)
+        if inputs is not None:
+            yield inputs
             return
         with other_weights():
             yield from _paused(model, batches, run_layer, decoder)
 
 
-def _recorded(
-    record: Callable[[Iterable[ModelInputs]], Skeleton], batches: Batches, model_name: str
-) -> Skeleton | None:
-    """Returns the skeleton, or None if the layers form no chain."""
+def _chain(
+    record: Callable[[Iterable[ModelInputs]], Skeleton],
+    batches: Batches,
+    cut: Callable[[int], Batches],
+    storage: HiddenStorage,
+    run_layer: RunLayer,
+    model_name: str,
+) -> ChainInputs | None:
+    """Returns the inputs of a chain, or None if the layers form none.
+
+    Nothing but these inputs holds on to the hidden states: they are freed when the first layer is done.
+    """
     try:
-        return record(batches)
+        return ChainInputs(record(batches), batches, record, cut, storage, run_layer)
     except NotAChainError as reason:
         logger.info("Forward passes of %s are paused at each decoder layer: %s", model_name, reason)
     except ModelStructureError:

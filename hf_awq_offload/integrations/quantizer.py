@@ -68,7 +68,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.report: QuantizationReport | None = None
         self.model: PreTrainedModel | None = None
         self.fused: dict[str, nn.Module] = {}
-        """Experts modules that were taken apart, as they were, by name."""
+        """Experts modules that were taken apart, as they were, by name; kept until the model is quantized."""
         self._preparation: Preparation | None = None
 
     @property
@@ -196,7 +196,9 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.quantization_config = config_of_result(model, recipe, renaming_of(model), sorted(report.left_out), meta)
         facts = facts_of(model.config.name_or_path, storage.onloader.device, recipe, meta, planned)
         write_report(recipe.report_dir, report, facts)
-        self.report, self._preparation, self.pre_quantized = report, None, True
+        self.report, self.pre_quantized = report, True
+        self._preparation = self.placement = None  # with the data set, which must not travel with the model
+        self.fused = {}
         model.config.quantization_config = self.quantization_config
         cast(Any, model).quantization_method = self.quantization_config.quant_method
         accompany(model, report, None if isinstance(recipe.tokenizer, str | os.PathLike) else recipe.tokenizer)

@@ -26,7 +26,9 @@ class HiddenStorage:
         self._scratch_parent = scratch
         self._scratch: Path | None = None
         self._spills = False
-        self._spilled: list[Path] = []
+        self._spilled: Path | None = None
+        """The scratch file that holds the hidden states of now."""
+        self._n_scratch_files = 0
 
     def keep_first(self, states: HiddenStates) -> HiddenStates:
         """Returns what enters the first layer, spilled to a file if it is large; later writers then spill as well."""
@@ -54,7 +56,8 @@ class HiddenStorage:
         try:
             if self._scratch is None:
                 self._scratch = Path(tempfile.mkdtemp(prefix="hf_awq_offload-", dir=self._scratch_parent))
-            return HiddenWriter(self._scratch / f"hidden-{index}.bin")
+            self._n_scratch_files += 1  # no name twice: a file may be mapped still
+            return HiddenWriter(self._scratch / f"hidden-{index}-{self._n_scratch_files}.bin")
         except OSError as error:
             raise StorageError(
                 f"The hidden states cannot be written to a temporary file: {error}. Name another folder for such files "
@@ -62,15 +65,17 @@ class HiddenStorage:
             ) from error
 
     def written(self, index: int, writer: HiddenWriter) -> HiddenStates:
-        """Returns what `writer` took, once its layer is committed; deletes older scratch files."""
+        """Returns what `writer` took, once its layer is committed."""
         committed = self.committed(index)
-        if committed is not None:
-            return committed
+        return self.finished(writer) if committed is None else committed
+
+    def finished(self, writer: HiddenWriter) -> HiddenStates:
+        """Returns what a scratch writer took; deletes the scratch file before it."""
         states = writer.finish()
         if states.file is not None:
-            for older in self._spilled:
-                older.unlink(missing_ok=True)  # what is mapped stays readable
-            self._spilled = [states.file]
+            if self._spilled is not None:
+                self._spilled.unlink(missing_ok=True)
+            self._spilled = states.file
         return states
 
     def committed(self, index: int) -> HiddenStates | None:

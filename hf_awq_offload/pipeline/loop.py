@@ -127,7 +127,7 @@ def _on_data(run: Run, calibration: CalibrationSet) -> list[LayerCommit]:
                     onloader.non_layer_weights_loaded,
                 )
             )
-        longest_tokens = max((len(sequence) for sequence in calibration.sequences), default=inputs.batch_tokens)
+        longest_tokens = max((len(sequence) for sequence in calibration.sequences), default=None)
         return _CalibratedLayers(run, inputs, structures, budget, longest_tokens).quantized()
 
 
@@ -139,10 +139,12 @@ class _CalibratedLayers:
         inputs: gives every layer its inputs.
         structures: finds the folds of every layer.
         budget: how a layer is processed.
-        longest_tokens: tokens of the longest calibration sequence; a micro-batch cannot be smaller.
+        longest_tokens: tokens of the longest text, which no micro-batch can cut; None if there are samples alone.
     """
 
-    def __init__(self, run: Run, inputs: LayerInputs, structures: Structures, budget: Budget, longest_tokens: int):
+    def __init__(
+        self, run: Run, inputs: LayerInputs, structures: Structures, budget: Budget, longest_tokens: int | None
+    ):
         self.run, self.inputs, self.structures, self.budget = run, inputs, structures, budget
         self.longest_tokens = longest_tokens
         self.collectors: dict[str, LayerStatistics] = {}
@@ -174,8 +176,8 @@ class _CalibratedLayers:
     def _take_turn(self, turn: LayerTurn) -> None:
         """Takes a turn, in smaller and smaller micro-batches if memory runs out."""
         while True:
+            self._rewind_to(turn.name)
             try:
-                self.inputs.rewind_to(turn.name)
                 self._learn_structure_from_first(turn.name)
                 self._quantize(turn)
                 return
@@ -253,6 +255,24 @@ class _CalibratedLayers:
         resumed = missing if missing == len(names) else self.run.storage.hidden.last_committed(missing)
         return {name: commits[name] for name in names[:resumed]}
 
+    def _rewind_to(self, name: str) -> None:
+        """Brings the inputs to a layer.
+
+        Raises:
+            MemoryLimitError: memory runs out on the way. Smaller micro-batches cannot help: the layers in the journal
+                must run in those that they had, to give the same hidden states.
+        """
+        try:
+            self.inputs.rewind_to(name)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryLimitError(
+                f"{self.run.device} ran out of memory while finished layers ran again to bring back the inputs of "
+                f"{name}: {str(error).splitlines()[0]} They run in the micro-batches of the earlier run. Free memory, "
+                "set prefetch=False, or use the execution_device of that run."
+            ) from error
+
     def _learn_structure_from_first(self, name: str) -> None:
         """Probes the layer that the earlier run has probed, so that a resumed run finds the same structure."""
         first = self.structures.first_of_kind(name, self.inputs.layer_names)
@@ -276,7 +296,8 @@ class _CalibratedLayers:
             MemoryLimitError: that cannot help.
         """
         tokens, device = self.inputs.batch_tokens, self.run.device
-        if not self.inputs.can_run_again or tokens <= self.longest_tokens or self.changed == name:
+        can_be_halved = self.inputs.can_run_again and self.longest_tokens is not None and tokens > self.longest_tokens
+        if not can_be_halved or self.changed == name:
             raise MemoryLimitError(
                 f"{device} ran out of memory on layer {name}, with micro-batches of {tokens} tokens: "
                 f"{str(error).splitlines()[0]} Set batch_tokens or max_seq_len to less, prefetch=False, or another "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,11 +14,14 @@ from torch import Tensor, nn
 
 from hf_awq_offload.calibration.batches import Batches
 from hf_awq_offload.calibration.chain_inputs import ChainInputs
+from hf_awq_offload.calibration.layer_inputs import LayerInputs
 from hf_awq_offload.calibration.opened_inputs import layers_that_run, open_layer_inputs
 from hf_awq_offload.calibration.paused_forward import paused_forwards
 from hf_awq_offload.calibration.paused_inputs import PausedInputs
 from hf_awq_offload.errors import ModelStructureError
 from hf_awq_offload.model.decoder_layers import LayerRunner, candidate_layers
+from hf_awq_offload.offload.hidden_states import HiddenStates
+from hf_awq_offload.offload.hidden_storage import HiddenStorage
 
 CPU = torch.device("cpu")
 
@@ -217,28 +222,56 @@ def test_a_pass_that_is_given_up_ends():
     assert not any(paused._thread.is_alive() for paused in passes)
 
 
+def cut(batch_tokens: int) -> Batches:
+    """Micro-batches of sequences of five tokens."""
+    whole = batches()
+    sequences = torch.cat(whole.data).split(batch_tokens // 5)
+    return Batches(whole.probes, list(sequences), [None] * len(sequences), batch_tokens)
+
+
+@pytest.mark.parametrize("spill_bytes", [0, 1 << 30], ids=["spilled", "in RAM"])
 @torch.no_grad()
-def test_a_chain_comes_back_to_an_earlier_layer_in_other_micro_batches():
+def test_a_chain_comes_back_to_an_earlier_layer_in_other_micro_batches(spill_bytes, tmp_path):
     model = Model("a chain").eval()
+    storage = HiddenStorage(spill_bytes=spill_bytes, scratch=tmp_path)
 
-    def cut(batch_tokens: int) -> Batches:
-        whole = batches()
-        sequences = torch.cat(whole.data).split(batch_tokens // 5)
-        return Batches(whole.probes, list(sequences), [None] * len(sequences), batch_tokens)
-
-    def inputs_of(inputs: ChainInputs, name: str) -> Tensor:
+    def inputs_of(inputs: LayerInputs, name: str) -> Tensor:
         watcher = Watcher(model)
         inputs.rewind_to(name)
         inputs.run(LayerRunner(model.get_submodule(name), CPU), watcher)
         return torch.cat([tensor for of_batch in watcher.seen for tensor in of_batch])
 
-    with open_layer_inputs(model, cut, 30, run_layer(model)) as inputs:
+    with open_layer_inputs(model, cut, 30, run_layer(model), storage=storage) as inputs:
         assert isinstance(inputs, ChainInputs)
         expected = {name: inputs_of(inputs, name) for name in inputs.layer_names}
         for name in reversed(inputs.layer_names):
             torch.testing.assert_close(inputs_of(inputs, name), expected[name], rtol=0, atol=0)
-        inputs.rewind_to("layers.1")
-        inputs.rebatch(10)
-        assert inputs.batch_tokens == 10
-        for name in ("layers.1", "layers.2", "layers.0"):
+        inputs.rebatch(20)  # at the first layer, and further on
+        for name, batch_tokens in (("layers.1", 10), ("layers.2", 5)):
             torch.testing.assert_close(inputs_of(inputs, name), expected[name])
+            inputs.rebatch(batch_tokens)
+            assert inputs.batch_tokens == batch_tokens
+            torch.testing.assert_close(inputs_of(inputs, name), expected[name])
+        torch.testing.assert_close(inputs_of(inputs, "layers.0"), expected["layers.0"])
+        assert len(list(tmp_path.rglob("*.bin"))) == (spill_bytes == 0), "one generation is on the disk"
+    storage.close()
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_hidden_states_that_were_spilled_are_not_in_ram_as_well(tmp_path, monkeypatch):
+    model = Model("a chain").eval()
+    kept: list[weakref.ref[Tensor]] = []
+    keep_first = HiddenStorage.keep_first
+
+    def watched(self: HiddenStorage, states: HiddenStates) -> HiddenStates:
+        kept.extend(weakref.ref(batch) for batch in states.batches)
+        return keep_first(self, states)
+
+    monkeypatch.setattr(HiddenStorage, "keep_first", watched)
+    storage = HiddenStorage(spill_bytes=0, scratch=tmp_path)
+    with open_layer_inputs(model, cut, 10, run_layer(model), storage=storage):
+        gc.collect()
+        assert len(kept) == 3
+        assert not any(reference() is not None for reference in kept)
+    storage.close()
