@@ -7,7 +7,7 @@ run again, in other micro-batches too, and a run can resume where an earlier one
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 from torch import Tensor
 
@@ -147,7 +147,7 @@ class ChainInputs:
         batch_tokens = self._storage.batch_tokens_of(name)
         if batch_tokens is not None and batch_tokens != self.batch_tokens:
             self.rebatch(batch_tokens)
-        outputs = self._storage.scratch_writer(self._position + 1)
-        self._run_layer(name, lambda runner: self.run(runner, into=outputs))
-        self._hidden = self._storage.finished(outputs)
+        with closing(self._storage.scratch_writer(self._position + 1)) as outputs:
+            self._run_layer(name, lambda runner: self.run(runner, into=outputs))
+            self._hidden = self._storage.finished(outputs)
         self._position += 1

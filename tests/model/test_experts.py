@@ -10,7 +10,7 @@ from transformers import GptOssConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from hf_awq_offload import AwqLinear, AwqOffloadConfig, AwqOffloadQuantizer, quantize_model
+from hf_awq_offload import AwqLinear, AwqOffloadConfig, quantize_model
 from hf_awq_offload.model.experts import (
     Projections,
     Routing,
@@ -195,7 +195,7 @@ def test_a_failed_run_puts_fused_experts_back(monkeypatch):
     def fail(*args, **kwargs):
         raise KeyError("inside")
 
-    monkeypatch.setattr(AwqOffloadQuantizer, "_meta", fail)
+    monkeypatch.setattr("hf_awq_offload.integrations.quantizer.meta_of_run", fail)
     with pytest.raises(KeyError, match="inside"):
         quantize_model(model, recipe())
     after = model.state_dict()

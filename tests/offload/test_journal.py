@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -216,10 +217,10 @@ def small_memory(monkeypatch, most_tokens: int) -> list[int]:
 
 
 def written(file: Path | None, batches: list[Tensor]) -> HiddenStates:
-    writer = HiddenWriter(file)
-    for batch in batches:
-        writer.append(batch)
-    return writer.finish()
+    with closing(HiddenWriter(file)) as writer:
+        for batch in batches:
+            writer.append(batch)
+        return writer.finish()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

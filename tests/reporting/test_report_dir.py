@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,7 +183,7 @@ def test_a_trainer_that_is_to_quantize_at_its_end_fails_at_its_beginning(monkeyp
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
     callback = AwqQuantizeCallback(token_recipe(report_dir=tmp_path / "report"))
     with pytest.raises(ConfigError, match=r"hf_awq_offload\[report\]"):
-        callback.on_train_begin(None, None, None, model=tiny_llama())
+        callback.on_train_begin(SimpleNamespace(output_dir=tmp_path), None, None, model=tiny_llama())
 
 
 def test_planning_writes_no_report(llama, tmp_path):
@@ -276,7 +277,7 @@ def test_pictures_carry_no_colour_of_their_own_and_no_name_as_markup():
         if chart.name == "alpha":
             assert "&lt;b&gt;$x_1$ &amp; co" in svg
         if chart.name == "time":
-            assert "planned, mean of a layer" in svg
+            assert "planned mean per layer" in svg
 
 
 def test_the_picture_of_the_model_card_is_the_report_s(tmp_path):
