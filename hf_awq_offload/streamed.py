@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .checkpoint.output_folder import output_folder
 from .checkpoint.safetensors import TensorPlace, tensor_places, write_shards
-from .checkpoint.work_folder import move_into_place, refuse_existing, work_folder
+from .checkpoint.work_folder import move_into_place, work_folder
 from .config import AwqOffloadConfig
 from .errors import ConfigError, StorageError
 from .integrations.hub import complete
@@ -85,7 +86,7 @@ def quantize(
         The report of what was done, layer by layer.
 
     Raises:
-        ConfigError: `out_dir` exists and is not empty, or a value is not allowed.
+        ConfigError: `out_dir` may not be replaced (see `output_folder`), or a value is not allowed.
         MemoryLimitError: the run does not fit into memory or on the disk.
         JournalError: `checkpoint_dir` is the journal of another run.
         StorageError: a file can't be written; the journal stays usable.
@@ -93,9 +94,15 @@ def quantize(
     """
     recipe = streamed_recipe(config, checkpoint_dir=checkpoint_dir, max_memory=max_memory, prefetch=prefetch)
     _require_size(max_shard_size)
-    target = Path(out_dir).absolute()
+    kept = {
+        "the source itself": src if Path(src).exists() else None,
+        "checkpoint_dir": recipe.checkpoint_dir,
+        "report_dir": recipe.report_dir,
+        "the data set": recipe.dataset if _is_path(recipe.dataset) else None,
+    }
+    target = output_folder(out_dir, overwrite, kept=kept)
     with work_folder(target) as work:
-        refuse_existing(target, overwrite)
+        output_folder(target, overwrite, kept=kept)  # a killed run's predecessor may be back
         keeps_journal = recipe.checkpoint_dir is not None
         recipe.checkpoint_dir = recipe.checkpoint_dir or work / "journal"
         model = load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)
@@ -125,6 +132,11 @@ def quantize(
             storage.close()
         storage.journal.remove()
         return report
+
+
+def _is_path(dataset: Any) -> bool:
+    """Whether a data set is a file or folder on this machine."""
+    return isinstance(dataset, str | os.PathLike) and bool(os.fspath(dataset)) and Path(dataset).exists()
 
 
 def _require_size(max_shard_size: int | str) -> None:

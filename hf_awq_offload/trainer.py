@@ -26,7 +26,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import unwrap_model
 
 from .calibration.dataset import READ_FACTOR
-from .checkpoint.work_folder import move_into_place, refuse_existing
+from .checkpoint.output_folder import output_folder
+from .checkpoint.work_folder import move_into_place
 from .config import AwqOffloadConfig
 from .errors import CalibrationDataError, ConfigError, ModelStructureError
 from .in_memory import quantize_model
@@ -78,7 +79,7 @@ class AwqQuantizeCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         _require_quantizable(unwrap_model(model), args)
-        refuse_existing(self._target(args), overwrite=True, field="output_dir")
+        output_folder(self._target(args), True, field="output_dir", kept={"report_dir": self.config.report_dir})
         prepare_folder(self.config.report_dir)
 
     def on_train_end(

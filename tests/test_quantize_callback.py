@@ -210,18 +210,19 @@ def tiny(tokenizer) -> PreTrainedModel:
 
 def test_a_checkpoint_of_an_earlier_run_is_replaced_and_kept_if_the_new_one_fails(tokenizer, tmp_path, caplog):
     train(tiny(tokenizer), tmp_path, tokenizer, AwqQuantizeCallback(recipe()))
-    (tmp_path / "awq" / "of the first run").touch()
+    card = tmp_path / "awq" / "README.md"
+    card.write_text("of the first run")
     train(tiny(tokenizer), tmp_path, tokenizer, AwqQuantizeCallback(recipe()))
-    assert not (tmp_path / "awq" / "of the first run").exists()
+    assert card.read_text() != "of the first run"
     assert [path.name for path in tmp_path.iterdir()] == ["awq"]
-    (tmp_path / "awq" / "of the second run").touch()
+    card.write_text("of the second run")
     model = tiny(tokenizer)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     callback = Witness(recipe())
     with pytest.raises(NumericalError):
         train(model, tmp_path, tokenizer, callback, learning_rate=0.0)
-    assert (tmp_path / "awq" / "of the second run").exists()
+    assert card.read_text() == "of the second run"
     (unfinished,) = (path for path in tmp_path.iterdir() if path.name != "awq")
     kept = AutoModelForCausalLM.from_pretrained(unfinished / "full-precision")
     assert kept.state_dict().keys() == callback.state.keys()  # nothing that was trained is lost
@@ -237,6 +238,10 @@ def test_what_can_not_be_quantized_is_refused_before_the_first_step(tokenizer, t
     a_file = AwqQuantizeCallback(recipe(), output_dir=__file__)
     with pytest.raises(ConfigError, match=r"output_dir .*\.py is a file; name a folder"):
         train(tiny(tokenizer), tmp_path, tokenizer, a_file)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match=r"thesis\.tex is no part of a checkpoint"):
+        train(tiny(tokenizer), tmp_path, tokenizer, AwqQuantizeCallback(recipe(), output_dir=tmp_path / "precious"))
     for model, message in (
         (get_peft_model(quantized, LoraConfig(target_modules="all-linear")), "quantized already"),
         (adapters, "get_peft_model"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,9 +149,37 @@ def test_a_folder_that_is_there_is_refused_or_replaced(llama, quantized, tmp_pat
     (target / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"exists and is not empty.*overwrite=True"):
         quantize(llama, target, token_recipe())
+    with pytest.raises(ConfigError, match=r"mine\.txt is no part of a checkpoint"):
+        quantize(llama, target, token_recipe(), overwrite=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+    (target / "mine.txt").unlink()
+    (target / "config.json").write_text("{}")
+    (target / "model.safetensors").write_bytes(b"of an earlier run")
     quantize(llama, target, token_recipe(), overwrite=True)
     assert_same_files(target, quantized)
+
+
+def test_no_folder_is_replaced_that_holds_something_else(llama, tmp_path, monkeypatch):
+    """The source, the journal, the report, the data, or the working directory."""
+    own = tmp_path / "own"
+    shutil.copytree(llama, own / "source")
+    (own / "data.txt").write_text("some text " * 100)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+
+    def refused(out: Path | str, message: str, source: Path = llama, **recipe: Any) -> None:
+        with pytest.raises(ConfigError, match=message):
+            quantize(source, out, token_recipe(**recipe), overwrite=True)
+        assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+    refused("", "out_dir is empty")
+    refused(own / "source", "is the source itself", own / "source")
+    refused(own, r"holds the source itself \(", own / "source")
+    refused(own / "new", r"holds checkpoint_dir", checkpoint_dir=own / "new" / "journal")
+    refused(own / "new", r"holds report_dir", report_dir=own / "new" / "report")
+    refused(own, r"holds the data set", dataset=str(own / "data.txt"))
+    monkeypatch.chdir(own)
+    refused(".", "is the working directory")
+    refused("..", "holds the working directory")
 
 
 def killed_run(target: Path) -> Path:
@@ -171,10 +201,10 @@ def test_what_a_killed_run_left_is_removed(llama, quantized, tmp_path):
 def test_what_was_to_be_replaced_survives_a_kill_before_its_successor_took_its_place(llama, quantized, tmp_path):
     replaced = killed_run(tmp_path / "out") / "replaced"
     replaced.mkdir()
-    (replaced / "mine.txt").write_text("mine")
+    (replaced / "config.json").write_text("mine")
     with pytest.raises(ConfigError, match="exists and is not empty"):
         quantize(llama, tmp_path / "out", token_recipe())
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "config.json"]
     quantize(llama, tmp_path / "out", token_recipe(), overwrite=True)
     assert_same_files(tmp_path / "out", quantized)
 

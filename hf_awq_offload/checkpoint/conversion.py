@@ -34,9 +34,10 @@ from ..logs import get_logger
 from .inspection import inspect_checkpoint
 from .layout_checks import FLOAT_DTYPES
 from .opened import CONFIG_NAME, Checkpoint, open_checkpoint
+from .output_folder import output_folder
 from .renaming import Renaming
 from .safetensors import ALL_DTYPES, INDEX_NAME, tensor_places, writing
-from .work_folder import move_into_place, refuse_existing, work_folder
+from .work_folder import move_into_place, work_folder
 
 logger = get_logger(__name__)
 
@@ -73,14 +74,14 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: `source` is damaged or not 4-bit, or the other format can't hold it exactly.
-        ConfigError: `out_dir` exists and is not empty.
+        ConfigError: `out_dir` may not be replaced, see `output_folder`.
         StorageError: a file can't be written.
     """
-    target = out_dir.absolute()
+    target = output_folder(out_dir, overwrite, kept={"the source itself": source})
     checkpoint = open_checkpoint(source)
     job = _Conversion(checkpoint, to, scale_dtype)
     with work_folder(target) as work:
-        refuse_existing(target, overwrite)
+        output_folder(target, overwrite, kept={"the source itself": source})  # a killed run's predecessor may be back
         assembled = work / "checkpoint"
         assembled.mkdir()
         job.write(assembled)

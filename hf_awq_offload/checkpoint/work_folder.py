@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ConfigError, StorageError
+from ..logs import get_logger
 from .durable import flush_directory, locked
+from .output_folder import foreign_entry
+
+logger = get_logger(__name__)
 
 LOCK_NAME = "lock"
 REPLACED_NAME = "replaced"
@@ -45,46 +50,37 @@ def work_folder(target: Path) -> Iterator[Path]:
             lock.close()
 
 
-def refuse_existing(target: Path, overwrite: bool, field: str = "out_dir") -> None:
-    """Refuses a file and, unless `overwrite` is set, a folder that is not empty.
-
-    Raises:
-        ConfigError: `target`, which the user calls `field`, is one of these.
-    """
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"{field} {target} is a file; name a folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ConfigError(
-            f"{field} {target} exists and is not empty; nothing was changed. Name another folder, or pass "
-            "overwrite=True to put the quantized checkpoint in its place."
-        )
-
-
 def move_into_place(assembled: Path, target: Path, work: Path) -> None:
     """Renames the finished checkpoint to `target`; first moves what is there into `work`, which is removed later.
+
+    What is no checkpoint came while the run was at work. It is not removed but kept beside `target`, with a warning.
 
     Raises:
         StorageError: it cannot be moved; what was there is back in its place.
     """
+    aside = work / REPLACED_NAME
     try:
+        if target.is_dir() and foreign_entry(target) is not None:
+            aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.replaced-", dir=target.parent)) / target.name
+            logger.warning("%s holds files that are no part of a checkpoint; they are kept in %s.", target, aside)
         if target.is_dir():
-            os.replace(target, work / REPLACED_NAME)
+            os.replace(target, aside)
         os.replace(assembled, target)
         flush_directory(target.parent)
     except OSError as error:
         with suppress(OSError):
-            _bring_back(work, target)
+            _bring_back(aside, target)
         raise StorageError(f"The finished checkpoint can't be moved to {target}: {error}. Repeat the call.") from error
 
 
-def _bring_back(work: Path, target: Path) -> None:
-    """Move what was moved aside back, unless the new checkpoint has its place."""
-    if (work / REPLACED_NAME).exists() and not target.exists():
-        os.replace(work / REPLACED_NAME, target)
+def _bring_back(aside: Path, target: Path) -> None:
+    """Moves what was moved aside back, unless the new checkpoint has its place."""
+    if aside.exists() and not target.exists():
+        os.replace(aside, target)
 
 
 def _clear(work: Path, target: Path) -> None:
-    _bring_back(work, target)
+    _bring_back(work / REPLACED_NAME, target)
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

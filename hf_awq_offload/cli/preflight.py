@@ -6,6 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
+from ..checkpoint.output_folder import output_folder
+from ..errors import ConfigError
 from .outcome import CommandError, UsageError
 from .recipe_file import read_recipe_file
 from .recipe_options import given_fields
@@ -34,8 +36,12 @@ def check(options: argparse.Namespace) -> None:
     for name in ("source", "model", "against", "checkpoint"):
         if getattr(options, name, None) is not None:
             _check_source(getattr(options, name))
-    if options.command in ("quantize", "convert", "demo") and not getattr(options, "plan", False) and options.out:
-        _check_out(Path(options.out), getattr(options, "source", None), getattr(options, "overwrite", None))
+    if (
+        options.command in ("quantize", "convert", "demo")
+        and not getattr(options, "plan", False)
+        and options.out is not None
+    ):
+        _check_out(options.out, getattr(options, "source", None), getattr(options, "overwrite", None))
 
 
 def _check_source(source: str) -> None:
@@ -49,16 +55,14 @@ def _check_source(source: str) -> None:
         raise CommandError(f"There is no folder {source}; expected a checkpoint folder, or a name on the hub.")
 
 
-def _check_out(out: Path, source: str | None, overwrite: bool | None) -> None:
+def _check_out(out: str, source: str | None, overwrite: bool | None) -> None:
     """Checks that the result can go to `out`; `overwrite` is None if the command has no such option.
 
     Raises:
-        CommandError: `out` is a file, the source, or a folder with content that is not to be overwritten.
+        CommandError: the result cannot go there; see `output_folder`.
     """
-    if out.exists() and not out.is_dir():
-        raise CommandError(f"{out} is a file; name a folder for the result.")
-    if source is not None and out.is_dir() and out.resolve() == Path(source).resolve():
-        raise CommandError(f"{out} is the source itself; name another folder for the result.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        remedy = "Name another folder" if overwrite is None else "Name another folder, or pass --overwrite"
-        raise CommandError(f"{out} exists and is not empty; nothing was changed. {remedy}.")
+    kept = {"the source itself": source if source is not None and Path(source).exists() else None}
+    try:
+        output_folder(out, bool(overwrite), field="OUT", remedy=None if overwrite is None else "--overwrite", kept=kept)
+    except ConfigError as error:
+        raise CommandError(str(error)) from error

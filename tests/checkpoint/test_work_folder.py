@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 from hf_awq_offload import ConfigError, StorageError
-from hf_awq_offload.checkpoint.work_folder import REPLACED_NAME, move_into_place, refuse_existing, work_folder
+from hf_awq_offload.checkpoint.output_folder import output_folder
+from hf_awq_offload.checkpoint.work_folder import REPLACED_NAME, move_into_place, work_folder
 
 
 def folder_with(path: Path, content: str) -> Path:
     path.mkdir(parents=True)
-    (path / "content").write_text(content)
+    (path / "config.json").write_text(content)
     return path
 
 
 def content(path: Path) -> str:
-    return (path / "content").read_text()
+    return (path / "config.json").read_text()
 
 
 def test_a_folder_makes_room_for_a_complete_checkpoint(tmp_path):
@@ -61,7 +62,18 @@ def test_a_file_is_neither_replaced_nor_moved_aside(tmp_path):
     target = tmp_path / "out"
     target.write_text("mine")
     with pytest.raises(ConfigError, match=r"output_dir .*out is a file; name a folder"):
-        refuse_existing(target, overwrite=True, field="output_dir")
+        output_folder(target, overwrite=True, field="output_dir")
     with pytest.raises(StorageError, match="can't be moved"):
         move_into_place(folder_with(tmp_path / "work" / "assembled", "new"), target, tmp_path / "work")
     assert target.read_text() == "mine"
+
+
+def test_what_appeared_during_the_run_is_kept_beside_the_new_checkpoint(tmp_path, caplog):
+    target = folder_with(tmp_path / "out", "old")
+    with work_folder(target) as work:
+        (target / "thesis.tex").write_text("mine")
+        move_into_place(folder_with(work / "assembled", "new"), target, work)
+    assert content(target) == "new"
+    (kept,) = tmp_path.glob("out.replaced-*/out")
+    assert (kept / "thesis.tex").read_text() == "mine"
+    assert str(kept) in caplog.text

@@ -232,6 +232,30 @@ def test_wrong_paths_are_told_before_anything_is_loaded(command, source, out, me
     assert message.format(**paths) in one_line(capsys.readouterr())
 
 
+@pytest.mark.parametrize("command", ["quantize", "convert"])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("", "OUT is empty"),
+        (".", "OUT . is the working directory"),
+        ("..", "OUT .. holds the working directory"),
+        ("../precious", "letter.txt is no part of a checkpoint, and would be deleted"),
+    ],
+)
+def test_overwriting_never_deletes_what_is_no_checkpoint(command, out, message, paths, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_awq_offload.cli.main.importlib", None)
+    (tmp_path / "work" / ".git").mkdir(parents=True)
+    (tmp_path / "work" / "thesis.tex").write_text("mine")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "letter.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "work")
+    line = [command, paths["model"], out, "--overwrite"]
+    assert main([*line, *(["--to", "gemv"] if command == "convert" else [])]) == 1
+    assert message in one_line(capsys.readouterr())
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [".git", "thesis.tex"]
+    assert (tmp_path / "precious" / "letter.txt").read_text() == "mine"
+
+
 # -- the recipe --------------------------------------------------------------------------------------------------------
 
 

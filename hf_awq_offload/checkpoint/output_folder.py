@@ -1,0 +1,115 @@
+"""Decides whether a finished checkpoint may replace a folder; refuses whatever is not clearly a checkpoint.
+
+A folder is replaced as a whole, so everything in it is deleted. It may be replaced only if it holds a checkpoint and
+nothing else: config.json, and names that transformers, this package or a server's model repository give their files.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import ConfigError
+
+PathLike = str | os.PathLike[str]
+
+CONFIG_NAME = "config.json"
+CHECKPOINT_NAMES = re.compile(
+    r"""
+    .+\.safetensors(\.index\.json)? | pytorch_model.*\.bin(\.index\.json)?
+    | (generation_|preprocessor_|processor_|video_preprocessor_|image_processor_|quantize_|quant_)?config\.json
+    | (adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json
+    | (merges|vocab)\.txt | vocab\.bpe | normalizer\.json | \w+\.(tiktoken|spm) | chat_template\.jinja
+    | (tokenizer|spiece|sentencepiece|spm)\.(bpe\.)?model
+    | (configuration|modeling|tokenization|processing|image_processing|video_processing)_\w+\.py
+    | README\.md | \.gitattributes | (LICENSE|NOTICE|USE_POLICY)(\.md|\.txt)? | awq_losses\.png
+    """,
+    re.VERBOSE,
+)
+CHECKPOINT_FOLDERS = {"additional_chat_templates": re.compile(r".+\.jinja")}
+"""Folder inside a checkpoint -> names of the files in it."""
+
+
+def foreign_entry(folder: Path) -> Path | None:
+    """Returns something in `folder` that is no part of a checkpoint; None if the folder is empty or a checkpoint alone.
+
+    A folder with files of a checkpoint, but without config.json, is foreign as a whole.
+    """
+    entries = sorted(folder.iterdir())
+    for entry in entries:
+        names = CHECKPOINT_FOLDERS.get(entry.name)
+        if names is not None and entry.is_dir() and not entry.is_symlink():
+            foreign = next((path for path in sorted(entry.iterdir()) if not _is_named(path, names)), None)
+            if foreign is not None:
+                return foreign
+        elif not _is_named(entry, CHECKPOINT_NAMES):
+            return entry
+    return entries[0] if entries and not (folder / CONFIG_NAME).is_file() else None
+
+
+def _is_named(path: Path, names: re.Pattern[str]) -> bool:
+    return path.is_file() and names.fullmatch(path.name) is not None
+
+
+def output_folder(
+    path: PathLike,
+    overwrite: bool,
+    *,
+    field: str = "out_dir",
+    remedy: str | None = "overwrite=True",
+    kept: Mapping[str, PathLike | None] | None = None,
+) -> Path:
+    """Returns the folder that a result goes to, absolute, links resolved, once it is safe to put the result there.
+
+    Args:
+        path: what the user gave.
+        overwrite: whether a checkpoint that is there may be replaced.
+        field: what the user calls `path`.
+        remedy: what the user passes to replace a checkpoint; None if there is no such option.
+        kept: what the user calls a path -> that path; neither it nor anything above it may be replaced.
+
+    Raises:
+        ConfigError: `path` is empty, a file, the working directory, a home or a mount point, or above one of these; it
+            holds one of `kept`; it is not empty and may not be replaced. Nothing was changed.
+    """
+    if not os.fspath(path):
+        raise ConfigError(f"{field} is empty; name the folder for the result.")
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{field} {path} is a file; name a folder.")
+    reason = _why_irreplaceable(target, kept or {})
+    if reason is not None:
+        raise ConfigError(f"{field} {path} {reason}; nothing was changed. Name a folder of its own for the result.")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            instead = f", or pass {remedy} to replace the checkpoint in it" if remedy is not None else ""
+            raise ConfigError(
+                f"{field} {path} exists and is not empty; nothing was changed. Name another folder{instead}."
+            )
+        foreign = foreign_entry(target)
+        if foreign is not None:
+            raise ConfigError(
+                f"{field} {path} cannot be replaced: {foreign.relative_to(target)} is no part of a checkpoint, and "
+                "would be deleted. Nothing was changed. Name another folder, or move that file elsewhere."
+            )
+    return target
+
+
+def _why_irreplaceable(target: Path, kept: Mapping[str, PathLike | None]) -> str | None:
+    """Returns why nothing may ever replace `target`, whatever is in it; None if something may."""
+    if os.path.ismount(target):
+        return "is a mount point"
+    if any(_resolved(entry.pw_dir) == target for entry in pwd.getpwall()):
+        return "is a home folder"
+    for name, path in {"the working directory": Path.cwd(), "your home folder": Path.home(), **kept}.items():
+        if path is None or not _resolved(path).is_relative_to(target):
+            continue
+        return f"is {name}" if _resolved(path) == target else f"holds {name} ({os.fspath(path)})"
+    return None
+
+
+def _resolved(path: PathLike) -> Path:
+    return Path(os.path.realpath(path))
