@@ -80,7 +80,7 @@ def add_quantize_options(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--plan", action="store_true", help="print the memory, disk space and time needed, and stop")
     run.add_argument("--resume", action="store_true", help="resume from the journal that an earlier run left")
-    run.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    run.add_argument("--overwrite", action="store_true", help="replace the checkpoint in OUT")
     run.add_argument("--config", metavar="FILE", help="recipe as YAML or JSON; command-line options override the file")
     add_loading_options(run)
     run.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="largest safetensors file [50GB]")
@@ -135,7 +135,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=CONVERSION_TARGETS, help="format to convert to")
     of_scales = "dtype of the scales in compressed-tensors [the model's]"
     parser.add_argument("--scale-dtype", choices=SCALE_DTYPES, help=of_scales)
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in OUT")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
 
 

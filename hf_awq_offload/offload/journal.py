@@ -292,5 +292,5 @@ class _storage_errors:
         if isinstance(error, OSError | SafetensorError) and not isinstance(error, StorageError):
             raise StorageError(
                 f"Writing to {self.directory} failed: {error}. What was committed before is whole: make room or "
-                "correct the folder's permissions, and repeat the call to go on from there."
+                "correct the folder's permissions, and repeat the call to resume."
             ) from error
