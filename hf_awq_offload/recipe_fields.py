@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def refuse_unknown_fields(config_class: type[T]) -> type[T]:
-    """Make the constructor of a dataclass raise a ConfigError for an unknown field, and name the nearest known one."""
+    """Makes a dataclass's constructor raise a ConfigError for an unknown field; it names the nearest known one."""
     construct: Callable[..., None] = config_class.__init__
     known = [known_field.name for known_field in fields(config_class)]  # type: ignore[arg-type]  # T is a dataclass
 
@@ -185,7 +185,7 @@ class RecipeFields:
 def with_fields_described(
     docstring: str | None,  # None under python -OO
 ) -> str:
-    """`docstring` with a section "Args:", the help text of every field, before its section "Raises:"."""
+    """Returns `docstring` with a section "Args:", the help text of every field, before its section "Raises:"."""
     wrapper = textwrap.TextWrapper(116, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
     entries = [wrapper.fill(f"{entry.name}: {entry.metadata['help']}") for entry in fields(RecipeFields)]
     text, raises, errors = inspect.cleandoc(docstring or "").partition("Raises:")

@@ -70,6 +70,8 @@ def move_into_place(assembled: Path, target: Path, work: Path) -> None:
     except OSError as error:
         with suppress(OSError):
             _bring_back(aside, target)
+            if aside.parent != work:
+                aside.parent.rmdir()  # removes it only if it is empty
         raise StorageError(f"The finished checkpoint can't be moved to {target}: {error}. Repeat the call.") from error
 
 

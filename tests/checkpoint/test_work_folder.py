@@ -38,6 +38,15 @@ def test_what_was_there_is_back_when_its_successor_can_not_be_moved(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_files_of_others_are_back_too_and_nothing_is_left_beside_them(tmp_path):
+    target = folder_with(tmp_path / "out", "old")
+    (target / "thesis.tex").write_text("mine")
+    with work_folder(target) as work, pytest.raises(StorageError, match=r"can't be moved to .*out"):
+        move_into_place(work / "not there", target, work)
+    assert (target / "thesis.tex").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_what_can_not_be_moved_back_at_once_is_kept_for_the_next_run(tmp_path, monkeypatch):
     target = folder_with(tmp_path / "out", "old")
     replace = os.replace
