@@ -16,6 +16,7 @@ from transformers.utils.import_utils import is_compressed_tensors_available, is_
 from ..config import QUANT_METHOD, AwqOffloadConfig
 from ..errors import CheckpointError
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
+from .load_call import remember_calls
 from .quantizer import AwqOffloadQuantizer
 
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -26,6 +27,7 @@ def register() -> None:
     """Registers the quantizer, also for checkpoints that transformers' own loaders can't load; only once."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = AwqOffloadConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = AwqOffloadQuantizer
+    remember_calls()
     if not is_gptqmodel_available():
         use_for_awq()
     if is_compressed_tensors_available():
