@@ -153,7 +153,7 @@ def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratc
     everything = quantizer.preparation.calibration
     part = None if everything is None else _first_batches(everything, first_look.batch_tokens)
     quantizer.restrict(part, checkpoint_dir=scratch / "journal", batch_tokens=first_look.batch_tokens)
-    weights = detach_stored_weights(model)
+    weights = detach_stored_weights(model, quantizer.source.opened)
     sizes = _Sizes.of(model)
     with closing(quantizer.prepare(model, weights, to_checkpoint_names(model))) as storage:
         preparing = time.perf_counter() - start

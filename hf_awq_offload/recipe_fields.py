@@ -135,6 +135,20 @@ class RecipeFields:
             "as transformers matches them)."
         },
     )
+    mtp: str = field(
+        default="keep",
+        metadata={
+            "help": "layers for multi-token prediction (speculative decoding), which transformers does not load: "
+            '"keep" them in full precision, or "drop" them.'
+        },
+    )
+    from_quantized: bool = field(
+        default=False,
+        metadata={
+            "help": "quantize a checkpoint that has been quantized to fewer than 8 bits already (AWQ, GPTQ, "
+            "bitsandbytes, …); both losses add up, so it is refused without this field."
+        },
+    )
     execution_device: Any = field(
         default=None,
         metadata={"help": "device that processes each decoder layer; by default the accelerator, else the CPU."},

@@ -6,32 +6,23 @@ end, the journal's files are assembled into the checkpoint, which appears under 
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from .checkpoint.output_folder import output_folder
-from .checkpoint.safetensors import TensorPlace, tensor_places, write_shards
 from .checkpoint.work_folder import move_into_place, work_folder
 from .config import AwqOffloadConfig
-from .errors import ConfigError, StorageError
-from .integrations.hub import complete
+from .errors import ConfigError
+from .integrations.assembly import assemble
 from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_checkpoint_names
 from .integrations.quantizer import AwqOffloadQuantizer
 from .logs import get_logger
-from .model.decoder_layers import candidate_layers
-from .offload.journal import Journal
-from .offload.stored_weights import StoredWeights
-from .pipeline.run_storage import ToCheckpoint
 from .planning import estimate, plan, require_fit, streamed_recipe
 from .report import QuantizationReport
 from .reporting.progress import announce
@@ -40,8 +31,6 @@ logger = get_logger(__name__)
 
 MAX_SHARD_SIZE = "50GB"
 """The default of `save_pretrained`."""
-LARGE_BYTES = 1 << 23
-"""Tensors outside the decoder layers that are larger than this are handled one by one."""
 
 
 def quantize(
@@ -112,14 +101,23 @@ def quantize(
         if probe and not (Path(recipe.checkpoint_dir) / "journal.json").exists():
             planned = plan(src, recipe, model_class=model_class, dtype=dtype, **kwargs)
         announce(f"Planned: {planned}.")
-        weights = detach_stored_weights(model)
+        weights = detach_stored_weights(model, quantizer.source.opened)
         to_checkpoint = to_checkpoint_names(model)
         storage = quantizer.prepare(model, weights, to_checkpoint)
         assert storage.journal is not None
         try:
             report = quantizer.quantize(model, storage, planned=planned)
             assembled = work / "checkpoint"
-            _assemble(assembled, model, storage.journal, weights, to_checkpoint, max_shard_size, repo_id)
+            assemble(
+                assembled,
+                model,
+                storage.journal,
+                weights,
+                to_checkpoint,
+                quantizer.source.carried,
+                max_shard_size,
+                repo_id,
+            )
             move_into_place(assembled, target, work)
         except KeyboardInterrupt as interrupt:
             if not keeps_journal:
@@ -152,85 +150,3 @@ def _require_size(max_shard_size: int | str) -> None:
         raise ConfigError(
             f"max_shard_size is {max_shard_size!r}; pass a number of bytes, or a text such as '5GB'."
         ) from error
-
-
-def _assemble(
-    directory: Path,
-    model: PreTrainedModel,
-    journal: Journal,
-    weights: StoredWeights,
-    to_checkpoint: ToCheckpoint,
-    max_shard_size: int | str,
-    repo_id: str | None,  # for the model card
-) -> None:
-    """Writes the checkpoint: tensors from the journal and the source, and the files `save_pretrained` adds to them.
-
-    Raises:
-        StorageError: a file can't be written; the journal stays usable.
-    """
-    try:
-        _save_what_is_no_tensor(directory, model)
-        commits = sorted(journal.commits.values(), key=lambda commit: commit.index)
-        places = {name: place for commit in commits for name, place in tensor_places(commit.file).items()}
-        for index, names in enumerate(_groups_outside(model, set(journal.commits))):
-            unchanged = _places_unchanged(model, weights, names, to_checkpoint)
-            if unchanged is None:
-                piece = directory.parent / f"rest-{index:05}.safetensors"
-                tensors = to_checkpoint({name: _value(model, weights, name) for name in names})
-                save_file({name: value.contiguous() for name, value in tensors.items()}, piece, {"format": "pt"})
-                unchanged = tensor_places(piece)
-            places |= unchanged
-        buffers = {name for name, _ in model.named_buffers()}
-        total_parameters = sum(math.prod(place.shape) for name, place in places.items() if name not in buffers)
-        write_shards(directory, places, max_shard_size, total_parameters)
-        complete(model, directory, repo_id)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"The checkpoint can't be written: {error}. All layers are quantized: make room, and repeat the call."
-        ) from error
-
-
-def _save_what_is_no_tensor(directory: Path, model: PreTrainedModel) -> None:
-    """Writes config.json and the like with `save_pretrained`; call it first, because it deletes existing shards."""
-    quantizer = model.__dict__.pop("hf_quantizer")  # with it, save_pretrained would save all of the model's tensors
-    try:
-        type(model).save_pretrained(model, directory, state_dict={})  # the model's own would add the card too early
-    finally:
-        cast(Any, model).hf_quantizer = quantizer
-
-
-def _groups_outside(model: PreTrainedModel, done: set[str]) -> Iterator[list[str]]:
-    """Yields names of tensors outside quantized layers: one list per layer, per large tensor, and for the rest."""
-    layers = [name for name in candidate_layers(model) if name not in done]
-    rest = {name: value for name, value in model.state_dict().items() if not _is_in(name, done)}
-    for layer in layers:
-        yield [name for name in rest if _is_in(name, {layer})]
-    outside = {name: value for name, value in rest.items() if not _is_in(name, set(layers))}
-    large = {name for name, value in outside.items() if value.numel() * value.element_size() > LARGE_BYTES}
-    for name in sorted(large):
-        yield [name]
-    yield [name for name in outside if name not in large]
-
-
-def _is_in(name: str, modules: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:length]) in modules for length in range(1, len(parts)))
-
-
-def _places_unchanged(
-    model: PreTrainedModel, weights: StoredWeights, names: list[str], to_checkpoint: ToCheckpoint
-) -> dict[str, TensorPlace] | None:
-    """Maps names in the checkpoint to where the source has these very bytes; None if they have to be computed."""
-    values = {name: cast(Tensor, model.get_parameter_or_buffer(name)) for name in names}
-    source = {id(value): name for name, value in reversed(values.items()) if value.is_meta and name in weights.places}
-    places = {}
-    for name, value in to_checkpoint(values).items():
-        if id(value) not in source or not weights.is_as_stored(source[id(value)]):
-            return None
-        places[name] = weights.places[source[id(value)]]
-    return places
-
-
-def _value(model: PreTrainedModel, weights: StoredWeights, name: str) -> Tensor:
-    value = cast(Tensor, model.get_parameter_or_buffer(name))
-    return weights.read(name) if value.is_meta else value.detach()

@@ -26,18 +26,21 @@ from .layout_checks import DTYPES
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's limit, too; a longer header means that this is another kind of file."""
+LFS_POINTER = b"version https://git-lfs"
+"""What the text begins with that stands in the place of a file that git-lfs keeps."""
 COPY_BYTES = 1 << 22
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 ALL_DTYPES = DTYPES | {"BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64} | {
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
 }  # fmt: skip
 
 
 WIDEST_FIRST = [
     *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
-    *("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+    *("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"),
 ]
 
 
@@ -64,22 +67,37 @@ def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
     path = Path(file)
     try:
         with path.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
+            first_bytes = opened.read(8)
+            if first_bytes == LFS_POINTER[:8]:
+                raise CheckpointError(
+                    f"{path} is a git-lfs pointer, not the file that it stands for. Fetch the file: `git lfs pull` in "
+                    "the repository, or `hf download`."
+                )
+            length = int.from_bytes(first_bytes, "little")
             if length > MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(opened.read(length))
-        first = 8 + length
-        places = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                places[name] = TensorPlace(path, entry["dtype"], tuple(entry["shape"]), first + start, first + end)
+        first, size = 8 + length, path.stat().st_size
+        places = {name: _place(path, name, entry, first) for name, entry in header.items() if name != "__metadata__"}
         needed = max([first, *(place.end for place in places.values())])
-        if path.stat().st_size < needed:
-            raise ValueError(f"{path.stat().st_size} bytes, where the header says {needed}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if size < needed:
+            raise ValueError(f"{size} bytes, where the header says {needed}")
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); get it again.") from error
     return places
+
+
+def _place(path: Path, name: str, entry: Mapping[str, Any], first: int) -> TensorPlace:
+    """Returns the place of a tensor whose offsets count from byte `first`; ValueError if its entry is impossible."""
+    (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
+    if not all(type(number) is int and number >= 0 for number in (start, end, *shape)) or not isinstance(dtype, str):
+        raise ValueError(f"{name} has the entry {entry}")
+    known = ALL_DTYPES.get(dtype)
+    if start > end or (known is not None and math.prod(shape) * known.itemsize != end - start):
+        raise ValueError(f"{name} is {dtype} of the shape {list(shape)}, but has {end - start} bytes")
+    return TensorPlace(path, dtype, shape, first + start, first + end)
 
 
 def read_tensor(place: TensorPlace, pin_memory: bool = False) -> Tensor:

@@ -1,122 +1,24 @@
-"""Has transformers build a model without reading its weights, and finds them again when they are needed.
-
-transformers maps all files of a checkpoint into memory while it loads, and reads every tensor, even where all of them
-are to stay on the disk. Inside `only_loading` it is given a reader of safetensors files that opens nothing.
-"""
+"""Has transformers build a model without reading its weights, and finds them again when they are needed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
-from transformers import PreTrainedModel, modeling_utils
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    build_glob_alternation,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint.safetensors import TensorPlace, read_tensor, tensor_places
+from ..checkpoint.source import Source
 from ..config import AwqOffloadConfig
 from ..errors import CheckpointError
 from ..offload.stored_weights import StoredWeights
 from ..pipeline.run_storage import ToCheckpoint
-
-
-@contextmanager
-def only_loading() -> Iterator[None]:
-    """Lets `from_pretrained` with a recipe prepare a model inside the context, and leave quantizing to the caller."""
-    token = _lazy_reading.set(_LazyReading())
-    reader = modeling_utils.safe_open
-    modeling_utils.safe_open = _LazyFile  # type: ignore[assignment,misc]
-    try:
-        yield
-    finally:
-        modeling_utils.safe_open = reader  # type: ignore[misc]
-        _lazy_reading.reset(token)
-
-
-def is_only_loading() -> bool:
-    """Whether this runs inside `only_loading`."""
-    return _lazy_reading.get() is not None
-
-
-def note_what_is_stored(model: PreTrainedModel, quantizer: HfQuantizer) -> None:
-    """Tells the lazy reader, if there is one, which model transformers is about to load."""
-    lazy_reading = _lazy_reading.get()
-    if lazy_reading is not None:
-        lazy_reading.learn(model, quantizer)
-
-
-class _LazyReading:
-    """Knows which tensors of a checkpoint need not be read, because nothing is computed from them."""
-
-    def __init__(self) -> None:
-        self._is_as_stored: Callable[[str], bool] = lambda name: False
-
-    def learn(self, model: PreTrainedModel, quantizer: HfQuantizer) -> None:
-        conversions = get_model_conversion_mapping(model, None, quantizer)
-        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        state = model.state_dict()
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-
-        def is_as_stored(name: str) -> bool:
-            renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-            return pattern is None and renamed in parameters
-
-        self._is_as_stored = is_as_stored
-
-    def tensor(self, name: str, place: TensorPlace) -> Tensor:
-        """Returns a tensor to look at; only its shape and dtype are right if it is a parameter of the model as stored.
-
-        transformers drops such tensors. It needs the values of buffers, and of what it converts.
-        """
-        if self._is_as_stored(name):
-            return torch.zeros((), dtype=place.torch_dtype).expand(place.shape)
-        return read_tensor(place)
-
-
-_lazy_reading: ContextVar[_LazyReading | None] = ContextVar("lazy_reading", default=None)
-
-
-class _LazyFile:
-    """Gives transformers what it asks of an open safetensors file."""
-
-    def __init__(self, file: str, *args: Any, **kwargs: Any):
-        self.places = tensor_places(file)
-
-    def keys(self) -> list[str]:
-        return list(self.places)
-
-    def get_slice(self, name: str) -> _LazyTensor:
-        return _LazyTensor(name, self.places[name])
-
-    def __exit__(self, *error: Any) -> None:
-        """Nothing is open."""
-
-
-class _LazyTensor:
-    """Stands for a tensor of a file until transformers takes it by `[...]`."""
-
-    def __init__(self, name: str, place: TensorPlace):
-        self.name, self.place = name, place
-
-    def __getitem__(self, everything: Any) -> Tensor:
-        lazy_reading = _lazy_reading.get()
-        return read_tensor(self.place) if lazy_reading is None else lazy_reading.tensor(self.name, self.place)
+from .load_call import only_loading
 
 
 def load_on_meta(
@@ -141,8 +43,10 @@ def to_checkpoint_names(model: PreTrainedModel) -> ToCheckpoint:
     return convert
 
 
-def detach_stored_weights(model: PreTrainedModel) -> StoredWeights:
+def detach_stored_weights(model: PreTrainedModel, source: Source | None) -> StoredWeights:
     """Returns where transformers has left a model's weights on the disk, and removes the hooks that would read them.
+
+    `source` has the tensors of the checkpoint itself; others were written while transformers converted them.
 
     Raises:
         CheckpointError: the checkpoint lacks a weight of the model.
@@ -169,7 +73,7 @@ def detach_stored_weights(model: PreTrainedModel) -> StoredWeights:
     vars(model).pop("hf_device_map", None)
     _keep_in_fp32(model)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    return StoredWeights(loader.index, dtypes, loader.save_folder)
+    return StoredWeights(loader.index, dtypes, loader.save_folder, source)
 
 
 def _keep_in_fp32(model: PreTrainedModel) -> None:

@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from ..checkpoint.source import Source
 from ..config import AwqOffloadConfig
+
+if TYPE_CHECKING:
+    from .source_reading import SourceReading
 
 HUB_ARGUMENTS = (
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
@@ -35,6 +39,14 @@ class LoadCall:
     """The name or folder that was passed."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """All arguments by name, those that transformers has resolved meanwhile (revision) as resolved."""
+    is_streamed: bool = False
+    """Whether weights stay on the disk, and quantizing is left to the caller."""
+    opened: Source | None = None
+    """The source, if its files were found before transformers looked for them."""
+    quantization: dict[str, Any] | None = None
+    """The quantization config of the source, which is hidden from transformers."""
+    reading: SourceReading | None = None
+    """Reads the source for transformers."""
 
     @property
     def hub_arguments(self) -> dict[str, Any]:
@@ -43,6 +55,22 @@ class LoadCall:
 
 
 _current: ContextVar[LoadCall | None] = ContextVar("load_call", default=None)
+_is_only_loading: ContextVar[bool] = ContextVar("is_only_loading", default=False)
+
+
+@contextmanager
+def only_loading() -> Iterator[None]:
+    """Lets `from_pretrained` with a recipe prepare a model inside the context, and leave quantizing to the caller."""
+    token = _is_only_loading.set(True)
+    try:
+        yield
+    finally:
+        _is_only_loading.reset(token)
+
+
+def is_only_loading() -> bool:
+    """Whether this runs inside `only_loading`."""
+    return _is_only_loading.get()
 
 
 def current_call() -> LoadCall | None:
@@ -50,52 +78,70 @@ def current_call() -> LoadCall | None:
     return _current.get()
 
 
+def remember_calls(look: Callable[[LoadCall], None], explain: Callable[[LoadCall, ValueError], None]) -> None:
+    """Wraps `from_pretrained` of models and Auto classes; call it once.
+
+    Args:
+        look: is given each call before transformers does anything; may raise an error.
+        explain: may raise a better error than the one that transformers has raised.
+    """
+    for owner in (PreTrainedModel, *_with_subclasses(_BaseAutoModelClass)):
+        if "from_pretrained" in vars(owner):  # Auto classes have copies of the base class's method
+            method = vars(owner)["from_pretrained"].__func__
+            cast(Any, owner).from_pretrained = classmethod(_remembered(method, look, explain))
+
+
+def _with_subclasses(base: type) -> Iterator[type]:
+    yield base
+    subclass: type
+    for subclass in type.__subclasses__(base):
+        yield from _with_subclasses(subclass)
+
+
+def _remembered(
+    method: Callable[..., Any], look: Callable[[LoadCall], None], explain: Callable[[LoadCall, ValueError], None]
+) -> Callable[..., Any]:
+    signature = inspect.signature(method, follow_wrapped=False)
+
+    @functools.wraps(method)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        has_recipe = isinstance(kwargs.get("quantization_config"), AwqOffloadConfig)
+        outer = _current.get()
+        if not has_recipe and outer is None:
+            return method(cls, *args, **kwargs)
+        bound = signature.bind_partial(cls, *args, **kwargs).arguments
+        named = {name: value for name, value in bound.items() if name not in ("cls", "model_args", "kwargs")}
+        arguments = named | kwargs
+        source = arguments.pop("pretrained_model_name_or_path", None)
+        with _calling(str(source), arguments if has_recipe else None) as call:
+            if call is None or call is outer:
+                return method(cls, *args, **kwargs)
+            look(call)
+            try:
+                return method(cls, *args, **kwargs)
+            except ValueError as error:
+                explain(call, error)
+                raise
+
+    return from_pretrained
+
+
 @contextmanager
-def _calling(source: Any, arguments: dict[str, Any]) -> Iterator[LoadCall | None]:
-    """Makes the call current inside the context.
+def _calling(source: str, arguments: dict[str, Any] | None) -> Iterator[LoadCall | None]:
+    """Makes a call current inside the context; None stands for one without a recipe.
 
     An Auto class calls the model's class. Both are one call, of which the model's class knows more. A call without a
     recipe inside one with a recipe, such as that of a backbone, is none of its business.
     """
     call = _current.get()
-    if not isinstance(arguments.get("quantization_config"), AwqOffloadConfig):
+    if arguments is None:
         call = None
-    elif call is not None:
-        call.arguments |= arguments
+    elif call is None:
+        call = LoadCall(source, arguments, _is_only_loading.get())
     else:
-        call = LoadCall(str(source), arguments)
+        call.arguments |= arguments
     token = _current.set(call)
     try:
         yield call
     finally:
         _current.reset(token)
-
-
-def remember_calls() -> None:
-    """Wraps `from_pretrained` of models and Auto classes; call it once."""
-    for owner in (PreTrainedModel, *_with_subclasses(_BaseAutoModelClass)):
-        if "from_pretrained" in vars(owner):  # Auto classes have copies of the base class's method
-            method = vars(owner)["from_pretrained"].__func__
-            cast(Any, owner).from_pretrained = classmethod(_remembered(method))
-
-
-def _with_subclasses(base: type) -> Iterator[type]:
-    yield base
-    for subclass in base.__subclasses__():
-        yield from _with_subclasses(subclass)
-
-
-def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(method)
-
-    @functools.wraps(method)
-    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(kwargs.get("quantization_config"), AwqOffloadConfig) and _current.get() is None:
-            return method(cls, *args, **kwargs)
-        bound = signature.bind_partial(cls, *args, **kwargs).arguments
-        named = {name: value for name, value in bound.items() if name not in ("cls", "model_args", "kwargs")}
-        source = named.pop("pretrained_model_name_or_path", None)
-        with _calling(source, named | kwargs):
-            return method(cls, *args, **kwargs)
-
-    return from_pretrained

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.source import Source
 from ..config import AwqOffloadConfig
 from ..pipeline.run_storage import chosen_offload
 from .dispatching import DeviceMap
@@ -24,6 +25,7 @@ class Placement:
         """Where the caller wants the quantized model."""
         self.files: list[Path] = []
         """Files of the checkpoint that hold tensors."""
+        self.source: Source | None = None
         self.offload = "cpu"
         """ "cpu" or "disk": where the full-precision weights are."""
 
@@ -43,20 +45,31 @@ class Placement:
         """Keeps a map that transformers has resolved, and changes it in place to the one to load with."""
         if self.final_device_map is None:
             self.final_device_map = dict(device_map)
-            self.offload = chosen_offload(self._recipe, self.files, self._result_on_disk)
+            self.offload = self._chosen()
             device_map.clear()
             device_map[""] = self.offload
 
-    def choose(self, device_map: Any, checkpoint_files: Sequence[str] | None) -> None:
+    def choose(self, device_map: Any, checkpoint_files: Sequence[str] | None, source: Source | None) -> None:
         """Chooses RAM or disk for the checkpoint's weights; transformers loads by `device_map`, changed in place.
+
+        `source` is the opened checkpoint; None if its files are in another format than safetensors.
 
         Raises:
             ConfigError: the disk is asked for, but the files cannot be read lazily.
         """
-        self.files = [Path(file) for file in checkpoint_files or ()]
-        self.offload = chosen_offload(self._recipe, self.files, self._result_on_disk)
+        self.files, self.source = [Path(file) for file in checkpoint_files or ()], source
+        self.offload = self._chosen()
         if isinstance(device_map, dict):
             device_map[""] = self.offload
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether full-precision weights stay on the disk."""
+        return self.offload == "disk"
+
+    def _chosen(self) -> str:
+        size_bytes = None if self.source is None else self.source.dequantized_bytes
+        return chosen_offload(self._recipe, self.files, self._result_on_disk, size_bytes)
 
     @property
     def _result_on_disk(self) -> bool:

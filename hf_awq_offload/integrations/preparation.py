@@ -11,6 +11,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from ..calibration.dataset import CalibrationSet, load_calibration_set
 from ..calibration.forward_pass import forward_arguments, placeholder_ids
+from ..calibration.positions import require_positions
 from ..config import AwqOffloadConfig
 from ..errors import CalibrationDataError, ModelStructureError
 from ..formats.grid_choice import check_that_all_match
@@ -47,7 +48,11 @@ class Preparation:
                 f"No linear of {type(model).__name__} can be quantized with this config. Left out: "
                 f"{_listed(chosen.left_out)}. Try another group_size, or fewer modules_to_not_convert."
             )
-        return replace(chosen, calibration=_calibration_set(model, recipe) if recipe.needs_calibration else None)
+        if not recipe.needs_calibration:
+            return chosen
+        calibration = _calibration_set(model, recipe)
+        require_positions(calibration, model.config.get_text_config(decoder=True))
+        return replace(chosen, calibration=calibration)
 
     def rechosen(self, model: PreTrainedModel) -> Preparation:
         """Returns the same with the linears that the model has now: experts may have been taken apart."""

@@ -41,12 +41,15 @@ from . import peft
 from .dequantizing import dequantize_linears
 from .dispatching import dispatch, dispatch_with_disk, offload_folder_of
 from .hub import accompany
-from .lazy_loading import detach_stored_weights, is_only_loading, note_what_is_stored
+from .lazy_loading import detach_stored_weights
 from .linear_choice import modules_not_converted, renaming_of
+from .load_call import is_only_loading
 from .loading import keep_gemm, replace_linears, to_gemm_converter
 from .placement import Placement
 from .preparation import Preparation, require_decoder_only
 from .saving import checkpoint_config, config_of_result, dense_in_spite, meta_of, meta_of_run
+from .source_look import ModelSource, look_at_source
+from .source_reading import end_reading
 
 
 class AwqOffloadQuantizer(HfQuantizer):
@@ -67,6 +70,8 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.placement = None if self.pre_quantized else Placement(self.recipe)
         self.report: QuantizationReport | None = None
         self.model: PreTrainedModel | None = None
+        self.source = ModelSource()
+        """The checkpoint that is quantized."""
         self.fused: dict[str, nn.Module] = {}
         """Experts modules that were taken apart, as they were, by name; kept until the model is quantized."""
         self._preparation: Preparation | None = None
@@ -116,10 +121,11 @@ class AwqOffloadQuantizer(HfQuantizer):
                 model.config.quantization_config = self.checkpoint  # as saved, not as the library parses it
             return
         require_decoder_only(model)
-        prepare_folder(self.recipe.report_dir)
-        self.placement.choose(kwargs.get("device_map"), kwargs.get("checkpoint_files"))
         self._take_experts_apart(model, all_kinds=False)
-        note_what_is_stored(model, self)
+        files, placement = kwargs.get("checkpoint_files"), self.placement
+        self.source = look_at_source(model, self, self.recipe, files, lambda: placement.is_lazy)
+        placement.choose(kwargs.get("device_map"), files, self.source.opened)
+        prepare_folder(self.recipe.report_dir)
         self._preparation = Preparation.of(model, self.recipe)
 
     def _take_experts_apart(self, model: PreTrainedModel, all_kinds: bool) -> None:
@@ -136,9 +142,10 @@ class AwqOffloadQuantizer(HfQuantizer):
             keep_gemm(model)
             accompany(model)
             return model
+        end_reading()
         if is_only_loading():
             return model
-        weights = detach_stored_weights(model) if self.placement.offload == "disk" else None
+        weights = detach_stored_weights(model, self.source.opened) if self.placement.offload == "disk" else None
         device_map = self.placement.final_device_map
         offload = offload_folder_of(weights, device_map)
         with closing(self.prepare(model, weights, offload=offload)) as storage:

@@ -18,6 +18,8 @@ from ..errors import CheckpointError
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
 from .load_call import remember_calls
 from .quantizer import AwqOffloadQuantizer
+from .source_look import explain_auto_class, look_at_folder
+from .source_reading import read_through_sources
 
 COMPRESSED_TENSORS = "compressed-tensors"
 
@@ -27,7 +29,8 @@ def register() -> None:
     """Registers the quantizer, also for checkpoints that transformers' own loaders can't load; only once."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = AwqOffloadConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = AwqOffloadQuantizer
-    remember_calls()
+    remember_calls(look_at_folder, explain_auto_class)
+    read_through_sources()
     if not is_gptqmodel_available():
         use_for_awq()
     if is_compressed_tensors_available():

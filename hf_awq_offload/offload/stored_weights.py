@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.safetensors import TensorPlace, read_tensor, tensor_places
+from ..checkpoint.safetensors import TensorPlace, tensor_places
+from ..checkpoint.source import Source
+from ..checkpoint.stored_tensor import StoredTensor, files_of, read
 from ..errors import CheckpointError
 from ..model.experts import UnfusedExperts, fused_names, unfused
 
@@ -27,6 +29,7 @@ class StoredWeights:
         index: name in the model -> {"safetensors_file", "weight_name"}, as transformers makes it for accelerate.
         dtypes: name in the model -> the dtype that the model wants it in.
         folder: the `offload_folder` that the caller gave transformers.
+        source: the checkpoint; a tensor that is in none of its files was written by transformers meanwhile.
     """
 
     def __init__(
@@ -34,13 +37,14 @@ class StoredWeights:
         index: Mapping[str, Mapping[str, str]],
         dtypes: Mapping[str, torch.dtype],
         folder: str | os.PathLike[str] | None = None,
+        source: Source | None = None,
     ):
         self.index = index
         self.folder = None if folder is None else Path(folder)
-        files: dict[str, dict[str, TensorPlace]] = {}
-        self.places: dict[str, TensorPlace] = {}
+        files: dict[Path, Mapping[str, StoredTensor]] = dict(source.by_file) if source is not None else {}
+        self.places: dict[str, StoredTensor] = {}
         for name, entry in index.items():
-            file = entry["safetensors_file"]
+            file = Path(entry["safetensors_file"])
             if file not in files:
                 files[file] = tensor_places(file)
             self.places[name] = files[file][entry["weight_name"]]
@@ -50,7 +54,7 @@ class StoredWeights:
     @property
     def files(self) -> list[Path]:
         """The files that hold the weights, each once."""
-        return list(dict.fromkeys(place.file for place in self.places.values()))
+        return list(dict.fromkeys(file for place in self.places.values() for file in files_of(place)))
 
     def take_experts_apart(self, model: nn.Module, fused: Mapping[str, nn.Module]) -> None:
         """Reads experts one by one from here on, where the checkpoint holds them fused.
@@ -67,6 +71,8 @@ class StoredWeights:
 
     def is_as_stored(self, name: str) -> bool:
         """Whether `read` returns the very bytes that are in the file."""
+        if not isinstance(self.places[name], TensorPlace):
+            return False
         dtype = self.places[name].torch_dtype
         return not dtype.is_floating_point or self.dtypes.get(name, dtype) == dtype
 
@@ -80,7 +86,7 @@ class StoredWeights:
             raise CheckpointError(
                 f"The checkpoint holds no {name}; expected every weight of the model. Download it again."
             )
-        tensor = read_tensor(self.places[name], pin_memory)
+        tensor = read(self.places[name], pin_memory)
         wanted = self.dtypes.get(name, tensor.dtype)
         return tensor.to(wanted) if tensor.is_floating_point() else tensor
 

@@ -147,8 +147,12 @@ def free_ram_bytes(recipe: AwqOffloadConfig) -> int:
     return available if limit is None else min(available, limit)
 
 
-def chosen_offload(recipe: AwqOffloadConfig, files: Sequence[Path], result_on_disk: bool) -> str:
+def chosen_offload(
+    recipe: AwqOffloadConfig, files: Sequence[Path], result_on_disk: bool, dequantized_bytes: int | None = None
+) -> str:
     """Returns "cpu" or "disk". Where the quantized model is to stay on the disk, so does the one in full precision.
+
+    `dequantized_bytes` is the size in RAM of a checkpoint that is quantized; None: that of its files.
 
     Raises:
         ConfigError: the disk is asked for, but the checkpoint's files cannot be read lazily.
@@ -164,7 +168,7 @@ def chosen_offload(recipe: AwqOffloadConfig, files: Sequence[Path], result_on_di
         )
     if wanted != "auto":
         return wanted
-    size_bytes = sum(file.stat().st_size for file in files) if is_lazy else 0
+    size_bytes = dequantized_bytes or (sum(file.stat().st_size for file in files) if is_lazy else 0)
     place = "disk" if size_bytes > RAM_SHARE * free_ram_bytes(recipe) else "cpu"
     if place == "disk":
         logger.info("The checkpoint has %.1f GiB; its weights stay on the disk.", size_bytes / 2**30)

@@ -1,0 +1,206 @@
+"""One look at the checkpoint that is to be quantized, before any of its weights is loaded.
+
+The first look is at the files of a folder, before transformers reads its config. The second one, once the model stands
+on the meta device, is at the files that transformers has chosen, and compares them with the model. Both read headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from ..checkpoint.opened import CONFIG_NAME, read_json
+from ..checkpoint.source import ADAPTER_CONFIG_NAME, Source, fields_beside, open_source, weight_map
+from ..checkpoint.stored_tensor import StoredTensor
+from ..config import AwqOffloadConfig
+from ..errors import CheckpointError, ConfigError, ModelStructureError
+from ..formats.source import SourceFormat
+from .carrying import carried
+from .load_call import LoadCall, current_call
+from .source_fit import SourceFit, fit, require_all_weights
+from .source_reading import read_source
+
+IMAGE_TEXT = "Load it with AutoModelForImageTextToText (`quantize(..., model_class=...)`, or --image-text)"
+
+
+# -- before transformers reads the config ------------------------------------------------------------------------------
+
+
+def look_at_folder(call: LoadCall) -> None:
+    """Checks the files of a checkpoint in a folder; does nothing for a name on the hub, whose files are not here yet.
+
+    Raises:
+        CheckpointError: there are no weights, a file is missing or damaged, or the quantization can't be undone.
+        ModelStructureError: the folder holds adapters, and the weights are to stay on the disk.
+    """
+    folder = Path(call.source) / str(call.arguments.get("subfolder") or "")
+    if not folder.is_dir() or call.arguments.get("gguf_file"):
+        return
+    if (folder / ADAPTER_CONFIG_NAME).exists():
+        if call.is_streamed:
+            refuse_adapters(call.source)
+        if not (folder / CONFIG_NAME).exists():
+            return  # transformers loads the model that they adapt
+    if not (folder / CONFIG_NAME).exists() or "transformers_weights" in read_json(folder / CONFIG_NAME):
+        return
+    files, index = files_in(folder, call.arguments.get("variant"), call.arguments.get("use_safetensors"))
+    if files and files[0].suffix == ".safetensors":
+        call.opened = open_source(files, fields_beside(files[0]), index)
+
+
+def refuse_adapters(source: str) -> None:
+    """Raises ModelStructureError: a checkpoint of adapters can't be quantized from disk to disk."""
+    raise ModelStructureError(
+        f"{source} holds adapters ({ADAPTER_CONFIG_NAME}), no whole model; expected a full-precision checkpoint. Merge "
+        "the adapter first: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(folder), "
+        "then quantize that folder."
+    )
+
+
+def files_in(folder: Path, variant: str | None, use_safetensors: bool | None) -> tuple[list[Path], Path | None]:
+    """Returns the files of a folder that hold the weights and their index, in transformers' order of preference.
+
+    Raises:
+        CheckpointError: there are none, or one that the index names is missing.
+    """
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME] if use_safetensors is not False else []
+    names += [] if use_safetensors else [WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
+    for name in names:
+        first, _, suffixes = name.partition(".")
+        file = folder / (f"{first}.{variant}.{suffixes}" if variant else name)
+        if variant and name.endswith("index.json"):
+            first, _, suffixes = name.rpartition(".index.json")[0].partition(".")
+            file = folder / f"{first}.{suffixes}.index.{variant}.json"
+        if not file.is_file():
+            continue
+        if file.suffix != ".json":
+            return [file], None
+        files = [folder / shard for shard in sorted(set(weight_map(file).values()))]
+        missing = [shard.name for shard in files if not shard.is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {missing[0]}, one of {len(files)} files that {file.name} names"
+                f"{f', and {len(missing) - 1} more' if missing[1:] else ''}. The download is incomplete: get them."
+            )
+        return files, file
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise CheckpointError(
+        f"{folder} holds no weights: expected one of {', '.join(names)}"
+        f"{f' with the variant {variant!r}' if variant else ''}; found {there}."
+    )
+
+
+def explain_auto_class(call: LoadCall, error: ValueError) -> None:
+    """Raises ModelStructureError if an Auto class does not know an image-text model; transformers lists 200 classes."""
+    if not str(error).startswith("Unrecognized configuration class"):
+        return
+    config = AutoConfig.from_pretrained(call.source, **call.hub_arguments)
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ModelStructureError(
+            f"{call.source} is an image-text model ({config.model_type}), which the class for text models does not "
+            f"load. {IMAGE_TEXT}."
+        ) from error
+
+
+# -- once the model stands on the meta device --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The checkpoint that a model is quantized from."""
+
+    opened: Source | None = None
+    """None: there is none, or its files are not in the safetensors format."""
+    carried: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """What the model has no place for and the result is to hold all the same, by its name in the checkpoint."""
+
+    @property
+    def format(self) -> SourceFormat | None:
+        """How the checkpoint is quantized; None: it is in full precision."""
+        return None if self.opened is None else self.opened.format
+
+
+def look_at_source(
+    model: PreTrainedModel,
+    quantizer: HfQuantizer,
+    recipe: AwqOffloadConfig,
+    checkpoint_files: Sequence[str] | None,
+    is_lazy: Callable[[], bool],
+) -> ModelSource:
+    """Opens the files that transformers has chosen, compares them with the model, and has transformers read them so.
+
+    Args:
+        model: on the meta device.
+        quantizer: its quantizer.
+        recipe: says what may be quantized, and what becomes of tensors that the model has no place for.
+        checkpoint_files: the files.
+        is_lazy: whether weights stay on the disk; asked when transformers reads.
+
+    Raises:
+        CheckpointError: a file is damaged, the quantization can't be undone, or weights are missing.
+        ConfigError: quantizing would round a second time, and the recipe does not want that.
+        ModelStructureError: the class loads a part of the checkpoint only.
+    """
+    call = current_call()
+    files = [Path(file) for file in checkpoint_files or ()]
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        return ModelSource()
+    source = _opened(call, files)
+    if is_lossy(source.format) and not recipe.from_quantized:
+        raise ConfigError(
+            f"The checkpoint is quantized already ({source.format.name}), and quantizing it adds a second loss to the "
+            "first. Quantize the full-precision checkpoint, or pass from_quantized=True (--from-quantized) if you want "
+            "this."
+        )
+    key_mapping = None if call is None else call.arguments.get("key_mapping")
+    found = fit(model, source.tensors, get_model_conversion_mapping(model, key_mapping, quantizer))
+    _require_whole_model(model, files[0], found)
+    require_all_weights(model, source.tensors, found)
+    read_source(source, found, model, is_lazy)
+    return ModelSource(source, carried(model, recipe, source, found.unplaced))
+
+
+def is_lossy(format: SourceFormat | None) -> TypeGuard[SourceFormat]:
+    """Returns whether a source's quantization has lost so much that another one is to be asked for."""
+    return format is not None and format.bits < 8 and not format.is_native
+
+
+def _opened(call: LoadCall | None, files: list[Path]) -> Source:
+    if call is not None and call.opened is not None and list(call.opened.files) == files:
+        return call.opened
+    fields = fields_beside(files[0]) or (None if call is None else call.quantization)
+    return open_source(files, fields, _index_of(files))
+
+
+def _index_of(files: Sequence[Path]) -> Path | None:
+    """Returns the index that names these files, if there are several."""
+    names = {file.name for file in files}
+    for index in sorted(files[0].parent.glob("*.safetensors.index*.json")) if len(files) > 1 else ():
+        if set(weight_map(index).values()) <= names:
+            return index
+    return None
+
+
+def _require_whole_model(model: PreTrainedModel, file: Path, found: SourceFit) -> None:
+    """Raises ModelStructureError if the model is the text decoder of an image-text model: the rest would be lost."""
+    path = file.parent / CONFIG_NAME
+    whole = read_json(path).get("model_type") if path.is_file() else None
+    if found.unplaced and whole is not None and whole != model.config.model_type and _is_part(path, model):
+        raise ModelStructureError(
+            f"{type(model).__name__} is the text decoder of an image-text model ({whole}): {len(found.unplaced)} "
+            f"tensors, such as {found.unplaced[0]}, would be lost. {IMAGE_TEXT}; for the text decoder alone, save it "
+            "in full precision first, and quantize that."
+        )
+
+
+def _is_part(config_file: Path, model: PreTrainedModel) -> bool:
+    parts: list[Any] = [part for part in read_json(config_file).values() if isinstance(part, dict)]
+    return any(part.get("model_type") == model.config.model_type for part in parts)
