@@ -10,7 +10,8 @@ import torch
 from models import save_model, tiny_gpt_oss, tiny_llama, token_batch, token_recipe
 from transformers import PreTrainedModel
 
-from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, Plan, plan, quantize, streamed
+from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, Plan, plan, quantize
+from hf_awq_offload.integrations import assembly
 from hf_awq_offload.offload import journal, stored_weights
 from hf_awq_offload.offload.memory_limit import release_freed
 from hf_awq_offload.offload.memory_use import MemoryMeter
@@ -79,7 +80,7 @@ def test_as_much_lies_on_the_disk_as_planned(build, changes, tmp_path, monkeypat
         monkeypatch.setattr(owner, name, watched)
 
     watch(journal.Journal, "_keep")  # the hidden states of three layers exist now
-    watch(streamed, "write_shards")  # and here the checkpoint beside the journal
+    watch(assembly, "write_shards")  # and here the checkpoint beside the journal
     quantize(source, tmp_path / "result" / "out", recipe)
     assert max(most) == pytest.approx(planned.disk_bytes, rel=0.15)
 

@@ -25,8 +25,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_awq_offload import AwqLinear, ConfigError, MemoryLimitError, NumericalError, quantize, streamed
+from hf_awq_offload import AwqLinear, ConfigError, MemoryLimitError, NumericalError, quantize
 from hf_awq_offload.checkpoint.work_folder import work_folder
+from hf_awq_offload.integrations import assembly
 from hf_awq_offload.pipeline import run_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
@@ -107,7 +108,7 @@ def test_what_is_not_quantized_is_copied_from_file_to_file(llama, quantized, tmp
     def fail(*args, **kwargs):
         raise AssertionError("a tensor was read into memory to be written again")
 
-    monkeypatch.setattr(streamed, "_value", fail)
+    monkeypatch.setattr(assembly, "_value", fail)
     quantize(llama, tmp_path / "out", token_recipe())
     assert_same_files(tmp_path / "out", quantized)
 

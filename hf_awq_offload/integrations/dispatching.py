@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import dispatch_model
 from torch import nn
 
+from ..checkpoint.safetensors import TensorPlace
 from ..errors import ConfigError
 from ..offload.offload_folder import DISK, OffloadFolder
 from ..offload.stored_weights import StoredWeights
@@ -50,15 +51,18 @@ def dispatch_with_disk(model: nn.Module, weights: StoredWeights, offload: Offloa
     in_ram = {name: value for name, value in named.items() if offload.has(name) and not value.is_meta}
     if in_ram:
         offload.put("rest", in_ram)
-    index: dict[str, Any] = dict(offload.index)
     twins = {id(parameter): name for name, parameter in named.items() if name in weights.index}
     for name, parameter in named.items():
-        if parameter.is_meta and name not in index:
-            index[name] = weights.index[name if name in weights.index else twins[id(parameter)]]
+        if parameter.is_meta and name not in offload.index:
+            stored = name if name in weights.index else twins[id(parameter)]
+            if isinstance(weights.places[stored], TensorPlace):
+                offload.index[name] = dict(weights.index[stored])
+            else:  # accelerate's hooks read files, and this one is dequantized
+                offload.put(f"dequantized-{name}", {name: weights.read(stored)})
     dispatch_model(
         model,
         device_map=dict(offload.device_map),
         offload_dir=offload.folder,
-        offload_index=index,
+        offload_index=offload.index,
         skip_keys=model._skip_keys_device_placement,
     )

@@ -178,7 +178,8 @@ class AwqOffloadQuantizer(HfQuantizer):
             weights.take_experts_apart(model, self.fused)
         files = [] if self.placement is None else self.placement.files
         calibration = self.preparation.calibration
-        return open_run_storage(model, self.recipe, calibration, weights, to_checkpoint, files, offload)
+        source = None if self.source.format is None else self.source.format.name
+        return open_run_storage(model, self.recipe, calibration, weights, to_checkpoint, files, offload, source)
 
     def quantize(
         self, model: PreTrainedModel, storage: RunStorage, undo: Undo | None = None, planned: Plan | None = None
@@ -199,7 +200,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, AwqLinear):
                 module.backend = recipe.backend
-        meta = meta_of_run(recipe, preparation.calibration, unfused_experts=bool(self.fused))
+        meta = meta_of_run(recipe, preparation.calibration, bool(self.fused), self.source.format)
         self.quantization_config = config_of_result(model, recipe, renaming_of(model), sorted(report.left_out), meta)
         facts = facts_of(model.config.name_or_path, storage.onloader.device, recipe, meta, planned)
         write_report(recipe.report_dir, report, facts)

@@ -15,6 +15,7 @@ from ..config import AwqOffloadConfig
 from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.compressed_tensors_config import META_ATTRIBUTE, PackedCheckpointConfig, may_be_taken_for_a_linear
 from ..formats.grid_choice import GridChoice
+from ..formats.source import SourceFormat
 from ..nn.quantized_linear import QuantizedLinear
 from .loading import choice_in
 
@@ -67,13 +68,19 @@ def meta_of(model: PreTrainedModel, config: AwqCheckpointConfig | PackedCheckpoi
     return getattr(model.config, META_ATTRIBUTE, None) or {}
 
 
-def meta_of_run(recipe: AwqOffloadConfig, calibration: CalibrationSet | None, unfused_experts: bool) -> dict[str, Any]:
+def meta_of_run(
+    recipe: AwqOffloadConfig,
+    calibration: CalibrationSet | None,
+    unfused_experts: bool,
+    dequantized_from: SourceFormat | None = None,
+) -> dict[str, Any]:
     """Returns how a checkpoint is made; the data set by name or hash, never its text.
 
     Args:
         recipe: how the model is quantized.
         calibration: on which data, if any.
         unfused_experts: experts are loaded one by one, also where the original holds them fused.
+        dequantized_from: how the original was quantized, if it was.
     """
     meta: dict[str, Any] = {"quantizer": [f"hf_awq_offload:{version('hf_awq_offload')}"], "seed": recipe.seed}
     if calibration is not None:
@@ -83,6 +90,8 @@ def meta_of_run(recipe: AwqOffloadConfig, calibration: CalibrationSet | None, un
             "max_seq_len": recipe.max_seq_len,
             "calibration_tokens": calibration.tokens,
         }
+    if dequantized_from is not None:
+        meta["dequantized_from"] = dequantized_from.name
     if unfused_experts:
         meta["unfused_experts"] = True
     search = {name: getattr(recipe, name) for name in ("n_grid", "duo_scaling", "clip", "rounding", "propagate")}

@@ -36,16 +36,23 @@ HOW_NOT_WHAT = (
 
 
 def fingerprint(
-    model: PreTrainedModel, recipe: AwqOffloadConfig, calibration: CalibrationSet | None, files: Iterable[Path]
+    model: PreTrainedModel,
+    recipe: AwqOffloadConfig,
+    calibration: CalibrationSet | None,
+    files: Iterable[Path],
+    source_format: str | None = None,
 ) -> dict[str, str]:
-    """Returns the parts of the fingerprint: name of a part -> digest or text."""
+    """Returns the parts of the fingerprint: name of a part -> digest or text.
+
+    `source_format` says how the source is quantized, which config.json may decide; None: it is in full precision.
+    """
     config = model.config.to_dict()
     for name in ("quantization_config", "transformers_version", "_name_or_path"):
         config.pop(name, None)
     how = {name: value for name, value in recipe.to_dict().items() if name not in HOW_NOT_WHAT}
     return {
         "package": version("hf_awq_offload"),
-        "source": _source_digest(files),
+        "source": _source_digest(files) + (f" ({source_format})" if source_format else ""),
         "model": _text_digest([type(model).__name__, str(model.dtype), config]),
         "recipe": json.dumps(how, sort_keys=True, default=str),
         "data": "none" if calibration is None else _data_digest(calibration),

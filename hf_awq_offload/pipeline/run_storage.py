@@ -183,6 +183,7 @@ def open_run_storage(
     to_checkpoint: ToCheckpoint | None = None,
     files: Sequence[Path] | None = None,
     offload: OffloadFolder | None = None,
+    source_format: str | None = None,
 ) -> RunStorage:
     """Opens what a quantization of `model` needs: the onloader, and the journal if the recipe asks for one.
 
@@ -194,6 +195,7 @@ def open_run_storage(
         to_checkpoint: of a streamed run, see `RunStorage`.
         files: of the source, for the journal's fingerprint; by default those of `weights`.
         offload: as in `RunStorage`.
+        source_format: how the source is quantized, for the journal's fingerprint; None: it is in full precision.
 
     Raises:
         JournalError: the journal in checkpoint_dir belongs to another run.
@@ -207,7 +209,7 @@ def open_run_storage(
                 f"checkpoint_dir is {os.fspath(recipe.checkpoint_dir)!r}, but the model does not come from safetensors "
                 "files; a journal needs these to know the model again. Save it once with save_pretrained."
             )
-        parts = fingerprint(model, recipe, calibration, files)
+        parts = fingerprint(model, recipe, calibration, files, source_format)
         journal = Journal(recipe.checkpoint_dir, parts | {"form": "in memory" if to_checkpoint is None else "streamed"})
         if journal.commits:
             logger.info("%d layers are in the journal %s.", len(journal.commits), journal.directory)

@@ -11,7 +11,8 @@ import pytest
 from killing import digests
 from models import save_model, tiny_llama, token_batch, token_recipe
 
-from hf_awq_offload import MemoryLimitError, StorageError, plan, quantize, streamed
+from hf_awq_offload import MemoryLimitError, StorageError, plan, quantize
+from hf_awq_offload.integrations import assembly
 from hf_awq_offload.offload import journal
 from hf_awq_offload.offload.hidden_states import HiddenWriter
 
@@ -78,8 +79,8 @@ AT = {
     "within hidden states": (HiddenWriter, "append", 40),
     "before a layer's tensors": (journal, "save_file", 3),
     "after a layer": (journal.Journal, "commit", 4),
-    "before the checkpoint": (streamed, "write_shards", 1),
-    "before the card": (streamed, "complete", 1),
+    "before the checkpoint": (assembly, "write_shards", 1),
+    "before the card": (assembly, "complete", 1),
 }
 """The calls before which the disk becomes full."""
 
