@@ -18,10 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 1024, 1536, 2048, 8
 POLL_S = 0.02
+FP8_BLOCK = 128
 
 
-def make_checkpoint(folder: Path, n_layers: int, layers_per_shard: int = 8, **changes: Any) -> Path:
-    """Writes a bf16 Llama with only one shard in memory at a time."""
+def make_checkpoint(
+    folder: Path, n_layers: int, layers_per_shard: int = 8, source: str = "bf16", **changes: Any
+) -> Path:
+    """Writes a Llama with only one shard in memory at a time, its linears in bf16 or in FP8 with block scales."""
     sizes = {
         "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE,
@@ -35,6 +38,8 @@ def make_checkpoint(folder: Path, n_layers: int, layers_per_shard: int = 8, **ch
     config = LlamaConfig(**sizes | changes)
     folder.mkdir(parents=True)
     config.architectures = ["LlamaForCausalLM"]
+    if source == "fp8":
+        config.quantization_config = {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
@@ -47,8 +52,11 @@ def make_checkpoint(folder: Path, n_layers: int, layers_per_shard: int = 8, **ch
     weight_map = {}
     for number, names in enumerate(shards.values(), 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({name: _random(shape, generator) for name, shape in names.items()}, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+        tensors = {name: _random(shape, generator) for name, shape in names.items()}
+        if source == "fp8":
+            tensors = {key: part for name, value in tensors.items() for key, part in _in_fp8(name, value).items()}
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
@@ -57,6 +65,16 @@ def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(torch.bfloat16)
+
+
+def _in_fp8(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns what DeepSeek-V3's format stores for a tensor."""
+    if not name.endswith("_proj.weight"):
+        return {name: value}
+    blocks = value.float().unfold(0, FP8_BLOCK, FP8_BLOCK).unfold(1, FP8_BLOCK, FP8_BLOCK)
+    scale = blocks.abs().amax((-1, -2)) / 448
+    full = scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+    return {name: (value.float() / full).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
 
 
 def size_bytes(folder: Path) -> int:
