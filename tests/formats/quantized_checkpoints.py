@@ -54,7 +54,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, zeros of both signs and NaN included."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
+    one, other = (tensor.clone(memory_format=torch.contiguous_format).view(-1) for tensor in (one, other))
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def float8(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:

@@ -9,8 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ..layouts import COMPRESSED_TENSORS
+from .awq import claim_awq
+from .bitsandbytes import claim_bitsandbytes
+from .compressed_tensors import claim_compressed_tensors
 from .float4 import claim_modelopt_nvfp4
 from .float8 import claim_float8
+from .gptq import claim_gptq
 from .mxfp4 import claim_mxfp4
 from .records import REMEDY, Claims, SourceFormat, Stored, StoredHeader, contradicts, described, unsupported
 from .scaling import Block
@@ -34,7 +39,7 @@ PARTS_OF_WEIGHT = re.compile(r".*weight\.(nested_)?(absmax|quant_map)")
 EIGHT_BITS = ("I8", "U8")
 BUFFER = re.compile(r".*mask.*|(.*_)?(bias|ids?|index|indices|idx|table)")
 """Last part of the name of a buffer that a model in full precision may store in bytes, such as GPT-2's causal mask."""
-NO_CONFIG, AWQ, GPTQ = "none", "awq", "gptq"
+NO_CONFIG, AWQ, GPTQ, BITSANDBYTES = "none", "awq", "gptq", "bitsandbytes"
 
 
 def source_format(
@@ -75,10 +80,10 @@ def _method(fields: Mapping[str, Any]) -> str:
         return NO_CONFIG
     method = fields.get("quant_method")
     if method is None:
-        keys = {"config_groups": "compressed-tensors", "quant_algo": "modelopt", "load_in_4bit": "bitsandbytes"}
+        keys = {"config_groups": COMPRESSED_TENSORS, "quant_algo": "modelopt", "load_in_4bit": BITSANDBYTES}
         method = next((value for key, value in keys.items() if key in fields), None)
     method = str(getattr(method, "value", method)).lower().replace("_", "-")
-    method = {"fbgemm-fp8": "fbgemm_fp8", "bitsandbytes-4bit": "bitsandbytes", "bitsandbytes-8bit": "bitsandbytes"}.get(
+    method = {"fbgemm-fp8": "fbgemm_fp8", "bitsandbytes-4bit": BITSANDBYTES, "bitsandbytes-8bit": BITSANDBYTES}.get(
         method, method
     )
     if method not in _CLAIMS or method == NO_CONFIG:
@@ -197,6 +202,7 @@ def _claim_modelopt(stored: Stored, claims: Claims) -> None:
 
 def _claim_self_described(stored: Stored, claims: Claims) -> None:
     claim_mxfp4(stored, claims)
+    claim_bitsandbytes(stored, claims)
     _claim_modelopt(stored, claims)
 
 
@@ -208,4 +214,8 @@ _CLAIMS: dict[str, Callable[[Stored, Claims], None]] = {
     "modelopt": _claim_modelopt,
     "modelopt-fp4": _claim_modelopt,
     "mxfp4": claim_mxfp4,
+    COMPRESSED_TENSORS: claim_compressed_tensors,
+    AWQ: claim_awq,
+    GPTQ: claim_gptq,
+    BITSANDBYTES: claim_bitsandbytes,
 }
