@@ -67,12 +67,7 @@ def _linear(stored: Stored, dot: str, version: str) -> Recognized:
             f"{owner} is {described(packed)}, its scales {described(headers['scales'])}", f"{n} groups in a row"
         )
     for role, layout in tensors_of(version, in_features, out_features, grid, padded_groups=padded).items():
-        found = tuple(headers[role].shape)
-        fits = [
-            size >= wanted if dimension == layout.padded else size == wanted
-            for dimension, (size, wanted) in enumerate(zip(found, layout.shape, strict=True))
-        ]
-        if not all(fits):
+        if tuple(headers[role].shape) != layout.shape:
             contradicts(f"{names[role]} is {described(headers[role])}", f"{layout.shape}, beside {described(packed)}")
     weight = StoredWeight(
         f"{dot}weight",
