@@ -24,7 +24,7 @@ def headers_of(tensors: Mapping[str, Tensor]) -> dict[str, StoredHeader]:
 
 def _stored_shape(tensor: Tensor) -> tuple[int, ...]:
     shape = tuple(tensor.shape)
-    return (*shape[:-1], 2 * shape[-1]) if tensor.dtype == torch.float4_e2m1fn_x2 else shape
+    return (*shape[:-1], 2 * shape[-1]) if shape and tensor.dtype == torch.float4_e2m1fn_x2 else shape
 
 
 def recognize(tensors: Mapping[str, Tensor], fields: Mapping[str, Any] | None) -> SourceFormat | None:

@@ -279,6 +279,18 @@ def test_bits_that_the_config_does_not_say_are_refused():
         recognize(packed(integers(4, True, 8), 8, 64), config(integers(8, True, 8)))
 
 
+def test_names_decide_where_a_row_is_too_short_to_say_the_bits():
+    """One word holds four values of 3 bits and of 8 bits alike."""
+    three, eight = integers(3, True, None), integers(8, True, None)
+    tensors = packed(three, 8, 4)
+    named = config(three | {"targets": [f"re:.*{NAME}$"]}, eight | {"targets": ["Linear"]})
+    check(three, tensors, named)
+    with pytest.raises(CheckpointError, match="bits"):
+        recognize(tensors, config(three, eight))
+    with pytest.raises(CheckpointError, match="no pattern"):
+        recognize(tensors, config(three | {"targets": ["re:("]}, eight))
+
+
 def test_zero_points_that_the_config_rules_out_are_refused():
     with pytest.raises(CheckpointError, match="symmetric"):
         recognize(packed(integers(4, False, 8), 8, 64), config(integers(4, True, 8)))
@@ -301,6 +313,9 @@ def test_mxfp6_is_refused_by_name():
         ({"config_groups": {"a": {"weights": {"num_bits": "4"}}}}, "num_bits"),
         ({"config_groups": {"a": {"weights": {"block_structure": "ax1"}}}}, "block_structure"),
         ({"config_groups": {"a": {"weights": {"group_size": "8"}}}}, "group_size"),
+        ({"config_groups": {"a": {"weights": {"num_bits": 4}, "targets": [1]}}}, "targets"),
+        ({"config_groups": {"a": {"weights": {"num_bits": 4}, "targets": "Linear"}}}, "targets"),
+        ({"config_groups": {"a": {"weights": {"num_bits": 4}}}, "format": ["a"]}, "format"),
     ],
 )
 def test_configs_that_can_not_be_read_are_refused(fields, named):

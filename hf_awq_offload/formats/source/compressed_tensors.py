@@ -18,6 +18,7 @@ Source: compressed-tensors 0.20 (`compressors/`, `quantization/lifecycle/forward
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -92,14 +93,16 @@ def _schemes(fields: Mapping[str, Any]) -> list[Scheme]:
     for name, group in groups.items():
         if not isinstance(group, Mapping):
             contradicts(f"config_groups[{name!r}] in the quantization_config is {group!r}", "a dict")
-        layout = value_of(group, "format", str, fields.get("format") or "dense")
+        layout = value_of(group, "format", str, value_of(fields, "format", str, "dense"))
         if layout not in FORMATS:
             unsupported(f"the format of its config group {name} is {layout!r}")
         weights = value_of(group, "weights", Mapping, {})
         if not weights:
             continue
         bits = value_of(weights, "num_bits", int, 8)
-        targets = value_of(group, "targets", Sequence, ())
+        targets = value_of(group, "targets", (list, tuple), ())
+        if not all(isinstance(target, str) for target in targets):
+            contradicts(f"the targets of config group {name} are {targets!r}", "names and patterns")
         kind = value_of(weights, "type", str, "int").lower()
         schemes.append(
             Scheme(tuple(targets), bits, kind == "int", bool(weights.get("symmetric", True)), _block_of(weights))
@@ -199,7 +202,7 @@ def _bits_of(name: str, dot: str, in_features: int, words: int, schemes: Sequenc
     possible = fitting & said if said else fitting
     if len(possible) > 1:
         prefix = dot.removesuffix(".")
-        named = {s.bits for s in integers if any(matches(target, prefix) for target in s.targets)} & possible
+        named = {s.bits for s in integers if any(_matches(target, prefix) for target in s.targets)} & possible
         possible = named or possible
     if len(possible) != 1:
         unsupported(
@@ -208,6 +211,13 @@ def _bits_of(name: str, dot: str, in_features: int, words: int, schemes: Sequenc
             "otherwise"
         )
     return possible.pop()
+
+
+def _matches(target: str, name: str) -> bool:
+    try:
+        return matches(target, name)
+    except re.error as error:
+        contradicts(f"the target {target!r} in the quantization_config is no pattern ({error})", "a regular expression")
 
 
 def _has_zeros(stored: Stored, owner: str, zero: str, schemes: Sequence[Scheme]) -> bool:
