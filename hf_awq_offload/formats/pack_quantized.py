@@ -68,7 +68,10 @@ def unpack_stream(
     mask = 2**bits - 1
     if sys.byteorder == "big":
         words = words.contiguous().view(torch.uint8).unflatten(1, (-1, 4)).flip(-1).flatten(1).view(torch.int32)
-    stream = words.contiguous().view(torch.uint8)
+    words = words.contiguous()
+    if words.stride(-1) != 1:  # one word in a row: contiguous at any stride, but no bytes can be viewed in it
+        words = words.clone(memory_format=torch.contiguous_format)
+    stream = words.view(torch.uint8)
     if 8 % bits == 0:
         parts = [stream >> shift & mask for shift in range(0, 8, bits)] if bits < 8 else [stream]
     else:  # eight values fill `bits` bytes

@@ -24,7 +24,7 @@ def headers_of(tensors: Mapping[str, Tensor]) -> dict[str, StoredHeader]:
 
 def _stored_shape(tensor: Tensor) -> tuple[int, ...]:
     shape = tuple(tensor.shape)
-    return (*shape[:-1], 2 * shape[-1]) if tensor.dtype == torch.float4_e2m1fn_x2 else shape
+    return (*shape[:-1], 2 * shape[-1]) if shape and tensor.dtype == torch.float4_e2m1fn_x2 else shape
 
 
 def recognize(tensors: Mapping[str, Tensor], fields: Mapping[str, Any] | None) -> SourceFormat | None:
@@ -54,7 +54,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, zeros of both signs and NaN included."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
+    one, other = (tensor.clone(memory_format=torch.contiguous_format).view(-1) for tensor in (one, other))
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def float8(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:

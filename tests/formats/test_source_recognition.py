@@ -17,6 +17,8 @@ def plain() -> dict:
         "model.layers.0.layer_scale": torch.ones(4),
         "model.layers.0.router.scales": torch.ones(4),
         "model.layers.0.conv_scale": torch.ones(4, 4),
+        "model.layers.0.altup.correct_output_scale": torch.ones(4),
+        "model.layers.0.attn.scale": torch.ones(()),
         "model.layers.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
         "model.layers.0.attn.causal_mask": torch.ones(4, 4, dtype=torch.bool),
         "model.layers.0.attn.relative_position_index": torch.ones(4, 4, dtype=torch.int64),
@@ -94,3 +96,26 @@ def test_a_scale_beside_a_matrix_in_full_precision_is_refused_in_a_quantized_che
     tensors |= {"experts.up_proj": torch.ones(2, 4, 4), "experts.up_proj_scale": uniform((2, 1, 1))}
     with pytest.raises(CheckpointError, match=r"experts\.up_proj_scale"):
         recognize(tensors, None)
+
+
+def test_scales_of_activations_belong_to_a_quantized_weight():
+    tensors = plain() | {
+        "a.weight": float8((4, 4)), "a.weight_scale": uniform(()), "a.input_scale": uniform(()),
+        "experts.up_proj": float8((2, 4, 4)), "experts.up_proj_scale": uniform((2, 1, 1)),
+        "experts.up_proj_input_scale": uniform((2,)), "experts.up_proj_activation_scale": uniform((2,)),
+        "attn.q_scale": uniform(()), "attn.k_scale": uniform(()), "attn.v_scale": uniform(()), "b.q_scale": uniform(()),
+    }  # fmt: skip
+    assert set(recognize(tensors, None).unused) == {
+        "a.input_scale", "experts.up_proj_input_scale", "experts.up_proj_activation_scale",
+        "attn.q_scale", "attn.k_scale", "attn.v_scale",
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"b\.input_scale"):
+        recognize(tensors | {"b.weight": torch.ones(4, 4), "b.input_scale": uniform(())}, None)
+
+
+def test_a_name_of_many_kinds_is_short():
+    tensors = {}
+    for i in range(5):
+        tensors |= {f"{i}.weight": float8((2 ** (i + 1), 8)), f"{i}.weight_scale": uniform((2**i, 2))}
+    tensors |= {"a.weight": float8((3, 3)), "a.weight_scale": uniform(())}
+    assert len(recognize(tensors, None).name) < 120

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ..layouts import COMPRESSED_TENSORS
+from .awq import claim_awq
+from .bitsandbytes import claim_bitsandbytes
+from .compressed_tensors import claim_compressed_tensors
 from .float4 import claim_modelopt_nvfp4
 from .float8 import claim_float8
+from .gptq import claim_gptq
 from .mxfp4 import claim_mxfp4
-from .records import REMEDY, Claims, SourceFormat, Stored, StoredHeader, contradicts, described, unsupported
+from .records import (
+    REMEDY,
+    Claims,
+    SourceFormat,
+    Stored,
+    StoredHeader,
+    StoredWeight,
+    contradicts,
+    described,
+    unsupported,
+)
 from .scaling import Block
 
 ACTIVATIONS = re.compile(
-    r"(.*_)?(input_scale(_ub)?|input_global_scale|input_zero_point|output_scale|output_zero_point|activation_scale)"
+    r"input_scale|input_scale_ub|input_global_scale|input_zero_point|output_scale|output_zero_point|activation_scale"
     r"|qscale_act"
 )
-"""Last part of the name of a scale or zero point of activations."""
-CACHE = re.compile(r"[qkv]_(scale|zero_point)|kv_scale|prob_output_scale")
-"""Last part of the name of a scale or zero point of the KV cache or of attention."""
+"""Scales and zero points of activations, after the name of a linear and a dot, or of fused experts and "_"."""
+CACHE = re.compile(r"[kv]_(scale|zero_point)|kv_scale")
+"""Last part of the name of a scale or zero point of the KV cache."""
+ATTENTION = re.compile(r"q_(scale|zero_point)|prob_output_scale")
+"""Last part of the name of a scale or zero point that attention may have beside those of the cache."""
 REMAINS = re.compile(
     r"(.+_)?scale_inv|weight_scale(_2)?|weight_zero_point|weight_packed|weight_shape|weight_g_idx|weight_global_scale"
     r"|qweight|qzeros|scaled_zeros|qscale_weight|pre_quant_scale|bitsandbytes__\w+|SCB|weight_format"
@@ -34,7 +52,8 @@ PARTS_OF_WEIGHT = re.compile(r".*weight\.(nested_)?(absmax|quant_map)")
 EIGHT_BITS = ("I8", "U8")
 BUFFER = re.compile(r".*mask.*|(.*_)?(bias|ids?|index|indices|idx|table)")
 """Last part of the name of a buffer that a model in full precision may store in bytes, such as GPT-2's causal mask."""
-NO_CONFIG, AWQ, GPTQ = "none", "awq", "gptq"
+MAX_LABELS = 3  # in the name of a format, the commonest first
+NO_CONFIG, AWQ, GPTQ, BITSANDBYTES = "none", "awq", "gptq", "bitsandbytes"
 
 
 def source_format(
@@ -75,10 +94,11 @@ def _method(fields: Mapping[str, Any]) -> str:
         return NO_CONFIG
     method = fields.get("quant_method")
     if method is None:
-        keys = {"config_groups": "compressed-tensors", "quant_algo": "modelopt", "load_in_4bit": "bitsandbytes"}
+        keys = {"quant_algo": "modelopt", "config_groups": COMPRESSED_TENSORS}
+        keys |= {"load_in_4bit": BITSANDBYTES, "load_in_8bit": BITSANDBYTES}
         method = next((value for key, value in keys.items() if key in fields), None)
     method = str(getattr(method, "value", method)).lower().replace("_", "-")
-    method = {"fbgemm-fp8": "fbgemm_fp8", "bitsandbytes-4bit": "bitsandbytes", "bitsandbytes-8bit": "bitsandbytes"}.get(
+    method = {"fbgemm-fp8": "fbgemm_fp8", "bitsandbytes-4bit": BITSANDBYTES, "bitsandbytes-8bit": BITSANDBYTES}.get(
         method, method
     )
     if method not in _CLAIMS or method == NO_CONFIG:
@@ -90,23 +110,37 @@ def _method(fields: Mapping[str, Any]) -> str:
 
 
 def _claim_unused(stored: Stored, claims: Claims) -> None:
-    """Notes the scales of activations and of the KV cache."""
+    """Notes the scales of activations and of the KV cache. A parameter that is only called so is left alone."""
     taken = claims.names()
+    owners = {item.weight.name for item in claims.recognized}
+    owners |= {name.removesuffix("weight") for name in owners if name.rpartition(".")[2] == "weight"}
     scheme = stored.fields.get("kv_cache_scheme")
     is_per_head = isinstance(scheme, Mapping) and scheme.get("strategy") == "attn_head"
     for name, header in stored.headers.items():
-        last = name.rpartition(".")[2]
-        is_small = len(header.shape) <= 1 or all(size == 1 for size in header.shape)
+        prefix, dot, last = name.rpartition(".")
         is_single = all(size == 1 for size in header.shape)
-        if name not in taken and (
-            (ACTIVATIONS.fullmatch(last) and is_small) or (CACHE.fullmatch(last) and (is_single or is_per_head))
-        ):
+        beside = [f"{prefix}{dot}{cached}" for cached in ("k_scale", "v_scale")]
+        is_cached = CACHE.fullmatch(last) or (ATTENTION.fullmatch(last) and any(k in stored.headers for k in beside))
+        if name not in taken and (_is_of_activations(name, owners) or (is_cached and (is_single or is_per_head))):
             claims.unused[name] = None
+
+
+def _is_of_activations(
+    name: str,
+    owners: set[str],  # names of weights, and of linears with a dot
+) -> bool:
+    """Whether a tensor is the scale or zero point of what a quantized weight multiplies."""
+    prefix, dot, last = name.rpartition(".")
+    if ACTIVATIONS.fullmatch(last):
+        return prefix + dot in owners
+    ends = [match.start() for match in re.finditer("_", last)]
+    return any(ACTIVATIONS.fullmatch(last[end + 1 :]) and prefix + dot + last[:end] in owners for end in ends)
 
 
 def _refuse_remains(stored: Stored, claims: Claims, method: str, is_quantized: bool) -> None:
     """Raises CheckpointError if a tensor looks quantized and no reader has recognized it."""
     taken = claims.names()
+    scales = {_kind(part, stored.headers[part]) for item in claims.recognized for part in _scales(item.weight)}
     for name, header in stored.headers.items():
         if name in taken:
             continue
@@ -115,6 +149,8 @@ def _refuse_remains(stored: Stored, claims: Claims, method: str, is_quantized: b
         is_remain |= header.dtype in EIGHT_BITS and _is_weight_like(last, header)
         is_remain |= bool(PARTS_OF_WEIGHT.fullmatch(name)) or (is_quantized and _is_scale_of_plain(stored, name))
         is_remain |= method in (AWQ, GPTQ) and bool(PACKED_REMAINS.fullmatch(last))
+        is_remain |= is_quantized and bool(ACTIVATIONS.fullmatch(last))
+        is_remain |= _kind(name, header) in scales
         if is_remain:
             found = stored.fields.get("quant_method")
             known = "" if found is None else f" under quant_method {found!r}"
@@ -123,6 +159,16 @@ def _refuse_remains(stored: Stored, claims: Claims, method: str, is_quantized: b
                 f"but fits no format that this package reads{known}. Expected weights with all their scales, and the "
                 f"quantization_config in config.json that they were saved with. {REMEDY}"
             )
+
+
+def _scales(weight: StoredWeight) -> list[str]:
+    """Names of the tensors beside the one that holds the weight itself."""
+    return [name for role, name in weight.parts.items() if role not in ("weight", "blocks", "qweight")]
+
+
+def _kind(name: str, header: StoredHeader) -> tuple[str, str, int]:
+    """What the same tensors of different linears have in common: scales of this kind belong to a weight."""
+    return name.rpartition(".")[2], header.dtype, len(header.shape)
 
 
 def _is_weight_like(last: str, header: StoredHeader) -> bool:
@@ -153,7 +199,7 @@ def _without_weights(method: str, claims: Claims) -> SourceFormat | None:
     """What a checkpoint is in which no weight is quantized."""
     if method == NO_CONFIG:
         return None
-    if claims.unused and all(CACHE.fullmatch(name.rpartition(".")[2]) for name in claims.unused):
+    if claims.unused:  # without weights, only scales of the KV cache are noted
         return SourceFormat("full precision with scales of the KV cache", 16, False, (), tuple(claims.unused))
     contradicts(
         f"the quantization_config says {method}, but no tensor is quantized so",
@@ -162,9 +208,10 @@ def _without_weights(method: str, claims: Claims) -> SourceFormat | None:
 
 
 def _described(claims: Claims) -> SourceFormat:
-    labels = dict.fromkeys(item.label for item in claims.recognized)
+    labels = [label for label, _ in Counter(item.label for item in claims.recognized).most_common()]
+    rest = f" and {len(labels) - MAX_LABELS} more" if len(labels) > MAX_LABELS else ""
     return SourceFormat(
-        name=", ".join(labels),
+        name=", ".join(labels[:MAX_LABELS]) + rest,
         bits=min(item.bits for item in claims.recognized),
         is_native=all(item.is_native for item in claims.recognized),
         weights=tuple(item.weight for item in claims.recognized),
@@ -197,6 +244,7 @@ def _claim_modelopt(stored: Stored, claims: Claims) -> None:
 
 def _claim_self_described(stored: Stored, claims: Claims) -> None:
     claim_mxfp4(stored, claims)
+    claim_bitsandbytes(stored, claims)
     _claim_modelopt(stored, claims)
 
 
@@ -208,4 +256,8 @@ _CLAIMS: dict[str, Callable[[Stored, Claims], None]] = {
     "modelopt": _claim_modelopt,
     "modelopt-fp4": _claim_modelopt,
     "mxfp4": claim_mxfp4,
+    COMPRESSED_TENSORS: claim_compressed_tensors,
+    AWQ: claim_awq,
+    GPTQ: claim_gptq,
+    BITSANDBYTES: claim_bitsandbytes,
 }
