@@ -1,0 +1,77 @@
+"""Adds tensors to a checkpoint that has been written: one file more, and an index that names all tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError
+from .durable import replacing
+from .safetensors import INDEX_NAME, WEIGHTS_NAME, TensorPlace, tensor_places, writing
+from .stored_tensor import StoredTensor, read
+
+SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+SPELLINGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+def add_tensors(folder: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
+    """Adds those of `tensors` that the checkpoint does not hold yet, one at a time in memory.
+
+    Args:
+        folder: holds model.safetensors, or shards and their index.
+        tensors: by their names in the checkpoint. What a file holds is copied byte by byte.
+        dtype: of what is dequantized.
+
+    Raises:
+        CheckpointError: `folder` holds no such checkpoint, or a source file has changed.
+        OSError: a file can't be written.
+    """
+    shards, weight_map, metadata = _shards_of(folder)
+    added = {name: stored for name, stored in tensors.items() if name not in weight_map}
+    if not added:
+        return
+    total = len(shards) + 1
+    file = folder / f"model-{total:05}-of-{total:05}.safetensors"
+    layout = {
+        name: (stored.dtype if isinstance(stored, TensorPlace) else SPELLINGS[dtype], stored.shape)
+        for name, stored in added.items()
+    }
+    with writing(file, layout) as opened:
+        for name, stored in added.items():
+            if isinstance(stored, TensorPlace):
+                opened.copy(name, stored)
+            else:
+                opened.write(name, read(stored).to(dtype))
+    renamed = {shard: f"model-{number:05}-of-{total:05}.safetensors" for number, shard in enumerate(shards, 1)}
+    size = sum(place.end - place.start for place in tensor_places(file).values())
+    index = {
+        "metadata": metadata | {"total_size": metadata["total_size"] + size},
+        "weight_map": {name: renamed[shard] for name, shard in weight_map.items()} | dict.fromkeys(added, file.name),
+    }
+    for shard, name in renamed.items():
+        os.replace(folder / shard, folder / name)
+    with replacing(folder / INDEX_NAME) as partial:
+        partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _shards_of(folder: Path) -> tuple[list[str], dict[str, str], dict[str, int]]:
+    """Returns the names of the files, tensor -> file, and the index's metadata with at least the total size."""
+    if (folder / INDEX_NAME).is_file():
+        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        weight_map = dict(index["weight_map"])
+        shards = sorted(set(weight_map.values()))
+        if all(SHARD.fullmatch(shard) for shard in shards):
+            return shards, weight_map, dict(index.get("metadata") or {})
+    elif (folder / WEIGHTS_NAME).is_file():
+        places = tensor_places(folder / WEIGHTS_NAME)
+        size = sum(place.end - place.start for place in places.values())
+        return [WEIGHTS_NAME], dict.fromkeys(places, WEIGHTS_NAME), {"total_size": size}
+    raise CheckpointError(
+        f"{folder} holds neither {WEIGHTS_NAME} nor shards of it, so the tensors that the model has no place for can't "
+        "be added. Save the model under save_pretrained's own file names."
+    )
