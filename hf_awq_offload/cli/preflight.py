@@ -47,7 +47,7 @@ def check(options: argparse.Namespace) -> None:
 def _check_source(source: str) -> None:
     folder = Path(source)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise CommandError(f"{source} holds no config.json; expected a checkpoint folder.")
     elif folder.exists():
         raise CommandError(f"{source} is a file; expected a checkpoint folder, or a name on the hub.")

@@ -34,7 +34,7 @@ def carried(
 
     Where they are dropped, the fields of the model's config that count such layers become 0.
     """
-    kept = [name for name in unplaced if not RECOMPUTED.search(name)]
+    kept = carried_names(unplaced)
     mtp = set(mtp_tensors(model, kept))
     if recipe.mtp == "drop" and mtp:
         kept = [name for name in kept if name not in mtp]
@@ -46,6 +46,11 @@ def carried(
             "result keeps them as they are, in full precision."
         )
     return {name: source.tensors[name] for name in kept}
+
+
+def carried_names(unplaced: Sequence[str]) -> list[str]:
+    """Returns those of the tensors without a place that a model does not compute anew."""
+    return [name for name in unplaced if not RECOMPUTED.search(name)]
 
 
 def mtp_tensors(model: PreTrainedModel, unplaced: Sequence[str]) -> list[str]:

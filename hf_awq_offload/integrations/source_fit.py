@@ -7,14 +7,13 @@ Neither may happen to a model that is quantized.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..checkpoint.stored_tensor import StoredTensor
 from ..errors import CheckpointError
 
 MOST_NAMED = 6
@@ -32,12 +31,12 @@ class SourceFit:
     """Tensors of the source that the model has no place for."""
 
 
-def fit(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], conversions: Sequence[Any]) -> SourceFit:
+def fit(model: PreTrainedModel, names: Iterable[str], conversions: Sequence[Any]) -> SourceFit:
     """Renames the source's tensors as transformers will, and looks them up in the model.
 
     Args:
         model: on the meta device, as it is about to be loaded.
-        tensors: the source's, by their names there.
+        names: those of the source's tensors.
         conversions: transformers' renamings and converters for the model.
     """
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -45,7 +44,7 @@ def fit(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], conversions
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     found = SourceFit()
-    for name in tensors:
+    for name in names:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename_source_key(name, [], [], prefix, state)
@@ -64,8 +63,8 @@ def _targets(first: str, converter: WeightConverter) -> Iterator[str]:
         yield first.replace(converter.target_patterns[0], target)
 
 
-def require_all_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], found: SourceFit) -> None:
-    """Checks that no weight would be drawn at random.
+def require_all_weights(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], found: SourceFit) -> None:
+    """Checks that no weight would be drawn at random; `shapes` are those of the source's tensors.
 
     A head that is no part of the language model, such as that of a classifier, may be missing: it is to be trained.
 
@@ -81,7 +80,7 @@ def require_all_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTens
             "model."
         )
     for name, stored_name in found.placed.items():
-        expected, stored = tuple(state[name].shape), tuple(tensors[stored_name].shape)
+        expected, stored = tuple(state[name].shape), tuple(shapes[stored_name])
         if expected != stored and not _is_scalar(expected, stored):
             raise CheckpointError(
                 f"{stored_name} has the shape {stored} in the checkpoint; {type(model).__name__} expects {expected} by "

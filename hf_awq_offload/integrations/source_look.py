@@ -18,15 +18,19 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..checkpoint.opened import CONFIG_NAME, read_json
+from ..checkpoint.pickled import pickled_shapes
 from ..checkpoint.source import ADAPTER_CONFIG_NAME, Source, fields_beside, open_source, weight_map
 from ..checkpoint.stored_tensor import StoredTensor
 from ..config import AwqOffloadConfig
 from ..errors import CheckpointError, ConfigError, ModelStructureError
 from ..formats.source import SourceFormat
-from .carrying import carried
+from ..logs import get_logger
+from .carrying import carried, carried_names
 from .load_call import LoadCall, current_call
 from .source_fit import SourceFit, fit, require_all_weights
 from .source_reading import read_source
+
+logger = get_logger(__name__)
 
 IMAGE_TEXT = "Load it with AutoModelForImageTextToText (`quantize(..., model_class=...)`, or --image-text)"
 
@@ -151,8 +155,12 @@ def look_at_source(
     """
     call = current_call()
     files = [Path(file) for file in checkpoint_files or ()]
-    if not files or any(file.suffix != ".safetensors" for file in files):
+    if not files:
         return ModelSource()
+    key_mapping = None if call is None else call.arguments.get("key_mapping")
+    conversions = get_model_conversion_mapping(model, key_mapping, quantizer)
+    if any(file.suffix != ".safetensors" for file in files):
+        return _look_at_pickled(model, files, conversions)
     source = _opened(call, files)
     if is_lossy(source.format) and not recipe.from_quantized:
         raise ConfigError(
@@ -160,12 +168,27 @@ def look_at_source(
             "first. Quantize the full-precision checkpoint, or pass from_quantized=True (--from-quantized) if you want "
             "this."
         )
-    key_mapping = None if call is None else call.arguments.get("key_mapping")
-    found = fit(model, source.tensors, get_model_conversion_mapping(model, key_mapping, quantizer))
+    found = fit(model, source.tensors, conversions)
     _require_whole_model(model, files[0], found)
-    require_all_weights(model, source.tensors, found)
+    require_all_weights(model, {name: stored.shape for name, stored in source.tensors.items()}, found)
     read_source(source, found, model, is_lazy)
     return ModelSource(source, carried(model, recipe, source, found.unplaced))
+
+
+def _look_at_pickled(model: PreTrainedModel, files: Sequence[Path], conversions: Sequence[Any]) -> ModelSource:
+    """Looks at files that PyTorch has pickled; what the model has no place for can't be carried over from them."""
+    if any(file.suffix != ".bin" for file in files):
+        return ModelSource()
+    shapes = pickled_shapes(files, fields_beside(files[0]))
+    found = fit(model, shapes, conversions)
+    _require_whole_model(model, files[0], found)
+    require_all_weights(model, shapes, found)
+    if left := carried_names(found.unplaced):
+        logger.warning(
+            f"{type(model).__name__} has no place for {len(left)} tensors of the checkpoint, such as {left[0]}. The "
+            "result lacks them: they can be carried over from safetensors files, not from .bin files."
+        )
+    return ModelSource()
 
 
 def is_lossy(format: SourceFormat | None) -> TypeGuard[SourceFormat]:

@@ -61,7 +61,8 @@ def test_added_tensors_stand_beside_those_that_were_there(shards, tmp_path):
     found = {name: value for file in files for name, value in load_file(folder / file).items()}
     assert found.keys() == OWN.keys() | values.keys()
     for name, value in (OWN | values).items():
-        assert torch.equal(found[name], value) and found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+        assert found[name].dtype == value.dtype
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 40 + 30 + 8
     for name, file in index["weight_map"].items():
@@ -82,6 +83,6 @@ def test_a_folder_with_other_file_names_is_refused_and_left_alone(tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()
     save_file(OWN, folder / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="neither model.safetensors nor shards"):
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors nor shards"):
         add_tensors(folder, extra(tmp_path)[0], torch.bfloat16)
     assert [file.name for file in folder.iterdir()] == ["adapter_model.safetensors"]
