@@ -40,6 +40,13 @@ def test_parameters_called_scale_stay_in_a_checkpoint_that_has_fp8_weights():
     assert source.unused == ()
 
 
+@pytest.mark.parametrize("method", ["modelopt", "modelopt_fp4", "ModelOpt", "modelopt_mixed", None])
+def test_spellings_of_a_method(method):
+    tensors = {"a.weight": float8((4, 4)), "a.weight_scale": uniform(())}
+    fields = {"quant_method": method, "quant_algo": "FP8", "config_groups": {"group_0": {"weights": {}}}}
+    assert recognize(tensors, fields).name == "fp8 (one scale for each tensor)"
+
+
 def test_only_scales_of_the_cache():
     tensors = plain() | {"k_proj.k_scale": uniform(()), "v_proj.v_scale": uniform(())}
     source = recognize(tensors, {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"})

@@ -36,6 +36,7 @@ from .records import (
     described,
     unsupported,
 )
+from .scaling import unpack_pairs
 
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
@@ -145,10 +146,8 @@ def _dequantize_4bit(parts: Mapping[str, Tensor], fields: Mapping[str, Any]) -> 
             parts["nested_map"].to(torch.float32)[absmax.to(torch.int64)], scale, fields["nested_blocksize"]
         )
         absmax = absmax + torch.tensor(fields["nested_offset"])
-    table = parts["map"].flatten().to(torch.float32)
-    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)  # (256, 2)
     stored = parts["weight"].contiguous().flatten().view(torch.uint8)
-    values = pairs[stored.to(torch.int32)].flatten()[: math.prod(shape)]
+    values = unpack_pairs(stored, parts["map"].flatten().to(torch.float32), first_is_low=False)[: math.prod(shape)]
     return _in_blocks(values, absmax.to(torch.float32), blocksize).to(fields["dtype"]).reshape(shape)
 
 

@@ -51,7 +51,7 @@ def _dequantize(parts: Mapping[str, Tensor]) -> Tensor:
     experts, rows, groups, width = blocks.shape
     weight = torch.empty(experts, groups * 2 * width, rows, dtype=torch.bfloat16)
     for expert in range(experts):
-        values = unpack_fp4(blocks[expert]).to(torch.float32)  # (out, n, 32)
-        values.mul_(scales_of(scales[expert]).unsqueeze(-1))
+        values = unpack_fp4(blocks[expert])  # (out, n, 32)
+        values.mul_(scales_of(scales[expert]).to(torch.bfloat16).unsqueeze(-1))
         weight[expert] = values.flatten(1).t()
     return weight

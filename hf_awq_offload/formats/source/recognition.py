@@ -53,7 +53,7 @@ EIGHT_BITS = ("I8", "U8")
 BUFFER = re.compile(r".*mask.*|(.*_)?(bias|ids?|index|indices|idx|table)")
 """Last part of the name of a buffer that a model in full precision may store in bytes, such as GPT-2's causal mask."""
 MAX_LABELS = 3  # in the name of a format, the commonest first
-NO_CONFIG, AWQ, GPTQ, BITSANDBYTES = "none", "awq", "gptq", "bitsandbytes"
+NO_CONFIG, AWQ, GPTQ, BITSANDBYTES, MODELOPT = "none", "awq", "gptq", "bitsandbytes", "modelopt"
 
 
 def source_format(
@@ -94,13 +94,12 @@ def _method(fields: Mapping[str, Any]) -> str:
         return NO_CONFIG
     method = fields.get("quant_method")
     if method is None:
-        keys = {"quant_algo": "modelopt", "config_groups": COMPRESSED_TENSORS}
+        keys = {"quant_algo": MODELOPT, "config_groups": COMPRESSED_TENSORS}
         keys |= {"load_in_4bit": BITSANDBYTES, "load_in_8bit": BITSANDBYTES}
         method = next((value for key, value in keys.items() if key in fields), None)
     method = str(getattr(method, "value", method)).lower().replace("_", "-")
-    method = {"fbgemm-fp8": "fbgemm_fp8", "bitsandbytes-4bit": BITSANDBYTES, "bitsandbytes-8bit": BITSANDBYTES}.get(
-        method, method
-    )
+    for family in (MODELOPT, BITSANDBYTES):  # "modelopt_fp4", "bitsandbytes_4bit"
+        method = family if method.startswith(f"{family}-") else method
     if method not in _CLAIMS or method == NO_CONFIG:
         found = fields.get("quant_method")
         unsupported(
@@ -252,9 +251,8 @@ _CLAIMS: dict[str, Callable[[Stored, Claims], None]] = {
     NO_CONFIG: _claim_self_described,
     "fp8": _claim_fp8,
     "mxfp8": _claim_fp8,
-    "fbgemm_fp8": _claim_fbgemm,
-    "modelopt": _claim_modelopt,
-    "modelopt-fp4": _claim_modelopt,
+    "fbgemm-fp8": _claim_fbgemm,
+    MODELOPT: _claim_modelopt,
     "mxfp4": claim_mxfp4,
     COMPRESSED_TENSORS: claim_compressed_tensors,
     AWQ: claim_awq,
