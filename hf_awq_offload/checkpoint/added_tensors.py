@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from ..formats.dtypes import SPELLINGS
 from .durable import replacing
 from .safetensors import INDEX_NAME, WEIGHTS_NAME, TensorPlace, tensor_places, writing
 from .stored_tensor import StoredTensor, read
 
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-SPELLINGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
 def add_tensors(folder: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:

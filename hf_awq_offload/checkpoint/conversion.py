@@ -27,6 +27,7 @@ from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.awq_variants import gemv_words, to_gemm, to_gemv
 from ..formats.compressed_tensors_config import META_ATTRIBUTE, PackedCheckpointConfig, may_be_taken_for_a_linear
 from ..formats.conversion import exact, to_awq, to_pack_quantized
+from ..formats.dtypes import SPELLINGS
 from ..formats.grid import SCALE_DTYPE, Grid
 from ..formats.layouts import AWQ_FORMATS, COMPRESSED_TENSORS, GEMM, GEMV, names_in, tensors_of
 from ..formats.pack_quantized import PackQuantizedWeight
@@ -36,13 +37,12 @@ from .layout_checks import FLOAT_DTYPES
 from .opened import CONFIG_NAME, Checkpoint, open_checkpoint
 from .output_folder import output_folder
 from .renaming import Renaming
-from .safetensors import ALL_DTYPES, INDEX_NAME, tensor_places, writing
+from .safetensors import INDEX_NAME, tensor_places, writing
 from .work_folder import move_into_place, work_folder
 
 logger = get_logger(__name__)
 
 TARGETS = (GEMM, GEMV, COMPRESSED_TENSORS)
-DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class _Conversion:
         tensors = tensors_of(
             self.to, facts.in_features, facts.out_features, grid, self.scale_dtype, padded_groups=padded_groups
         )
-        return {f"{linear}.{name}": (DTYPE_NAMES[layout.dtype], layout.shape) for name, layout in tensors.items()}
+        return {f"{linear}.{name}": (SPELLINGS[layout.dtype], layout.shape) for name, layout in tensors.items()}
 
     def _converted(self, linear: str) -> dict[str, Tensor]:
         facts, config = self.facts[linear], self.checkpoint.quantization

@@ -9,20 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ..formats.dtypes import DTYPES
 from ..formats.grid import Grid
 from ..formats.layouts import COMPRESSED_TENSORS, TensorLayout, find_tensors, names_in, tensors_of
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of scales that readers accept."""

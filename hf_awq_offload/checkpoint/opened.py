@@ -18,10 +18,11 @@ from transformers.utils.quantization_config import AwqConfig
 from ..errors import CheckpointError
 from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
+from ..formats.dtypes import DTYPES
 from ..formats.grid_choice import GridChoice
 from ..formats.layouts import COMPRESSED_TENSORS, find_tensors, names_in
 from .layout_checks import TensorHeader, packed_prefixes
-from .safetensors import ALL_DTYPES, INDEX_NAME, TensorPlace, read_tensor, tensor_places
+from .safetensors import INDEX_NAME, TensorPlace, read_tensor, tensor_places
 
 CONFIG_NAME = "config.json"
 AWQ = "awq"
@@ -47,8 +48,7 @@ class Checkpoint:
     @cached_property
     def headers(self) -> dict[str, TensorHeader]:
         return {
-            name: TensorHeader(ALL_DTYPES.get(place.dtype, place.dtype), place.shape)
-            for name, place in self.places.items()
+            name: TensorHeader(DTYPES.get(place.dtype, place.dtype), place.shape) for name, place in self.places.items()
         }
 
     @cached_property

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..formats.dtypes import SPELLINGS
 from ..formats.source import StoredHeader, source_format
-from .safetensors import ALL_DTYPES
-
-SPELLINGS = {dtype: spelling for spelling, dtype in ALL_DTYPES.items()}
 
 
 def pickled_shapes(files: Sequence[Path], fields: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:

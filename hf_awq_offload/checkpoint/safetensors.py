@@ -10,7 +10,6 @@ holds the interpreter's lock while it copies, so reading ahead in a thread would
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .layout_checks import DTYPES
+from ..formats.dtypes import DTYPES, shape_in_torch, size_bytes
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's limit, too; a longer header means that this is another kind of file."""
@@ -32,15 +31,9 @@ COPY_BYTES = 1 << 22
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-ALL_DTYPES = DTYPES | {"BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64} | {
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
-}  # fmt: skip
-
-
 WIDEST_FIRST = [
     *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
-    *("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"),
+    *("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "I8", "U8", "BOOL"),
 ]
 
 
@@ -55,7 +48,7 @@ class TensorPlace(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return ALL_DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
 
 def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
@@ -94,8 +87,7 @@ def _place(path: Path, name: str, entry: Mapping[str, Any], first: int) -> Tenso
     (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
     if not all(type(number) is int and number >= 0 for number in (start, end, *shape)) or not isinstance(dtype, str):
         raise ValueError(f"{name} has the entry {entry}")
-    known = ALL_DTYPES.get(dtype)
-    if start > end or (known is not None and math.prod(shape) * known.itemsize != end - start):
+    if start > end or (dtype in DTYPES and size_bytes(dtype, shape) != end - start):
         raise ValueError(f"{name} is {dtype} of the shape {list(shape)}, but has {end - start} bytes")
     return TensorPlace(path, dtype, shape, first + start, first + end)
 
@@ -106,9 +98,10 @@ def read_tensor(place: TensorPlace, pin_memory: bool = False) -> Tensor:
     Raises:
         CheckpointError: the file has become shorter, or torch lacks the tensor's dtype.
     """
-    if place.dtype not in ALL_DTYPES:
+    if place.dtype not in DTYPES:
         raise CheckpointError(f"{place.file} holds a tensor of dtype {place.dtype}, which this package can't read.")
-    tensor = torch.empty(place.shape, dtype=place.torch_dtype, pin_memory=pin_memory)
+    shape = shape_in_torch(place.dtype, place.shape)
+    tensor = torch.empty(shape, dtype=place.torch_dtype, pin_memory=pin_memory)
     view = bytes_of(tensor)
     with place.file.open("rb", buffering=0) as opened:
         opened.seek(place.start)
@@ -174,7 +167,7 @@ class TensorFile:
         position = 0
         for name in self.names:
             dtype, shape = tensors[name]
-            size = math.prod(shape) * ALL_DTYPES[dtype].itemsize
+            size = size_bytes(dtype, shape)
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
             position += size
         encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

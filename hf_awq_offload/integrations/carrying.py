@@ -6,6 +6,7 @@ and others). Servers use them for speculative decoding, so the result has them u
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -16,6 +17,7 @@ from ..checkpoint.stored_tensor import StoredTensor
 from ..config import AwqOffloadConfig
 from ..logs import get_logger
 from ..model.decoder_layers import candidate_layers
+from .source_fit import SourceFit
 
 logger = get_logger(__name__)
 
@@ -23,19 +25,20 @@ RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|a
 """Matches buffers that old checkpoints hold and models compute anew."""
 MTP = re.compile(r"(^|[._])(mtp|nextn)([._]|$)", re.IGNORECASE)
 """Matches the names of layers for multi-token prediction, and of the config's fields that count them."""
-LAYER = re.compile(r"^(.*\.)?(?P<stack>\w+)\.(?P<index>\d+)\.")
+INDEX = re.compile(r"\.(?P<index>\d+)(?=\.)")
+"""Matches the index of a layer in the name of a tensor."""
 MOST_NAMED = 4
 
 
 def carried(
-    model: PreTrainedModel, recipe: AwqOffloadConfig, source: Source, unplaced: Sequence[str]
+    model: PreTrainedModel, recipe: AwqOffloadConfig, source: Source, found: SourceFit
 ) -> dict[str, StoredTensor]:
     """Returns the tensors of the source to keep beside the model, and says which; drops what `recipe.mtp` drops.
 
     Where they are dropped, the fields of the model's config that count such layers become 0.
     """
-    kept = carried_names(unplaced)
-    mtp = set(mtp_tensors(model, kept))
+    kept = carried_names(found.unplaced)
+    mtp = set(mtp_tensors(model, found))
     if recipe.mtp == "drop" and mtp:
         kept = [name for name in kept if name not in mtp]
         logger.warning(f"Dropped, as mtp='drop' says: {_listed(sorted(mtp))}, for multi-token prediction.")
@@ -53,24 +56,30 @@ def carried_names(unplaced: Sequence[str]) -> list[str]:
     return [name for name in unplaced if not RECOMPUTED.search(name)]
 
 
-def mtp_tensors(model: PreTrainedModel, unplaced: Sequence[str]) -> list[str]:
+def mtp_tensors(model: PreTrainedModel, found: SourceFit) -> list[str]:
     """Returns the tensors of layers for multi-token prediction.
 
     They are called so ("mtp.layers.0.…"), or are decoder layers beyond the model's last one ("model.layers.61.…").
     """
-    stacks: dict[str, int] = {}
-    for layer_name in candidate_layers(model):
-        stack, _, index = layer_name.rpartition(".")
-        if index.isdigit():
-            name = stack.rpartition(".")[2]
-            stacks[name] = max(stacks.get(name, 0), int(index))
-    found = []
-    for name in unplaced:
-        layer = LAYER.match(name)
-        is_beyond = layer is not None and int(layer["index"]) > stacks.get(layer["stack"], int(layer["index"]))
-        if is_beyond or MTP.search(name):
-            found.append(name)
-    return found
+    last = _last_layers(model, found)
+    return [
+        name
+        for name in carried_names(found.unplaced)
+        if MTP.search(name)
+        or any(int(match["index"]) > last.get(name[: match.start()], math.inf) for match in INDEX.finditer(name))
+    ]
+
+
+def _last_layers(model: PreTrainedModel, found: SourceFit) -> dict[str, int]:
+    """Returns, by its name in the checkpoint, the index of the last layer of each stack of decoder layers."""
+    last: dict[str, int] = {}
+    indices = {f"{layer}.": layer.rpartition(".")[2] for layer in candidate_layers(model)}
+    for name, stored in found.placed.items():
+        for layer, index in indices.items():
+            stack, dot, _ = stored.partition(f".{index}.")
+            if index.isdigit() and dot and name.startswith(layer):
+                last[stack] = max(last.get(stack, 0), int(index))
+    return last
 
 
 def _promise_no_mtp(model: PreTrainedModel) -> None:

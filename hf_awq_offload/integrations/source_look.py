@@ -171,8 +171,9 @@ def look_at_source(
     found = fit(model, source.tensors, conversions)
     _require_whole_model(model, files[0], found)
     require_all_weights(model, {name: stored.shape for name, stored in source.tensors.items()}, found)
+    _say_what_is_unused(source)
     read_source(source, found, model, is_lazy)
-    return ModelSource(source, carried(model, recipe, source, found.unplaced))
+    return ModelSource(source, carried(model, recipe, source, found))
 
 
 def _look_at_pickled(model: PreTrainedModel, files: Sequence[Path], conversions: Sequence[Any]) -> ModelSource:
@@ -189,6 +190,15 @@ def _look_at_pickled(model: PreTrainedModel, files: Sequence[Path], conversions:
             "result lacks them: they can be carried over from safetensors files, not from .bin files."
         )
     return ModelSource()
+
+
+def _say_what_is_unused(source: Source) -> None:
+    scales = [name for name in source.unused if "scale" in name.rpartition(".")[2]]
+    if scales:
+        logger.warning(
+            f"Left out: {len(scales)} scales of activations or of the KV cache, such as {scales[0]}. The result "
+            "quantizes weights alone."
+        )
 
 
 def is_lossy(format: SourceFormat | None) -> TypeGuard[SourceFormat]:

@@ -75,7 +75,7 @@ def test_cell(row, path, cell, made, tmp_path, capsys):
         run(path, source, out, **fields)
         check_result(cell, out)
     elif path == PATHS[-1]:
-        with pytest.raises(AssertionError, match="[12]"):
+        with pytest.raises(AssertionError, match=r"[12]"):
             run(path, source, out, **fields)
         printed = capsys.readouterr().err
         last = [line for line in printed.splitlines() if line.startswith("error: ")]

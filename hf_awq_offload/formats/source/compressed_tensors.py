@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPES
 from ..name_patterns import matches
 from ..pack_quantized import unpack_stream, unpack_zeros, words_for
 from .float4 import exponential, recognize_packed
 from .integers import dequantize_rows_in_chunks, groups_of
 from .records import (
-    DTYPES,
     FLOAT8,
     FLOATS,
     Claims,

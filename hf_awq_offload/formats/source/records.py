@@ -11,13 +11,6 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu, "F4": torch.float4_e2m1fn_x2,
-}  # fmt: skip
-"""dtype as safetensors spells it -> as torch does."""
 FLOATS = ("F32", "BF16", "F16")
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 REMEDY = "Load it with the tool that made it, dequantize and save it in full precision there, and quantize the result."
