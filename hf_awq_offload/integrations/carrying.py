@@ -61,7 +61,7 @@ def mtp_tensors(model: PreTrainedModel, found: SourceFit) -> list[str]:
 
     They are called so ("mtp.layers.0.…"), or are decoder layers beyond the model's last one ("model.layers.61.…").
     """
-    last = _last_layers(model, found)
+    last = _last_layers(model, found) if found.unplaced else {}
     return [
         name
         for name in carried_names(found.unplaced)
