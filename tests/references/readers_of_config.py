@@ -1,6 +1,6 @@
 """States what readers make of a checkpoint's config.json, written from what they do.
 
-Which linears they take for quantized ones, and which rotary embedding and dtype a program built on transformers 4 finds.
+Which linears they take for quantized ones; which rotary embedding and dtype a program built on transformers 4 finds.
 Names are those that the reader itself uses for the linear.
 """
 
