@@ -75,8 +75,8 @@ def _leave_out_clashing(
             return
         for name, dense in modules.clashes.items():
             left_out[name] = (
-                f"its name contains that of {dense}, which stays in full precision: most AWQ readers can't tell them "
-                'apart (format="compressed-tensors" can)'
+                f"its name contains that of a module in full precision (….{dense.rpartition('.')[2]}): most AWQ readers "
+                'can\'t tell them apart, format="compressed-tensors" can'
             )
 
 
