@@ -74,9 +74,10 @@ def _leave_out_clashing(
         if not modules.clashes:
             return
         for name, dense in modules.clashes.items():
+            last = dense.rpartition(".")[2]
             left_out[name] = (
-                f"its name contains that of a module in full precision (….{dense.rpartition('.')[2]}): most AWQ readers "
-                'can\'t tell them apart, format="compressed-tensors" can'
+                f"its name contains that of a module in full precision (….{last}): most AWQ readers can't tell them "
+                'apart, format="compressed-tensors" can'
             )
 
 
