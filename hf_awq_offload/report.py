@@ -73,6 +73,7 @@ class QuantizationReport:
     left_out: dict[str, str] = field(default_factory=dict)  # linear -> why it stays in full precision
     tokens: int = 0  # calibration tokens that entered the statistics
     phase_seconds: dict[str, float] = field(default_factory=dict)  # where the time went, in this process
+    tensor_parallel: str | None = None  # over how many devices servers can't split the model; None: 2, 4 and 8 are fine
 
 
 @dataclass(frozen=True)

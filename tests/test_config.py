@@ -12,11 +12,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from models import tiny_llama
 from transformers import AwqConfig
 
 from hf_awq_offload.config import AwqOffloadConfig
 from hf_awq_offload.errors import AwqOffloadError, CheckpointError, ConfigError
 from hf_awq_offload.formats.awq_config import AwqCheckpointConfig
+from hf_awq_offload.integrations.linear_choice import renaming_of
 from hf_awq_offload.integrations.saving import config_of_result
 from hf_awq_offload.recipe_fields import RecipeFields
 
@@ -386,16 +388,16 @@ def test_a_checkpoint_config_shares_nothing_with_its_dict():
 
 def test_a_checkpoint_config_takes_nothing_of_the_recipe_but_the_format():
     recipe = AwqOffloadConfig(group_size=32, zero_point=False, dataset=["private text"], seed=7)
-    model = renaming = None  # an AWQ checkpoint's config does not depend on them
-    config = config_of_result(model, recipe, renaming, ["lm_head"], {"seed": 7})
-    assert config.to_dict() == {
-        **AwqCheckpointConfig().to_dict(),
+    model = tiny_llama(num_hidden_layers=1)
+    config = config_of_result(model, recipe, renaming_of(model), {"seed": 7})
+    fields = config.to_dict()
+    assert fields.pop("modules_to_not_convert")  # all linears: none is quantized
+    assert fields == {
+        **{name: value for name, value in AwqCheckpointConfig().to_dict().items() if name != "modules_to_not_convert"},
         "group_size": 32,
         "zero_point": False,
-        "modules_to_not_convert": ["lm_head"],
         "meta": {"seed": 7},
     }
-    assert config_of_result(model, recipe, renaming, [], {}).modules_to_not_convert is None
 
 
 @pytest.mark.parametrize("group_size", [-1, 16, 32, 64, 128, 512])

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -25,13 +25,15 @@ from ..errors import CheckpointError
 from ..formats.awq import BITS, COLUMNS_PER_WORD, PackedWeight
 from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.awq_variants import gemv_words, to_gemm, to_gemv
-from ..formats.compressed_tensors_config import META_ATTRIBUTE, PackedCheckpointConfig, may_be_taken_for_a_linear
+from ..formats.compressed_tensors_config import META_ATTRIBUTE, PackedCheckpointConfig
 from ..formats.conversion import exact, to_awq, to_pack_quantized
 from ..formats.dtypes import SPELLINGS
 from ..formats.grid import SCALE_DTYPE, Grid
 from ..formats.layouts import AWQ_FORMATS, COMPRESSED_TENSORS, GEMM, GEMV, names_in, tensors_of
 from ..formats.pack_quantized import PackQuantizedWeight
 from ..logs import get_logger
+from .config_file import completed, text_of
+from .dense_modules import DenseModules, dense_modules
 from .inspection import inspect_checkpoint
 from .layout_checks import FLOAT_DTYPES
 from .opened import CONFIG_NAME, Checkpoint, open_checkpoint
@@ -160,8 +162,7 @@ class _Conversion:
                         out.write(name, tensor)
             weight_map |= dict.fromkeys(tensors, file.name)
         self._write_index(folder, weight_map)
-        config = json.dumps(self._config(), indent=2, sort_keys=True) + "\n"
-        (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(text_of(completed(self._config())), encoding="utf-8")
 
     def _announced(self, linear: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The dtypes and shapes of the linear's new tensors, by their names in the file."""
@@ -225,37 +226,31 @@ class _Conversion:
             group_size=self.choice.group_size,
             zero_point=self.choice.zero_point,
             version=self.to,
-            modules_to_not_convert=sorted(self._dense(matrices=False)) or None,
+            modules_to_not_convert=self._modules().awq_entries or None,
             meta=config.pop(META_ATTRIBUTE, {}),
         )
         return config | {"quantization_config": new.to_dict()}
 
     def _packed_config(self) -> PackedCheckpointConfig:
-        grids = dict.fromkeys(self.facts, self.choice)
+        modules = self._modules()
+        grids = dict.fromkeys([*modules.quantized, *self.facts], self.choice)
+        return PackedCheckpointConfig.of_linears(grids, modules.full_names - grids.keys())
+
+    def _modules(self) -> DenseModules:
+        """What is packed and what is dense: as the model has it, or without a model, as the files have it."""
         model, renaming = self._model()
         if model is not None:
-            names = {renaming.name_in_checkpoint(name): name for name, _ in model.named_modules()}
-            grids |= {names[linear]: self.choice for linear in self.facts if linear in names}
-        return PackedCheckpointConfig.of_linears(grids, self._dense(matrices=True) - grids.keys())
-
-    def _dense(self, matrices: bool) -> set[str]:
-        """Names of the linears in full precision; with `matrices` also their names in the checkpoint, and routers."""
-        model, renaming = self._model()
-        if model is None:
-            places = self.checkpoint.places.items()
-            return {"lm_head"} | {
-                name.removesuffix(".weight")
-                for name, place in places
-                if name.endswith(".weight") and len(place.shape) == 2 and "embed" not in name
-            }
-        names = set()
-        for name, module in model.named_modules():
-            is_matrix = may_be_taken_for_a_linear(module)
-            if renaming.name_in_checkpoint(name) not in self.facts and (
-                is_matrix if matrices else isinstance(module, nn.Linear)
-            ):
-                names |= {name, renaming.name_in_checkpoint(name)} if matrices else {name}
-        return names
+            packed = {linear[:end] for linear in self.facts for end in _ends_of_parts(linear)}  # or around packed ones
+            modules = dense_modules(model, renaming, lambda name, _: renaming.name_in_checkpoint(name) in packed)
+            of_experts = {name: name for name in self.facts.keys() - modules.quantized.values()}
+            return replace(modules, quantized={**modules.quantized, **of_experts})
+        matrices = {
+            name.removesuffix(".weight")
+            for name, place in self.checkpoint.places.items()
+            if name.endswith(".weight") and len(place.shape) == 2 and "embed" not in name
+        }
+        dense = {name: name for name in matrices | {"lm_head"}}
+        return DenseModules(dense, {}, {name: name for name in self.facts}, frozenset({"lm_head"}))
 
     def _model(self) -> tuple[PreTrainedModel | None, Any]:
         """The model on the meta device, or None if transformers can't build it, and its renaming."""
@@ -274,6 +269,11 @@ class _Conversion:
                     "full precision."
                 )
         return self._built
+
+
+def _ends_of_parts(name: str) -> list[int]:
+    """The lengths of `name` and of the names of all modules that it is in."""
+    return [place for place, character in enumerate(f"{name}.") if character == "."]
 
 
 def _model_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -142,6 +142,7 @@ def _document(options: argparse.Namespace, report: QuantizationReport, url: str 
         "calibration_tokens": report.tokens,
         "layers": layers,
         "left_out": report.left_out,
+        "tensor_parallel": report.tensor_parallel,
         "phase_seconds": report.phase_seconds,
         "pushed_to": url,
     }
@@ -152,6 +153,8 @@ def _text(options: argparse.Namespace, report: QuantizationReport, url: str | No
     lines = [f"{options.out}: {_layers(len(report.layers))} quantized, {_size_bytes(options.out) / 1e6:.1f} MB"]
     if nearest:
         lines.append(f"loss on the calibration data: {loss / nearest:.3f} times that of rounding to nearest")
+    if report.tensor_parallel is not None:
+        lines.append(report.tensor_parallel)
     if url:
         lines.append(f"pushed: {url}")
     return "\n".join(lines)

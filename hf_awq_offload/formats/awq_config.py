@@ -68,9 +68,10 @@ class AwqCheckpointConfig(QuantizationConfigMixin):
         return GridChoice(self.bits, self.group_size, self.zero_point)
 
     def leave_out(self, names: list[str]) -> None:
-        """Takes linears that are dense by now out of the quantized ones."""
-        if names:
-            self.modules_to_not_convert = [*(self.modules_to_not_convert or []), *names]
+        """Adds entries for linears that are dense by now."""
+        before = self.modules_to_not_convert or []
+        added = [name for name in names if name not in before]
+        self.modules_to_not_convert = [*before, *added] or None
 
     def to_dict(self) -> dict[str, Any]:
         """The standard's fields, with `desc_act` and `lm_head`, which vLLM and TGI read."""

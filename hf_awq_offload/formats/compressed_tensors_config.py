@@ -71,7 +71,8 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
 
     def leave_out(self, names: list[str]) -> None:
         """Takes linears that are dense by now out of the quantized ones."""
-        self.ignore = [*self.ignore, *names]
+        added = [name for name in names if not any(matches(pattern, name) for pattern in self.ignore)]
+        self.ignore = [*self.ignore, *added]
 
     def to_dict(self) -> dict[str, Any]:
         """The standard's fields."""
@@ -172,7 +173,7 @@ def _unsupported(found: str, expected: str) -> CheckpointError:
 
 
 def may_be_taken_for_a_linear(module: nn.Module) -> bool:
-    """Whether readers of compressed-tensors may take a module for a linear, because it holds a matrix `weight`.
+    """Whether readers may take a module for a linear, because it holds a matrix `weight`.
 
     Some routers do without being an `nn.Linear`.
     """

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.config_file import add_older_keys
 from ..formats.compressed_tensors_config import META_ATTRIBUTE
 from ..logs import get_logger
 from ..nn.quantized_linear import QuantizedLinear
@@ -113,7 +114,7 @@ def _upload_modified_files(
 
 
 def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -> None:
-    """Adds the card, and the tokenizer or processor files that are missing, to the folder of a saved model.
+    """Adds the card, older keys of config.json, and missing tokenizer or processor files to a saved model's folder.
 
     Args:
         model: a model that was passed to `accompany`.
@@ -121,6 +122,7 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
         repo_id: the repository it will be in, for the snippets in the card.
     """
     known: _Companions = cast(Any, model)._awq_companions
+    add_older_keys(folder, type(model.config))
     copy_processing(known.source, folder, getattr(model.config, "_commit_hash", None))
     if known.tokenizer is not None and not (folder / "tokenizer_config.json").exists():
         known.tokenizer.save_pretrained(folder)

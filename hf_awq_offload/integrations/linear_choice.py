@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ..checkpoint.dense_modules import dense_modules
 from ..checkpoint.renaming import Renaming
 from ..config import AwqOffloadConfig
 from ..model.decoder_layers import candidate_layers
@@ -57,7 +60,25 @@ def linears_left_out(model: PreTrainedModel, recipe: AwqOffloadConfig) -> dict[s
             left_out[name] = "tied, last, or kept in fp32 by the model"
         elif unpackable is not None:
             left_out[name] = unpackable
+    if recipe.checkpoint_format == "awq":
+        _leave_out_clashing(model, renaming, in_layers.keys(), left_out)
     return left_out
+
+
+def _leave_out_clashing(
+    model: PreTrainedModel, renaming: Renaming, linears: Collection[str], left_out: dict[str, str]
+) -> None:
+    """Adds the linears that AWQ readers can't tell from those in full precision (formats/names_left_out.py)."""
+    while True:
+        modules = dense_modules(model, renaming, lambda name, _: name in linears and name not in left_out)
+        if not modules.clashes:
+            return
+        for name, dense in modules.clashes.items():
+            last = dense.rpartition(".")[2]
+            left_out[name] = (
+                f"its name contains that of a module in full precision (….{last}): most AWQ readers can't tell them "
+                'apart, format="compressed-tensors" can'
+            )
 
 
 def modules_not_converted(model: PreTrainedModel, chosen: list[str] | None) -> list[str]:

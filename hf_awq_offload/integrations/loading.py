@@ -46,12 +46,14 @@ def replace_linears(
     for name, linear in list(model.named_modules()):
         if not isinstance(linear, nn.Linear):
             continue
+        if name not in stored and name in dense:
+            continue
         prefix = stored.get(name, name)
-        choice = choice_in(config, name, prefix, linear, skipped)
-        if name not in stored and (name in dense or choice is None):
+        choice = choice_in(config, name, prefix, linear, [] if name in stored else skipped)
+        if choice is None and name not in stored:
             continue
         if choice is None:
-            choice = _choice_in_spite(config, name)
+            raise _left_out_in_spite(name)
         reason = linear_type.unpackable_reason(linear.in_features, linear.out_features, choice.group_size)
         if reason is not None:
             raise CheckpointError(
@@ -90,20 +92,12 @@ def choice_in(
     return config.choice if should_convert_module(name, skipped) else None
 
 
-def _choice_in_spite(config: AwqCheckpointConfig | PackedCheckpointConfig, name: str) -> GridChoice:
-    """Returns the grid of a linear that is stored packed although config.json leaves it out.
-
-    An AWQ checkpoint has only one grid, so it is known all the same.
-
-    Raises:
-        CheckpointError: the checkpoint is compressed-tensors, which can have several grids.
-    """
-    if isinstance(config, PackedCheckpointConfig):
-        raise CheckpointError(
-            f"{name} is packed in the checkpoint, but config.json names it in no config group, or in ignore. Correct "
-            "config.json, or download the checkpoint again."
-        )
-    return config.choice
+def _left_out_in_spite(name: str) -> CheckpointError:
+    """The error for a linear that is packed although config.json leaves it out: on which grid is not known."""
+    return CheckpointError(
+        f"{name} is packed in the checkpoint, but config.json names it in no config group, or in ignore. Correct "
+        "config.json, or download the checkpoint again."
+    )
 
 
 def names_in_model(model: PreTrainedModel, prefixes: Iterable[str]) -> dict[str, str]:

@@ -38,6 +38,7 @@ from ..report import Plan, QuantizationReport
 from ..reporting.document import facts_of
 from ..reporting.files import prepare_folder, write_report
 from . import peft
+from .carrying import modules_of
 from .dequantizing import dequantize_linears
 from .dispatching import dispatch, dispatch_with_disk, offload_folder_of
 from .hub import accompany
@@ -47,7 +48,8 @@ from .load_call import is_only_loading
 from .loading import keep_gemm, replace_linears, to_gemm_converter
 from .placement import Placement
 from .preparation import Preparation, require_decoder_only
-from .saving import checkpoint_config, config_of_result, dense_in_spite, meta_of, meta_of_run
+from .saving import checkpoint_config, config_of_result, leave_out_dense, meta_of, meta_of_run
+from .serving import tensor_parallel_advice
 from .source_look import ModelSource, look_at_source
 from .source_reading import end_reading
 
@@ -197,11 +199,13 @@ class AwqOffloadQuantizer(HfQuantizer):
         is_quantizable = preparation.quantizable.__contains__
         report = quantize_layers(model, recipe, storage, is_quantizable, preparation.calibration, undo)
         report.left_out = preparation.left_out | report.left_out
+        report.tensor_parallel = tensor_parallel_advice(model, recipe)
         for module in model.modules():
             if isinstance(module, AwqLinear):
                 module.backend = recipe.backend
         meta = meta_of_run(recipe, preparation.calibration, bool(self.fused), self.source.format)
-        self.quantization_config = config_of_result(model, recipe, renaming_of(model), sorted(report.left_out), meta)
+        carried = modules_of(self.source.carried)
+        self.quantization_config = config_of_result(model, recipe, renaming_of(model), meta, carried)
         facts = facts_of(model.config.name_or_path, storage.onloader.device, recipe, meta, planned)
         write_report(recipe.report_dir, report, facts)
         self.report, self.pre_quantized = report, True
@@ -231,13 +235,12 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Brings the config up to date before `model` is saved: linears that were merged are dense by now."""
-        if getattr(model, "_hf_peft_config_loaded", False) or not self.pre_quantized:
-            return None, {}  # adapters alone are saved
-        if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
-            self.remove_quantization_config(model)
-            return None, {}
-        dense = dense_in_spite(model, self.checkpoint, renaming_of(model), self._skipped(model))
-        self.checkpoint.leave_out(dense)
+        only_adapters = getattr(model, "_hf_peft_config_loaded", False)
+        if self.pre_quantized and not only_adapters:
+            if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+                leave_out_dense(model, self.checkpoint, renaming_of(model), self._skipped(model))
+            else:
+                self.remove_quantization_config(model)
         return None, {}
 
     def _skipped(self, model: PreTrainedModel) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -10,14 +12,18 @@ from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ..calibration.dataset import CalibrationSet
+from ..checkpoint.dense_modules import DenseModules, dense_modules
 from ..checkpoint.renaming import Renaming
 from ..config import AwqOffloadConfig
 from ..formats.awq_config import AwqCheckpointConfig
-from ..formats.compressed_tensors_config import META_ATTRIBUTE, PackedCheckpointConfig, may_be_taken_for_a_linear
+from ..formats.compressed_tensors_config import META_ATTRIBUTE, PackedCheckpointConfig
 from ..formats.grid_choice import GridChoice
 from ..formats.source import SourceFormat
+from ..logs import get_logger
 from ..nn.quantized_linear import QuantizedLinear
 from .loading import choice_in
+
+logger = get_logger(__name__)
 
 
 def checkpoint_config(config: Any) -> AwqCheckpointConfig | PackedCheckpointConfig:
@@ -37,28 +43,43 @@ def config_of_result(
     model: PreTrainedModel,
     recipe: AwqOffloadConfig,
     renaming: Renaming,
-    left_out: list[str],  # linears in full precision
     meta: dict[str, Any],
+    carried: Sequence[str] = (),
 ) -> AwqCheckpointConfig | PackedCheckpointConfig:
-    """Returns the config of a model quantized with `recipe`; `meta` is stored where the format has room for it."""
+    """Returns the config of a quantized model.
+
+    Args:
+        model: the model.
+        recipe: how it was quantized.
+        renaming: how its weights are renamed between memory and files.
+        meta: how it was made; stored where the format has room for it.
+        carried: modules in full precision that the files hold and the model does not.
+    """
+    modules = _modules_of(model, renaming, carried)
     if recipe.checkpoint_format == "awq":
+        for linear, dense in list(modules.clashes.items())[:1]:
+            logger.warning(
+                f"{dense} stays in full precision, and its name is part of that of {linear}, which is quantized. "
+                "Servers can't tell them apart and will not load this checkpoint; this package does. Quantize again "
+                f'with {linear!r} in modules_to_not_convert, or with format="compressed-tensors".'
+            )
         return AwqCheckpointConfig(
             bits=recipe.bits,
             group_size=recipe.group_size,
             zero_point=recipe.zero_point,
-            modules_to_not_convert=left_out or None,
+            modules_to_not_convert=modules.awq_entries or None,
             meta=meta,
         )
     grids: dict[str, GridChoice] = {}
-    ignored: set[str] = set()
-    for name, module in model.named_modules():
-        names = {name, renaming.name_in_checkpoint(name)}  # some readers match one, some the other
-        if isinstance(module, QuantizedLinear):
-            grids |= dict.fromkeys(names, recipe.choice(name))
-        elif may_be_taken_for_a_linear(module):
-            ignored |= names
+    for name, stored in modules.quantized.items():
+        grids |= dict.fromkeys((name, stored), recipe.choice(name))  # some readers match one, some the other
     setattr(model.config, META_ATTRIBUTE, meta)
-    return PackedCheckpointConfig.of_linears(grids, ignored)
+    return PackedCheckpointConfig.of_linears(grids, modules.full_names)
+
+
+def _modules_of(model: PreTrainedModel, renaming: Renaming, carried: Sequence[str] = ()) -> DenseModules:
+    found = dense_modules(model, renaming, lambda name, module: isinstance(module, QuantizedLinear))
+    return replace(found, dense={**found.dense, **{name: name for name in carried}})
 
 
 def meta_of(model: PreTrainedModel, config: AwqCheckpointConfig | PackedCheckpointConfig) -> dict[str, Any]:
@@ -98,17 +119,21 @@ def meta_of_run(
     return meta | search
 
 
-def dense_in_spite(
+def leave_out_dense(
     model: PreTrainedModel,
     config: AwqCheckpointConfig | PackedCheckpointConfig,
     renaming: Renaming,
     skipped: list[str],  # name patterns that AWQ loaders leave in full precision
-) -> list[str]:
-    """Returns the linears that are dense although `config` calls them quantized: adapters were merged into them."""
-    return [
+) -> None:
+    """Names in `config` the linears that are dense although it calls them quantized: adapters were merged into them."""
+    dense = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and not isinstance(module, QuantizedLinear)
         and choice_in(config, name, renaming.name_in_checkpoint(name), module, skipped) is not None
     ]
+    if dense:
+        modules = _modules_of(model, renaming)
+        is_awq = isinstance(config, AwqCheckpointConfig)
+        config.leave_out(modules.awq_entries if is_awq else sorted(modules.full_names))
