@@ -1,14 +1,16 @@
-"""Remembers the call of `from_pretrained` that a model is quantized in, so that its arguments reach everything.
+"""Remembers the call of `from_pretrained` that a model is loaded in, so that its arguments reach everything.
 
 transformers hands a quantizer the model and its files, but not where they come from: revision, token, cache_dir and
 the like. `remember_calls` wraps the two methods that every load goes through, those of `PreTrainedModel` and of the
-Auto classes. Calls without a recipe pass through unchanged.
+Auto classes. Calls without a recipe run unchanged: their arguments serve checkpoints that are quantized already, and
+models that `quantize_model` is given later.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,12 +31,13 @@ HUB_ARGUMENTS = (
 
 @dataclass
 class LoadCall:
-    """One call of `from_pretrained` with a recipe."""
+    """One call of `from_pretrained`."""
 
     source: str
     """The name or folder that was passed."""
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict, repr=False)
     """All arguments by name, those that transformers has resolved meanwhile (revision) as resolved."""
+    has_recipe: bool = True
 
     @property
     def hub_arguments(self) -> dict[str, Any]:
@@ -47,23 +50,28 @@ _current: ContextVar[LoadCall | None] = ContextVar("load_call", default=None)
 
 def current_call() -> LoadCall | None:
     """Returns the call that this code runs in; None outside `from_pretrained`, or if it has no recipe."""
+    call = _current.get()
+    return call if call is not None and call.has_recipe else None
+
+
+def enclosing_call() -> LoadCall | None:
+    """Returns the call that this code runs in, with a recipe or without; None outside `from_pretrained`."""
     return _current.get()
 
 
 @contextmanager
-def _calling(source: Any, arguments: dict[str, Any]) -> Iterator[LoadCall | None]:
+def _calling(source: str, arguments: dict[str, Any]) -> Iterator[LoadCall]:
     """Makes the call current inside the context.
 
-    An Auto class calls the model's class. Both are one call, of which the model's class knows more. A call without a
-    recipe inside one with a recipe, such as that of a backbone, is none of its business.
+    An Auto class calls the model's class. Both are one call, of which the model's class knows more. A call inside one
+    that loads something else, such as that of a backbone, is a call of its own.
     """
     call = _current.get()
-    if not isinstance(arguments.get("quantization_config"), AwqOffloadConfig):
-        call = None
-    elif call is not None:
+    has_recipe = isinstance(arguments.get("quantization_config"), AwqOffloadConfig)
+    if call is not None and call.has_recipe == has_recipe and (has_recipe or "_from_auto" in arguments):
         call.arguments |= arguments
     else:
-        call = LoadCall(str(source), arguments)
+        call = LoadCall(source, arguments, has_recipe)
     token = _current.set(call)
     try:
         yield call
@@ -71,31 +79,48 @@ def _calling(source: Any, arguments: dict[str, Any]) -> Iterator[LoadCall | None
         _current.reset(token)
 
 
-def remember_calls() -> None:
-    """Wraps `from_pretrained` of models and Auto classes; call it once."""
+def remember_calls(note_loaded: Callable[[PreTrainedModel], None]) -> None:
+    """Wraps `from_pretrained` of models and Auto classes; call it once.
+
+    Args:
+        note_loaded: is called with every model that was loaded without a recipe, while its call is current.
+    """
     for owner in (PreTrainedModel, *_with_subclasses(_BaseAutoModelClass)):
         if "from_pretrained" in vars(owner):  # Auto classes have copies of the base class's method
             method = vars(owner)["from_pretrained"].__func__
-            cast(Any, owner).from_pretrained = classmethod(_remembered(method))
+            cast(Any, owner).from_pretrained = classmethod(_remembered(method, note_loaded))
 
 
 def _with_subclasses(base: type) -> Iterator[type]:
     yield base
+    subclass: type
     for subclass in base.__subclasses__():
         yield from _with_subclasses(subclass)
 
 
-def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
+def _remembered(method: Callable[..., Any], note_loaded: Callable[[PreTrainedModel], None]) -> Callable[..., Any]:
     signature = inspect.signature(method)
 
     @functools.wraps(method)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(kwargs.get("quantization_config"), AwqOffloadConfig) and _current.get() is None:
-            return method(cls, *args, **kwargs)
+        has_recipe = isinstance(kwargs.get("quantization_config"), AwqOffloadConfig)
+        if has_recipe and kwargs.get("trust_remote_code") is None and not _can_be_asked():
+            kwargs["trust_remote_code"] = False  # transformers would wait for an answer
         bound = signature.bind_partial(cls, *args, **kwargs).arguments
         named = {name: value for name, value in bound.items() if name not in ("cls", "model_args", "kwargs")}
         source = named.pop("pretrained_model_name_or_path", None)
-        with _calling(source, named | kwargs):
-            return method(cls, *args, **kwargs)
+        with _calling(str(source or ""), named | kwargs):
+            loaded = method(cls, *args, **kwargs)
+            if not has_recipe and isinstance(loaded, PreTrainedModel):
+                note_loaded(loaded)
+            return loaded
 
     return from_pretrained
+
+
+def _can_be_asked() -> bool:
+    """Whether there is a terminal at which a user can answer."""
+    try:
+        return sys.stdin is not None and sys.stdin.isatty()
+    except ValueError:  # closed
+        return False

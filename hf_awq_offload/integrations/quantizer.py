@@ -44,6 +44,7 @@ from .hub import accompany
 from .lazy_loading import detach_stored_weights, is_only_loading, note_what_is_stored
 from .linear_choice import modules_not_converted, renaming_of
 from .loading import keep_gemm, replace_linears, to_gemm_converter
+from .origin import Origin, origin_of
 from .placement import Placement
 from .preparation import Preparation, require_decoder_only
 from .saving import checkpoint_config, config_of_result, dense_in_spite, meta_of, meta_of_run
@@ -67,6 +68,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.placement = None if self.pre_quantized else Placement(self.recipe)
         self.report: QuantizationReport | None = None
         self.model: PreTrainedModel | None = None
+        self.origin = Origin("")
         self.fused: dict[str, nn.Module] = {}
         """Experts modules that were taken apart, as they were, by name; kept until the model is quantized."""
         self._preparation: Preparation | None = None
@@ -107,6 +109,7 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.model = model
+        self.origin = origin_of(model, kwargs.get("checkpoint_files"))
         peft.register()
         if self.placement is None:
             headers = read_headers(kwargs.get("checkpoint_files"))
@@ -120,7 +123,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.placement.choose(kwargs.get("device_map"), kwargs.get("checkpoint_files"))
         self._take_experts_apart(model, all_kinds=False)
         note_what_is_stored(model, self)
-        self._preparation = Preparation.of(model, self.recipe)
+        self._preparation = Preparation.of(model, self.recipe, self.origin)
 
     def _take_experts_apart(self, model: PreTrainedModel, all_kinds: bool) -> None:
         self.fused |= take_experts_apart(model, all_kinds)
@@ -134,7 +137,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             if isinstance(self.checkpoint, AwqCheckpointConfig):
                 self.checkpoint.version = "gemm"  # the layout in memory, and of what is saved
             keep_gemm(model)
-            accompany(model)
+            accompany(model, self.origin)
             return model
         if is_only_loading():
             return model
@@ -201,7 +204,8 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.fused = {}
         model.config.quantization_config = self.quantization_config
         cast(Any, model).quantization_method = self.quantization_config.quant_method
-        accompany(model, report, None if isinstance(recipe.tokenizer, str | os.PathLike) else recipe.tokenizer)
+        tokenizer = None if isinstance(recipe.tokenizer, str | os.PathLike) else recipe.tokenizer
+        accompany(model, self.origin, report, tokenizer)
         return report
 
     # -- a quantized model ---------------------------------------------------------------------------------------

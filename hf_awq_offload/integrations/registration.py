@@ -17,6 +17,7 @@ from ..config import QUANT_METHOD, AwqOffloadConfig
 from ..errors import CheckpointError
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
 from .load_call import remember_calls
+from .origin import remember_origin
 from .quantizer import AwqOffloadQuantizer
 
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -27,7 +28,7 @@ def register() -> None:
     """Registers the quantizer, also for checkpoints that transformers' own loaders can't load; only once."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = AwqOffloadConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = AwqOffloadQuantizer
-    remember_calls()
+    remember_calls(remember_origin)
     if not is_gptqmodel_available():
         use_for_awq()
     if is_compressed_tensors_available():
