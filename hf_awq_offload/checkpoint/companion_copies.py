@@ -104,7 +104,7 @@ def copy_all_companions(source: Path, target: Path, *, same_model: bool = False)
 
 
 def tell(source: str, found: Companions, leading_out: Sequence[str] = ()) -> None:
-    """Logs the names of files that stay behind and are not clearly weights, and of links that lead out of the folder."""
+    """Logs what stays behind and is not clearly weights, and links that lead out of the folder."""
     told: dict[str, str] = {}
     for path, reason in found.told.items():
         if reason is Reason.OTHER_MODEL:

@@ -5,7 +5,7 @@ modules, licences, and small files of any other name. A list of names to copy wa
 model brings names that are not in it. So the rule says what stays behind, and why:
 
     weights in any format and their indexes, adapters       rewritten, or another model
-    folders that hold weights (onnx/, checkpoint-500/)      another model, but for code and sentence-transformers modules
+    folders of weights (onnx/, checkpoint-500/)             another model; not code and sentence-transformers modules
     states of a training, data sets, logs, keys             not part of the model, and perhaps private
     hidden files and caches                                 those of git, editors and downloads
     README files and pictures                               the new checkpoint gets a card of its own

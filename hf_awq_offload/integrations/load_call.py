@@ -63,12 +63,12 @@ def enclosing_call() -> LoadCall | None:
 def _calling(source: str, arguments: dict[str, Any]) -> Iterator[LoadCall]:
     """Makes the call current inside the context.
 
-    An Auto class calls the model's class. Both are one call, of which the model's class knows more. A call inside one
-    that loads something else, such as that of a backbone, is a call of its own.
+    An Auto class calls the model's class. With a recipe, both are one call, of which the model's class knows more. Any
+    other call inside one, such as that of a backbone, is a call of its own.
     """
     call = _current.get()
     has_recipe = isinstance(arguments.get("quantization_config"), AwqOffloadConfig)
-    if call is not None and call.has_recipe == has_recipe and (has_recipe or "_from_auto" in arguments):
+    if call is not None and call.has_recipe and has_recipe:
         call.arguments |= arguments
     else:
         call = LoadCall(source, arguments, has_recipe)

@@ -138,7 +138,7 @@ def origin_of(model: PreTrainedModel, checkpoint_files: Iterable[str | os.PathLi
     in_cache = None if os.path.isdir(source) else IN_CACHE.fullmatch(file)
     revision = arguments.get("revision")
     commit = getattr(revision, "resolved", None) or getattr(model.config, "_commit_hash", None)
-    if commit is None and revision is not None and COMMIT.fullmatch(revision):
+    if commit is None and isinstance(revision, str) and COMMIT.fullmatch(revision):
         commit = str(revision)
     if in_cache is not None:
         commit = commit or in_cache["commit"]
@@ -151,8 +151,12 @@ def origin_of(model: PreTrainedModel, checkpoint_files: Iterable[str | os.PathLi
 
 
 def remember_origin(model: PreTrainedModel) -> None:
-    """Remembers, from inside the call that loads it, where a model comes from that may be quantized later."""
-    _origins[model] = origin_of(model)
+    """Remembers, from inside the call that loads it, where a model comes from that may be quantized later.
+
+    An Auto class calls the model's class, which knows more: it is asked first, and stays right.
+    """
+    if model not in _origins:
+        _origins[model] = origin_of(model)
 
 
 _origins: WeakKeyDictionary[PreTrainedModel, Origin] = WeakKeyDictionary()
