@@ -42,8 +42,10 @@ def accompany(
         model: a quantized model.
         origin: where it was loaded from.
         report: the report of the quantization, if it was just done.
-        tokenizer: saved if the model's origin has no tokenizer.
+        tokenizer: saved if the model's origin has no tokenizer; a name or path is not.
     """
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = None
     instance = cast(Any, model)
     instance._awq_companions = _Companions(origin, report, tokenizer)
     instance.save_pretrained = partial(_save_pretrained, model)

@@ -10,7 +10,6 @@ One class does two jobs, told apart by `pre_quantized`:
 from __future__ import annotations
 
 import copy
-import os
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, cast
@@ -134,9 +133,7 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.placement is None:
-            if isinstance(self.checkpoint, AwqCheckpointConfig):
-                self.checkpoint.version = "gemm"  # the layout in memory, and of what is saved
-            keep_gemm(model)
+            keep_gemm(model, self.checkpoint)
             accompany(model, self.origin)
             return model
         if is_only_loading():
@@ -204,8 +201,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.fused = {}
         model.config.quantization_config = self.quantization_config
         cast(Any, model).quantization_method = self.quantization_config.quant_method
-        tokenizer = None if isinstance(recipe.tokenizer, str | os.PathLike) else recipe.tokenizer
-        accompany(model, self.origin, report, tokenizer)
+        accompany(model, self.origin, report, recipe.tokenizer)
         return report
 
     # -- a quantized model ---------------------------------------------------------------------------------------
