@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from ..logs import get_logger
@@ -15,6 +15,7 @@ from .companion_files import (
     companions,
     is_of_processor,
     is_of_tokenizer,
+    why_left_out,
 )
 
 logger = get_logger(__name__)
@@ -26,8 +27,8 @@ MOST_NAMED = 12
 def listed(
     folder: Path,
     but_not: Path | None = None,
-) -> tuple[dict[str, int | None], list[str]]:
-    """Lists the files of a checkpoint on this machine.
+) -> tuple[dict[str, int | None], dict[str, str]]:
+    """Lists the files of a checkpoint on this machine, without hidden folders and caches.
 
     Links are followed within the folder; within the cache of the hub, which keeps files elsewhere, within the
     repository. A link that leads anywhere else is not: a checkpoint from strangers could otherwise have any file of
@@ -38,23 +39,30 @@ def listed(
         but_not: a folder inside it to pass over, such as the one that is being written.
 
     Returns:
-        Sizes in bytes by path relative to `folder`, with "/"; and the links that lead out of it.
+        Sizes in bytes by path relative to `folder`, with "/"; and paths that can't be copied -> why.
     """
     root, passed_over = _reachable_from(folder), None if but_not is None else but_not.resolve()
     sizes: dict[str, int | None] = {}
-    leading_out = []
+    out_of_reach = {}
     for parent, folders, names in os.walk(folder, followlinks=False):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        folders[:] = [name for name in folders if Path(parent, name).resolve() != passed_over]
+        folders[:] = [
+            name
+            for name in folders
+            if why_left_out(f"{name}/any", None) is not Reason.HIDDEN and Path(parent, name).resolve() != passed_over
+        ]
         for name in (*names, *links):
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()
             target = path.resolve()
             if not target.is_relative_to(root):
-                leading_out.append(relative)
+                out_of_reach[relative] = "a link out of the folder"
             elif target.is_file():
-                sizes[relative] = target.stat().st_size
-    return dict(sorted(sizes.items())), sorted(leading_out)
+                if os.access(target, os.R_OK):
+                    sizes[relative] = target.stat().st_size
+                else:
+                    out_of_reach[relative] = "not readable"
+    return dict(sorted(sizes.items())), dict(sorted(out_of_reach.items()))
 
 
 def copy_companions(source: Path, chosen: Iterable[str], target: Path, *, is_second: bool = False) -> list[str]:
@@ -96,22 +104,22 @@ def copy_all_companions(source: Path, target: Path, *, same_model: bool = False)
     Returns:
         Paths of the files that were copied, relative to both folders.
     """
-    sizes, leading_out = listed(source, but_not=target)
+    sizes, out_of_reach = listed(source, but_not=target)
     found = companions(sizes, lambda path: read_text(source / path), same_model=same_model)
     copied = copy_companions(source, found.kept, target)
-    tell(str(source), found, leading_out)
+    tell(str(source), found, out_of_reach)
     return copied
 
 
-def tell(source: str, found: Companions, leading_out: Sequence[str] = ()) -> None:
-    """Logs what stays behind and is not clearly weights, and links that lead out of the folder."""
+def tell(source: str, found: Companions, out_of_reach: Mapping[str, str] | None = None) -> None:
+    """Logs what stays behind and is not clearly weights, and what could not be copied; see `listed`."""
     told: dict[str, str] = {}
     for path, reason in found.told.items():
         if reason is Reason.OTHER_MODEL:
             told.setdefault(f"{PurePosixPath(path).parent}/", reason.value)
         else:
             told[path] = reason.value
-    told |= dict.fromkeys(leading_out, "a link out of the folder")
+    told |= out_of_reach or {}
     if told:
         shown = ", ".join(f"{path} ({reason})" for path, reason in list(told.items())[:MOST_NAMED])
         more = f" and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""

@@ -43,7 +43,7 @@ def bring_companions(origin: Origin, folder: Path) -> None:
     found = _found(origin, folder)
     if found is None:
         return
-    source, sizes, leading_out, text_of = found
+    source, sizes, out_of_reach, text_of = found
     inside = f"{origin.subfolder}/" if origin.subfolder else ""
     own = {path.removeprefix(inside): size for path, size in sizes.items() if path.startswith(inside)}
     layers = [(inside, companions(own, lambda path: text_of(inside + path)))]
@@ -52,9 +52,10 @@ def bring_companions(origin: Origin, folder: Path) -> None:
         layers.append(("", companions(around, text_of)))
     copied: list[str] = []
     for index, (prefix, chosen) in enumerate(layers):
-        base = source([prefix + path for path in chosen.kept]) / prefix
-        copied += copy_companions(base, chosen.kept, folder, is_second=index > 0)
-        tell(origin.source, _beside(prefix, chosen), leading_out if index == 0 else ())
+        if chosen.kept:
+            base = source([prefix + path for path in chosen.kept]) / prefix
+            copied += copy_companions(base, chosen.kept, folder, is_second=index > 0)
+        tell(origin.source, _beside(prefix, chosen), out_of_reach if index == 0 else None)
     if copied:
         logger.info(f"Copied from {origin.source}: {', '.join(copied)}.")
     _name_local_code(folder, origin)
@@ -65,8 +66,8 @@ def _beside(prefix: str, chosen: Companions) -> Companions:
     return Companions(chosen.kept, {prefix + path: reason for path, reason in chosen.left_out.items()})
 
 
-_Found = tuple[Callable[[list[str]], Path], dict[str, int | None], list[str], Callable[[str], str]]
-"""Downloads files and returns the folder they are in; sizes by path; links that are not followed; reads a file."""
+_Found = tuple[Callable[[list[str]], Path], dict[str, int | None], dict[str, str], Callable[[str], str]]
+"""Downloads files and returns the folder they are in; sizes by path; what can't be copied -> why; reads a file."""
 
 
 def _found(origin: Origin, folder: Path) -> _Found | None:
@@ -93,7 +94,7 @@ def _found(origin: Origin, folder: Path) -> _Found | None:
             patterns = [glob.escape(path) for path in paths]
             return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, **options))
 
-        return download, sizes, [], text_of
+        return download, sizes, {}, text_of
     except Exception as error:  # of any kind: no network, no authorization, no such repository
         cached = folder_on_this_machine(repository, revision, origin.arguments.get("cache_dir"), origin.subfolder)
         if cached is not None:
@@ -107,8 +108,8 @@ def _found(origin: Origin, folder: Path) -> _Found | None:
 
 
 def _on_this_machine(source: Path, folder: Path) -> _Found:
-    sizes, leading_out = listed(source, but_not=folder)
-    return lambda paths: source, sizes, leading_out, lambda path: read_text(source / path)
+    sizes, out_of_reach = listed(source, but_not=folder)
+    return lambda paths: source, sizes, out_of_reach, lambda path: read_text(source / path)
 
 
 def _name_local_code(folder: Path, origin: Origin) -> None:
@@ -119,11 +120,10 @@ def _name_local_code(folder: Path, origin: Origin) -> None:
     prefix = f"{hub_id(origin.source)}--"
     for name in WITH_CODE:
         path = folder / name
-        if not path.is_file() or prefix not in (text := path.read_text(encoding="utf-8")):
-            continue
-        fields = json.loads(text)
-        references = fields.get("auto_map")
-        if not isinstance(references, dict | list):
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            references = fields["auto_map"]
+        except (OSError, ValueError, TypeError, KeyError):  # no such file, or nothing in it that we know
             continue
         changed = _without(prefix, references, folder)
         if changed != references:

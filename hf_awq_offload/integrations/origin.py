@@ -145,8 +145,11 @@ def origin_of(model: PreTrainedModel, checkpoint_files: Iterable[str | os.PathLi
         arguments.setdefault("cache_dir", in_cache["cache"])
         if call is None and "/" in in_cache["path"]:
             arguments["subfolder"] = str(PurePosixPath(in_cache["path"]).parent)
-    if hub_id(source) is None or os.path.isdir(source):
+    if hub_id(source) is None:
         commit = None
+    elif os.path.isdir(source):
+        snapshot = IN_CACHE.fullmatch(f"{Path(source).absolute().as_posix()}/")
+        commit = None if snapshot is None else snapshot["commit"]
     return Origin(source, arguments, commit)
 
 
