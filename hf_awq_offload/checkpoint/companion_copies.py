@@ -127,8 +127,8 @@ def tell(source: str, found: Companions, out_of_reach: Mapping[str, str] | None 
 
 
 def read_text(path: Path) -> str:
-    """Returns a file's text; what is no UTF-8 in it is replaced."""
-    return path.read_text(encoding="utf-8", errors="replace")
+    """Returns a file's text, "" if there is no such file; what is no UTF-8 in it is replaced."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _reachable_from(folder: Path) -> Path:

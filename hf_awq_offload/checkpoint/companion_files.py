@@ -113,7 +113,7 @@ _OF_THE_SAME_MODEL = frozenset([Reason.CARD, Reason.MEDIA, Reason.QUANTIZATION])
 """Reasons that don't count if the checkpoint only changes its format."""
 
 OTHER_WEIGHTS = [
-    *(f"*.{extension}" for extension in sorted(_ONLY_WEIGHTS | _TENSORS - {"safetensors", "data", "dat"})),
+    *(f"*.{extension}" for extension in sorted(_ONLY_WEIGHTS | {"bin", "pt", "pth", "ptl"})),
     *(f"{folder}/*" for folder in sorted(_OTHER_FORMATS)),
     "*/*.safetensors",
 ]
@@ -147,7 +147,7 @@ def why_left_out(
     """
     *folders, name = PurePosixPath(path).parts
     extension = name.rpartition(".")[2].lower() if "." in name else ""
-    if any(part.startswith(".") or part in _CACHES for part in (*folders, name)):
+    if any(part.startswith((".", "/")) or part in _CACHES for part in (*folders, name)):  # ".." leads out, too
         return Reason.HIDDEN
     if any(_TRAINING_FOLDERS.fullmatch(folder) for folder in folders) or _TRAINING.fullmatch(name):
         return Reason.TRAINING

@@ -46,13 +46,15 @@ def checkpoint_folder(name: str, options: argparse.Namespace) -> Path:
     arguments = {name: value for name, value in hub_arguments(options).items() if name != "subfolder"}
     wanted: dict[str, Any] = {"ignore_patterns": OTHER_WEIGHTS}
     if subfolder:
-        wanted = {"allow_patterns": f"{glob.escape(subfolder)}/*"}
+        others = [pattern for pattern in OTHER_WEIGHTS if pattern != "*/*.safetensors"]
+        wanted = {"allow_patterns": f"{glob.escape(subfolder)}/*", "ignore_patterns": others}
     with named(name):
         folder = Path(snapshot_download(name, **wanted, **arguments))
         modules = folder / subfolder / MODULES_NAME
         if modules.is_file() and not subfolder:  # their weights are part of the model
             inside = [f"{glob.escape(path)}/*" for path in module_folders(modules.read_text(encoding="utf-8"))]
-            snapshot_download(name, allow_patterns=inside, **arguments)
+            if inside:
+                snapshot_download(name, allow_patterns=inside, **arguments)
     return folder / subfolder
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
 from ..checkpoint.companion_copies import copy_companions, listed, read_text, tell
 from ..checkpoint.companion_files import Companions, companions
@@ -54,7 +54,8 @@ def bring_companions(origin: Origin, folder: Path) -> None:
     for index, (prefix, chosen) in enumerate(layers):
         if chosen.kept:
             base = source([prefix + path for path in chosen.kept]) / prefix
-            copied += copy_companions(base, chosen.kept, folder, is_second=index > 0)
+            there = [path for path in chosen.kept if (base / path).is_file()]
+            copied += copy_companions(base, there, folder, is_second=index > 0)
         tell(origin.source, _beside(prefix, chosen), out_of_reach if index == 0 else None)
     if copied:
         logger.info(f"Copied from {origin.source}: {', '.join(copied)}.")
@@ -81,22 +82,13 @@ def _found(origin: Origin, folder: Path) -> _Found | None:
         return None
     options: dict[str, Any] = {name: origin.arguments[name] for name in DOWNLOADING if name in origin.arguments}
     revision = origin.revision
+    cached = folder_on_this_machine(repository, revision, origin.arguments.get("cache_dir"), origin.subfolder)
     try:
         if options.get("local_files_only"):
             raise OSError("local_files_only is set")
         tree = HfApi(token=options.get("token")).list_repo_tree(repository, recursive=True, revision=revision)
         sizes = {entry.path: size for entry in tree if (size := getattr(entry, "size", None)) is not None}
-
-        def text_of(path: str) -> str:
-            return read_text(Path(hf_hub_download(repository, path, revision=revision, **options)))
-
-        def download(paths: list[str]) -> Path:
-            patterns = [glob.escape(path) for path in paths]
-            return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, **options))
-
-        return download, sizes, {}, text_of
     except Exception as error:  # of any kind: no network, no authorization, no such repository
-        cached = folder_on_this_machine(repository, revision, origin.arguments.get("cache_dir"), origin.subfolder)
         if cached is not None:
             return _on_this_machine(cached, folder)
         has_tokenizer = any((folder / name).exists() for name in TOKENIZER_MARKERS)
@@ -105,6 +97,25 @@ def _found(origin: Origin, folder: Path) -> _Found | None:
             f"without them{'' if has_tokenizer else ', and without a tokenizer: save one there as well'}."
         )
         return None
+
+    def text_of(path: str) -> str:
+        return read_text(download([path]) / path) if path in sizes else ""
+
+    def download(paths: list[str]) -> Path:
+        patterns = [glob.escape(path) for path in paths]
+        try:
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, **options))
+        except Exception as error:  # of any kind; what is in the cache is better than nothing
+            there = cached or folder
+            missing = [path for path in paths if not (there / path).is_file()]
+            if missing:
+                logger.warning(
+                    f"Not downloaded from {repository} ({type(error).__name__}), and so not saved with the model: "
+                    f"{', '.join(missing)}. Save the model once more when the hub can be reached."
+                )
+            return there
+
+    return download, sizes, {}, text_of
 
 
 def _on_this_machine(source: Path, folder: Path) -> _Found:

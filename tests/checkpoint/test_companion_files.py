@@ -161,6 +161,11 @@ def test_weights_states_and_what_is_nobody_elses_business_stay_behind(path):
     assert why_left_out(path, 1000) is not None
 
 
+@pytest.mark.parametrize("path", ["../stolen.txt", "a/../../stolen.txt", "/etc/stolen.txt"])
+def test_no_name_leads_out_of_the_folder(path):
+    assert companions({path: 9}, lambda name: "").kept == []
+
+
 def test_a_large_file_of_an_unknown_kind_stays_behind_and_a_large_tokenizer_does_not():
     assert why_left_out("something.unheard_of", MOST_BYTES) is None
     assert why_left_out("something.unheard_of", MOST_BYTES + 1) is Reason.LARGE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from hf_awq_offload import AwqOffloadConfig, quantize
 from hf_awq_offload.checkpoint.conversion import convert_checkpoint
 from hf_awq_offload.cli.main import main
+from hf_awq_offload.integrations import companions as module
 from hf_awq_offload.integrations.companions import bring_companions
 from hf_awq_offload.integrations.origin import Origin
 
@@ -139,3 +141,43 @@ def test_a_broken_file_is_copied_as_it_is(source, tmp_path):
     bring_companions(Origin(str(tmp_path / "source")), tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{"
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "[1]"
+
+
+def test_a_download_that_fails_loses_no_model_and_is_told(tmp_path, monkeypatch):
+    told: list[str] = []
+    files = [SimpleNamespace(path=name, size=9) for name in ("tokenizer.json", "modules.json", "LICENSE")]
+    monkeypatch.setattr(HfApi, "list_repo_tree", lambda self, *args, **kwargs: files)
+    monkeypatch.setattr(module.logger, "warning", told.append)
+
+    def fail(*args: Any, **kwargs: Any) -> str:
+        raise OSError("the line is dead")
+
+    monkeypatch.setattr(module, "snapshot_download", fail)
+    bring_companions(Origin("nobody/nothing", {"cache_dir": tmp_path / "cache"}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert "LICENSE, modules.json, tokenizer.json" in told[-1]
+
+
+def test_the_hub_is_asked_for_what_comes_along_at_the_commit_and_with_the_token(source, tmp_path, monkeypatch):
+    asked: list[dict[str, Any]] = []
+    paths = [path for path in source.rglob("*") if path.is_file()]
+    files = [SimpleNamespace(path=str(path.relative_to(source)), size=path.stat().st_size) for path in paths]
+
+    def list_repo_tree(self: HfApi, repository: str, **kwargs: Any) -> list[SimpleNamespace]:
+        asked.append(kwargs | {"token": self.token})
+        return files
+
+    monkeypatch.setattr(HfApi, "list_repo_tree", list_repo_tree)
+
+    def download(repository: str, **kwargs: Any) -> str:
+        asked.append(kwargs)
+        return str(source)
+
+    monkeypatch.setattr(module, "snapshot_download", download)
+    arguments = {"revision": "v2", "token": "hf_secret", "cache_dir": tmp_path / "cache"}
+    bring_companions(Origin("me/private", arguments, "0" * 40), tmp_path / "out")
+    copied = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in copied} == COMPANIONS
+    assert all(call["revision"] == "0" * 40 and call["token"] == "hf_secret" for call in asked)
+    assert all(call["cache_dir"] == tmp_path / "cache" for call in asked[1:])
+    assert {pattern for call in asked[1:] for pattern in call["allow_patterns"]} == COMPANIONS
