@@ -16,6 +16,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoModelForCausalLM
 
 from .checkpoint.output_folder import output_folder
+from .checkpoint.source_folders import places_of_files
 from .checkpoint.work_folder import move_into_place, work_folder
 from .config import AwqOffloadConfig
 from .errors import ConfigError
@@ -53,7 +54,7 @@ def quantize(
 
     Memory holds the embeddings while the first layer's inputs are computed; then one decoder layer, the next one if it
     is prefetched, the statistics and one micro-batch. Hidden states between two layers are on disk. The output is what
-    `from_pretrained` and `save_pretrained` would write, including the tokenizer or processor and the model card.
+    `from_pretrained` and `save_pretrained` would write, including all files that belong to the model, and its card.
 
     Args:
         src: name or folder of a full-precision checkpoint in safetensors files.
@@ -69,7 +70,8 @@ def quantize(
         repo_id: the checkpoint's future name on the hub, for the snippets in its card.
         model_class: the Auto class that loads the model.
         dtype: the model's dtype; "auto" is the checkpoint's.
-        kwargs: passed to `from_pretrained` (revision, token, trust_remote_code, …).
+        kwargs: passed to `from_pretrained` (revision, subfolder, token, trust_remote_code, …). Tokenizer, processor
+            and all other files come from the same revision. They are looked for in the subfolder, then in the root.
 
     Returns:
         The report of what was done, layer by layer.
@@ -89,9 +91,10 @@ def quantize(
         "report_dir": recipe.report_dir,
         "the data set": recipe.dataset if _is_path(recipe.dataset) else None,
     }
-    target = output_folder(out_dir, overwrite, kept=kept)
+    sources = places_of_files(src, **{name: kwargs.get(name) for name in ("revision", "cache_dir", "subfolder")})
+    target = output_folder(out_dir, overwrite, kept=kept, sources=sources)
     with work_folder(target) as work:
-        output_folder(target, overwrite, kept=kept)  # a killed run's predecessor may be back
+        output_folder(target, overwrite, kept=kept, sources=sources)  # a killed run's predecessor may be back
         keeps_journal = recipe.checkpoint_dir is not None
         recipe.checkpoint_dir = recipe.checkpoint_dir or work / "journal"
         model = load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)

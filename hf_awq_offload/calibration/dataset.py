@@ -73,6 +73,7 @@ def load_calibration_set(
     load_processor: Callable[[], ProcessorMixin] | None = None,
     accepts: frozenset[str] = frozenset(),
     placeholders: frozenset[int] = frozenset(),
+    arguments: Mapping[str, Any] | None = None,
 ) -> CalibrationSet:
     """Reads, tokenizes and cuts `config.dataset`; equal data and config give equal results.
 
@@ -84,6 +85,7 @@ def load_calibration_set(
             none.
         accepts: names of the data arguments of the model's forward pass.
         placeholders: ids that stand for images and the like; they may lie outside the vocabulary.
+        arguments: for loading a tokenizer or processor that the config names (token, cache_dir, …).
 
     Returns:
         At most n_samples sequences of at most max_seq_len tokens, (tokens,) int64 on the CPU.
@@ -94,10 +96,10 @@ def load_calibration_set(
 
     @functools.cache
     def get_tokenizer() -> PreTrainedTokenizerBase:
-        return tokenizer_of(config.tokenizer, load_tokenizer)
+        return tokenizer_of(config.tokenizer, load_tokenizer, arguments)
 
     def render_media(chat: Chat) -> Mapping[str, Any]:
-        return render_with_media(chat, processor_of(config.tokenizer, load_processor))
+        return render_with_media(chat, processor_of(config.tokenizer, load_processor, arguments))
 
     source = open_source(config, get_tokenizer)
     reading = _Reading(config, get_tokenizer, render_media, vocab_size, accepts, placeholders)

@@ -15,8 +15,15 @@ TEXT_BLOCK_CHARACTERS = 1 << 20
 """Longer documents are tokenized in blocks of this size, so that reading can stop in the middle of a book."""
 
 
-def tokenizer_of(given: Any, load_own: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+def tokenizer_of(
+    given: Any, load_own: Callable[[], PreTrainedTokenizerBase], arguments: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
     """Returns `given` or its tokenizer, the tokenizer of that name or path, or the checkpoint's own for None.
+
+    Args:
+        given: what the user has passed as `tokenizer`.
+        load_own: loads the checkpoint's own.
+        arguments: for loading the one of that name (token, cache_dir, …).
 
     Raises:
         CalibrationDataError: there is none, or it could not be loaded.
@@ -28,7 +35,7 @@ def tokenizer_of(given: Any, load_own: Callable[[], PreTrainedTokenizerBase]) ->
     which = "The checkpoint's own tokenizer" if given is None else f"The tokenizer {os.fspath(given)!r}"
     remedy = "Set `tokenizer` to a tokenizer, its name or path, or pass token ids as `dataset`."
     try:
-        tokenizer = load_own() if given is None else AutoTokenizer.from_pretrained(given)
+        tokenizer = load_own() if given is None else AutoTokenizer.from_pretrained(given, **(arguments or {}))
     except Exception as error:  # of any kind: files, network, remote code
         raise CalibrationDataError(
             f"The calibration data is text, but its tokenizer is missing. {which} could not be loaded "
@@ -39,8 +46,10 @@ def tokenizer_of(given: Any, load_own: Callable[[], PreTrainedTokenizerBase]) ->
     return tokenizer
 
 
-def processor_of(given: Any, load_own: Callable[[], ProcessorMixin] | None) -> ProcessorMixin:
-    """Returns `given`, the processor of that name or path, or the checkpoint's own for None.
+def processor_of(
+    given: Any, load_own: Callable[[], ProcessorMixin] | None, arguments: Mapping[str, Any] | None = None
+) -> ProcessorMixin:
+    """Returns `given`, the processor of that name or path, or the checkpoint's own for None; see `tokenizer_of`.
 
     Raises:
         CalibrationDataError: there is none, or it could not be loaded.
@@ -53,7 +62,10 @@ def processor_of(given: Any, load_own: Callable[[], ProcessorMixin] | None) -> P
             raise TypeError(f"`tokenizer` is a {type(given).__name__}, which takes text only")
         if given is None and load_own is None:
             raise TypeError("the model has none")
-        processor = load_own() if given is None and load_own is not None else AutoProcessor.from_pretrained(given)
+        if given is None and load_own is not None:
+            processor = load_own()
+        else:
+            processor = AutoProcessor.from_pretrained(given, **(arguments or {}))
     except Exception as error:  # of any kind: files, network, remote code, missing packages
         raise CalibrationDataError(
             f"The calibration data holds images, but their processor could not be loaded ({type(error).__name__}: "

@@ -4,13 +4,12 @@
 
 Integers, zero points and scales keep their values. What the other format can't hold is refused before anything is
 written. The exception: only the conversion itself finds scales that lose bits in the new dtype; it then leaves nothing
-behind. All other tensors are copied byte by byte, and all other files unchanged.
+behind. All other tensors are copied byte by byte. Files beside the weights come along unchanged (companion_files.py).
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from ..formats.grid import SCALE_DTYPE, Grid
 from ..formats.layouts import AWQ_FORMATS, COMPRESSED_TENSORS, GEMM, GEMV, names_in, tensors_of
 from ..formats.pack_quantized import PackQuantizedWeight
 from ..logs import get_logger
+from .companion_copies import copy_all_companions
 from .config_file import completed, text_of
 from .dense_modules import DenseModules, dense_modules
 from .inspection import inspect_checkpoint
@@ -79,18 +79,16 @@ def convert_checkpoint(
         ConfigError: `out_dir` may not be replaced, see `output_folder`.
         StorageError: a file can't be written.
     """
-    target = output_folder(out_dir, overwrite, kept={"the source itself": source})
+    kept = {"the source itself": source}
+    target = output_folder(out_dir, overwrite, kept=kept, sources=[source])
     checkpoint = open_checkpoint(source)
     job = _Conversion(checkpoint, to, scale_dtype)
     with work_folder(target) as work:
-        output_folder(target, overwrite, kept={"the source itself": source})  # a killed run's predecessor may be back
+        output_folder(target, overwrite, kept=kept, sources=[source])  # a killed run's predecessor may be back
         assembled = work / "checkpoint"
         assembled.mkdir()
         job.write(assembled)
-        for path in sorted(source.iterdir()):
-            if not (path.name in (CONFIG_NAME, INDEX_NAME) or path.suffix == ".safetensors"):
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                copy(path, assembled / path.name)
+        copy_all_companions(source, assembled, same_model=True)
         size_bytes = sum(file.stat().st_size for file in assembled.glob("*.safetensors"))
         move_into_place(assembled, target, work)
     return Converted(checkpoint.format, to, len(checkpoint.linears), size_bytes)
@@ -257,7 +255,7 @@ class _Conversion:
         if not hasattr(self, "_built"):
             self._built: tuple[PreTrainedModel | None, Any] = (None, None)
             try:
-                config = AutoConfig.from_pretrained(self.checkpoint.folder)
+                config = AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=False)  # None would ask
                 config.__dict__.pop("quantization_config", None)
                 model_class = getattr(transformers, (config.architectures or ["?"])[0])
                 with torch.device("meta"):

@@ -1,18 +1,21 @@
 """Decides whether a finished checkpoint may replace a folder; refuses whatever is not clearly a checkpoint.
 
 A folder is replaced as a whole, so everything in it is deleted. It may be replaced only if it holds a checkpoint and
-nothing else: config.json, and names that transformers, this package or a server's model repository give their files.
+nothing else: config.json, names that transformers, this package or a server's model repository give their files, and
+copies of files that the source still has.
 """
 
 from __future__ import annotations
 
+import filecmp
 import os
 import pwd
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
+from .companion_files import Reason, why_left_out
 
 PathLike = str | os.PathLike[str]
 
@@ -29,29 +32,47 @@ CHECKPOINT_NAMES = re.compile(
     """,
     re.VERBOSE,
 )
+NEVER_COPIED = frozenset([Reason.HIDDEN, Reason.TRAINING, Reason.DATA, Reason.PRIVATE])
 CHECKPOINT_FOLDERS = {"additional_chat_templates": re.compile(r".+\.jinja")}
 """Folder inside a checkpoint -> names of the files in it."""
 
 
-def foreign_entry(folder: Path) -> Path | None:
+def foreign_entry(folder: Path, sources: Sequence[Path] = ()) -> Path | None:
     """Returns something in `folder` that is no part of a checkpoint; None if the folder is empty or a checkpoint alone.
 
     A folder with files of a checkpoint, but without config.json, is foreign as a whole.
+
+    Args:
+        folder: the folder to look into.
+        sources: folders whose files come along with the checkpoint: a copy of one, in the same place, is not foreign.
     """
     entries = sorted(folder.iterdir())
     for entry in entries:
-        names = CHECKPOINT_FOLDERS.get(entry.name)
-        if names is not None and entry.is_dir() and not entry.is_symlink():
-            foreign = next((path for path in sorted(entry.iterdir()) if not _is_named(path, names)), None)
-            if foreign is not None:
-                return foreign
-        elif not _is_named(entry, CHECKPOINT_NAMES):
+        if entry.is_dir() and not entry.is_symlink() and (entry.name in CHECKPOINT_FOLDERS or sources):
+            names = CHECKPOINT_FOLDERS.get(entry.name)
+            inside = sorted(path for path in entry.rglob("*") if path.is_symlink() or not path.is_dir())
+            for path in inside:
+                is_named = names is not None and path.parent == entry and _is_named(path, names)
+                if not is_named and not _came_along(path, folder, sources):
+                    return path
+            if not inside and names is None:
+                return entry
+        elif not _is_named(entry, CHECKPOINT_NAMES) and not _came_along(entry, folder, sources):
             return entry
     return entries[0] if entries and not (folder / CONFIG_NAME).is_file() else None
 
 
 def _is_named(path: Path, names: re.Pattern[str]) -> bool:
     return path.is_file() and names.fullmatch(path.name) is not None
+
+
+def _came_along(path: Path, folder: Path, sources: Sequence[Path]) -> bool:
+    """Whether a file of the checkpoint in `folder` is a copy of a source's, which would be copied again."""
+    relative = path.relative_to(folder)
+    if not path.is_file() or why_left_out(relative.as_posix(), None) in NEVER_COPIED:
+        return False
+    originals = [source / relative for source in sources]
+    return any(original.is_file() and filecmp.cmp(path, original, shallow=False) for original in originals)
 
 
 def output_folder(
@@ -61,6 +82,7 @@ def output_folder(
     field: str = "out_dir",
     remedy: str | None = "overwrite=True",
     kept: Mapping[str, PathLike | None] | None = None,
+    sources: Sequence[Path] = (),
 ) -> Path:
     """Returns the folder that a result goes to, absolute, links resolved, once it is safe to put the result there.
 
@@ -70,6 +92,7 @@ def output_folder(
         field: what the user calls `path`.
         remedy: what the user passes to replace a checkpoint; None if there is no such option.
         kept: what the user calls a path -> that path; neither it nor anything above it may be replaced.
+        sources: see `foreign_entry`.
 
     Raises:
         ConfigError: `path` is empty, a file, the working directory, a home or a mount point, or above one of these; it
@@ -89,7 +112,7 @@ def output_folder(
             raise ConfigError(
                 f"{field} {path} exists and is not empty; nothing was changed. Name another folder{instead}."
             )
-        foreign = foreign_entry(target)
+        foreign = foreign_entry(target, sources)
         if foreign is not None:
             raise ConfigError(
                 f"{field} {path} cannot be replaced: {foreign.relative_to(target)} is no part of a checkpoint, and "

@@ -15,7 +15,7 @@ from .outcome import Outcome
 
 def run(options: argparse.Namespace) -> Outcome:
     """Runs the command; a conversion that fails leaves nothing behind."""
-    source = checkpoint_folder(options.source, options.revision)
+    source = checkpoint_folder(options.source, options)
     scale_dtype = getattr(torch, options.scale_dtype) if options.scale_dtype else None
     done = convert_checkpoint(
         source, Path(options.out), options.to, scale_dtype=scale_dtype, overwrite=options.overwrite

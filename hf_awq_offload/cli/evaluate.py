@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> Outcome:
     if len(token_ids) < 2:
         raise CommandError(f"{options.dataset} has {len(token_ids)} tokens; expected at least two.")
     model = load(options.model, options)
-    reference = load(options.against, options) if options.against else None
+    reference = load(options.against, options, options.against_revision) if options.against else None
     evaluation = evaluate(model, sliding_windows(token_ids, options.window, stride), reference)
     speed = decoding_tokens_per_second(model, options.new_tokens) if options.new_tokens else None
     document = {

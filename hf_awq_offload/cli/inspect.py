@@ -14,7 +14,7 @@ from .outcome import DAMAGED, OK, Outcome
 
 def run(options: argparse.Namespace) -> Outcome:
     """Runs the command; the exit code is 3 if there is damage."""
-    inspection = inspect_checkpoint(checkpoint_folder(options.checkpoint, options.revision), options.headers_only)
+    inspection = inspect_checkpoint(checkpoint_folder(options.checkpoint, options), options.headers_only)
     text = _text(options.checkpoint, inspection, options.headers_only)
     return Outcome(_document(options, inspection), text, DAMAGED if inspection.is_damaged else OK)
 

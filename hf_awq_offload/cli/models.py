@@ -7,36 +7,50 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
-from .checkpoint_folder import named
+from ..integrations.origin import TOKENIZER_MARKERS, Origin
+from .checkpoint_folder import hub_arguments, named
 from .outcome import CommandError
 
 
-def load_tokenizer(source: str, options: argparse.Namespace) -> Any:
-    """Loads a tokenizer by name or path.
+def load_tokenizer(source: str, options: argparse.Namespace, revision: str | None = None) -> Any:
+    """Loads a tokenizer by name or path; the command's model's own comes from the model's revision.
 
     Raises:
         CommandError: there is none, or it can't be loaded.
     """
     try:
         with named(source):
-            return AutoTokenizer.from_pretrained(source, **_from_hub(options))
+            arguments = from_hub(options, source) | ({"revision": revision} if revision else {})
+            return Origin(source, arguments).load(AutoTokenizer, TOKENIZER_MARKERS)
     except (ValueError, OSError) as error:
         raise CommandError(f"{source} has no tokenizer that loads: {error} Name one with --tokenizer.") from error
 
 
-def load(source: str, options: argparse.Namespace) -> PreTrainedModel:
+def load(source: str, options: argparse.Namespace, revision: str | None = None) -> PreTrainedModel:
     """Loads a model as the options say, in evaluation mode.
+
+    Args:
+        source: name or folder.
+        options: --revision, --subfolder and --variant are for the command's model alone.
+        revision: that of `source`, if it is another model.
 
     Raises:
         CommandError: `source` could not be downloaded.
     """
     model_class: Any = AutoModelForImageTextToText if options.image_text else AutoModelForCausalLM
     device_map = None if options.device_map == "none" else options.device_map
+    arguments = from_hub(options, source) | ({"revision": revision} if revision else {})
     with named(source):
-        model = model_class.from_pretrained(source, dtype=options.dtype, device_map=device_map, **_from_hub(options))
+        model = model_class.from_pretrained(source, dtype=options.dtype, device_map=device_map, **arguments)
     return model.eval()
 
 
-def _from_hub(options: argparse.Namespace) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"trust_remote_code": True} if options.trust_remote_code else {}
-    return arguments | ({"revision": options.revision} if options.revision else {})
+def from_hub(options: argparse.Namespace, source: str | None = None) -> dict[str, Any]:
+    """Returns the arguments of `from_pretrained` that say where files come from, and whether code may run.
+
+    `source` is what is loaded, by default the command's model.
+    """
+    arguments = hub_arguments(options) | ({"variant": options.variant} if options.variant else {})
+    if source is not None and source != options.model:
+        arguments = {name: arguments[name] for name in arguments if name not in ("revision", "subfolder", "variant")}
+    return arguments | {"trust_remote_code": options.trust_remote_code}  # False, not None: None asks

@@ -95,13 +95,22 @@ def add_loading_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--dtype", default="auto", metavar="DTYPE", help="the model's dtype, such as bfloat16 [the checkpoint's]"
     )
-    group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    add_source_options(group)
+    group.add_argument("--variant", metavar="NAME", help="weights of this variant, such as fp16")
     group.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
+
+
+def add_source_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    group.add_argument("--subfolder", metavar="DIR", help="folder of the model in the checkpoint [its root]")
+    group.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept [HF_HUB_CACHE]")
+    group.add_argument("--local-files-only", action="store_true", help="download nothing")
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="any checkpoint: a folder, or a name on the hub")
     parser.add_argument("--against", metavar="BASE", help="measure KL divergence and top-1 agreement with this model")
+    parser.add_argument("--against-revision", metavar="REV", help="branch, tag or commit of BASE [main]")
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset", default="wikitext2", metavar="DATA", help="a text file, or the name of a data set [wikitext2]"
@@ -126,7 +135,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
 def add_inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the hub")
     parser.add_argument("--headers-only", action="store_true", help="check sizes and shapes only, read no tensors")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    add_source_options(parser)
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +145,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     of_scales = "dtype of the scales in compressed-tensors [the model's]"
     parser.add_argument("--scale-dtype", choices=SCALE_DTYPES, help=of_scales)
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in OUT")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    add_source_options(parser)
 
 
 def add_demo_options(parser: argparse.ArgumentParser) -> None:

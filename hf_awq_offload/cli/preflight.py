@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ..checkpoint.output_folder import output_folder
+from ..checkpoint.source_folders import places_of_files
 from ..errors import ConfigError
 from .outcome import CommandError, UsageError
 from .recipe_file import read_recipe_file
@@ -35,34 +36,43 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("--limit and --tasks-path require --tasks; to limit the text, use --tokens.")
     for name in ("source", "model", "against", "checkpoint"):
         if getattr(options, name, None) is not None:
-            _check_source(getattr(options, name))
+            _check_source(
+                getattr(options, name), "" if name == "against" else getattr(options, "subfolder", None) or ""
+            )
+    if getattr(options, "against_revision", None) and not options.against:
+        raise UsageError("--against-revision requires --against.")
     if (
         options.command in ("quantize", "convert", "demo")
         and not getattr(options, "plan", False)
         and options.out is not None
     ):
-        _check_out(options.out, getattr(options, "source", None), getattr(options, "overwrite", None))
+        _check_out(options)
 
 
-def _check_source(source: str) -> None:
+def _check_source(source: str, subfolder: str) -> None:
     folder = Path(source)
     if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise CommandError(f"{source} holds no config.json; expected a checkpoint folder.")
+        if not any((folder / subfolder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise CommandError(f"{folder / subfolder} holds no config.json; expected a checkpoint folder.")
     elif folder.exists():
         raise CommandError(f"{source} is a file; expected a checkpoint folder, or a name on the hub.")
     elif not HUB_NAME.fullmatch(source) or source.startswith("."):
         raise CommandError(f"There is no folder {source}; expected a checkpoint folder, or a name on the hub.")
 
 
-def _check_out(out: str, source: str | None, overwrite: bool | None) -> None:
-    """Checks that the result can go to `out`; `overwrite` is None if the command has no such option.
+def _check_out(options: argparse.Namespace) -> None:
+    """Checks that the result can go to OUT; some commands have no --overwrite.
 
     Raises:
         CommandError: the result cannot go there; see `output_folder`.
     """
+    source, overwrite = getattr(options, "source", None), getattr(options, "overwrite", None)
     kept = {"the source itself": source if source is not None and Path(source).exists() else None}
+    sources = []
+    if overwrite and source is not None:
+        sources = places_of_files(source, options.revision, options.cache_dir, options.subfolder)
+    remedy = None if overwrite is None else "--overwrite"
     try:
-        output_folder(out, bool(overwrite), field="OUT", remedy=None if overwrite is None else "--overwrite", kept=kept)
+        output_folder(options.out, bool(overwrite), field="OUT", remedy=remedy, kept=kept, sources=sources)
     except ConfigError as error:
         raise CommandError(str(error)) from error

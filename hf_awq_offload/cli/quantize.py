@@ -19,6 +19,7 @@ from ..planning import Plan, plan
 from ..report import QuantizationReport
 from ..streamed import quantize
 from .checkpoint_folder import named
+from .models import from_hub
 from .outcome import CommandError, Interrupted, Outcome
 
 JOURNAL_SUFFIX = ".journal"
@@ -68,11 +69,7 @@ def loading(options: argparse.Namespace) -> dict[str, Any]:
         "model_class": AutoModelForImageTextToText if options.image_text else AutoModelForCausalLM,
         "dtype": options.dtype,
     }
-    if options.revision:
-        arguments["revision"] = options.revision
-    if options.trust_remote_code:
-        arguments["trust_remote_code"] = True
-    return arguments
+    return arguments | from_hub(options)
 
 
 # -- the journal -------------------------------------------------------------------------------------------------------

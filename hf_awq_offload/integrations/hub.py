@@ -1,4 +1,4 @@
-"""Adds the card and the tokenizer or processor to a quantized model that is saved or pushed.
+"""Adds the card and the files that come along to a quantized model that is saved or pushed.
 
 `accompany` overrides two methods on the model instance: `save_pretrained`, which completes the folder after
 transformers has written it, and `_upload_modified_files`, which `push_to_hub` and `save_pretrained(push_to_hub=True)`
@@ -9,34 +9,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.config_file import add_older_keys
 from ..formats.compressed_tensors_config import META_ATTRIBUTE
-from ..logs import get_logger
 from ..nn.quantized_linear import QuantizedLinear
 from ..report import QuantizationReport
 from ..reporting.evaluation import Evaluation
+from .companions import bring_companions
 from .model_card import BEGIN, PICTURE, CardFacts, hub_id, proposed_name, write_card
-
-logger = get_logger(__name__)
-
-TOKENIZER_FILES = (
-    *("tokenizer*.json", "tokenizer.model", "*.tiktoken", "spiece.model", "sentencepiece*.model", "tekken.json"),
-    *("vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    "additional_chat_templates/*",
-)
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-PROCESSING_FILES = (*TOKENIZER_FILES, *PROCESSOR_FILES, "LICENSE*")
-"""Files of a checkpoint that turn text, images and sound into its input, and its licence."""
+from .origin import Origin
 
 NOT_PUSHED = (
     "The quantized model was not pushed to {repo_id}, and nothing of it is visible there. It is unchanged in memory, "
@@ -45,16 +34,21 @@ NOT_PUSHED = (
 )
 
 
-def accompany(model: PreTrainedModel, report: QuantizationReport | None = None, tokenizer: Any = None) -> None:
-    """Makes `model` save and push its card and its tokenizer or processor along with its weights.
+def accompany(
+    model: PreTrainedModel, origin: Origin, report: QuantizationReport | None = None, tokenizer: Any = None
+) -> None:
+    """Makes `model` save and push its card, and all files that belong to it, along with its weights.
 
     Args:
-        model: a quantized model; its origin is the current `config.name_or_path`.
+        model: a quantized model.
+        origin: where it was loaded from.
         report: the report of the quantization, if it was just done.
-        tokenizer: saved if the model's origin has no tokenizer.
+        tokenizer: saved if the model's origin has no tokenizer; a name or path is not.
     """
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = None
     instance = cast(Any, model)
-    instance._awq_companions = _Companions(str(model.config.name_or_path or ""), report, tokenizer)
+    instance._awq_companions = _Companions(origin, report, tokenizer)
     instance.save_pretrained = partial(_save_pretrained, model)
     instance._upload_modified_files = partial(_upload_modified_files, model)
 
@@ -63,6 +57,7 @@ def describe_origin(model: PreTrainedModel, base: str | None, tokenizer: Any) ->
     """Sets the real base and tokenizer of a model that was quantized from a temporary folder."""
     known: _Companions = cast(Any, model)._awq_companions
     known.base_model, known.proposed_name, known.tokenizer = hub_id(base), proposed_name(base), tokenizer
+    known.commit = known.revision_name = None
 
 
 def record_evaluation(model: PreTrainedModel, name: str, evaluation: Evaluation) -> None:
@@ -73,17 +68,18 @@ def record_evaluation(model: PreTrainedModel, name: str, evaluation: Evaluation)
 class _Companions:
     """What goes along with a model when it is saved."""
 
-    def __init__(self, source: str, report: QuantizationReport | None, tokenizer: Any):
-        self.source = source
-        self.base_model = None if report is None else hub_id(source)
-        self.proposed_name = proposed_name(source)
+    def __init__(self, origin: Origin, report: QuantizationReport | None, tokenizer: Any):
+        self.origin = origin
+        self.base_model = None if report is None else hub_id(origin.source)
+        self.commit, self.revision_name = origin.commit, origin.revision_name
+        self.proposed_name = proposed_name(origin.source)
         self.report = report
         self.tokenizer = tokenizer
         self.evaluations: dict[str, Evaluation] = {}
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-    """Saves as transformers does, then adds the card and the tokenizer or processor."""
+    """Saves as transformers does, then adds the card and all other files."""
     result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
     is_main_process = args[0] if args else kwargs.get("is_main_process", True)
     is_pushed = args[2] if len(args) > 2 else kwargs.get("push_to_hub", False)
@@ -103,6 +99,8 @@ def _upload_modified_files(
     if _is_quantized(model):
         complete(model, Path(working_dir), repo_id)
     try:
+        if _has_deep_folders(Path(working_dir)):
+            return _upload_all_depths(model, Path(working_dir), repo_id, *args, **kwargs)
         return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
     except HfHubHTTPError as error:
         error.append_to_message("\n" + NOT_PUSHED.format(repo_id=repo_id))
@@ -113,8 +111,53 @@ def _upload_modified_files(
         raise RuntimeError(f"{error} {error.__cause__}\n{NOT_PUSHED.format(repo_id=repo_id)}") from error
 
 
+def _has_deep_folders(folder: Path) -> bool:
+    """Whether there are folders in folders, which transformers does not upload."""
+    return any(path.is_dir() for path in folder.glob("*/*"))
+
+
+def _upload_all_depths(
+    model: PreTrainedModel,
+    working_dir: Path,
+    repo_id: str,
+    files_timestamps: dict[str, float],
+    commit_message: str | None = None,
+    token: bool | str | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    commit_description: str | None = None,
+) -> Any:
+    """Uploads what transformers' method of the same arguments does, and what is deeper, in one commit."""
+    api = HfApi(token=token)
+    changed = [
+        path
+        for path in sorted(working_dir.iterdir())
+        if path.name not in files_timestamps or path.stat().st_mtime > files_timestamps[path.name]
+    ]
+    files = [file for path in changed for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    operations = [
+        CommitOperationAdd(path_or_fileobj=str(file), path_in_repo=file.relative_to(working_dir).as_posix())
+        for file in files
+        if file.is_file()
+    ]
+    if revision is not None and not revision.startswith("refs/pr"):
+        try:
+            api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
+        except HfHubHTTPError as error:
+            if not create_pr or error.response.status_code != 403:  # else there is no access, and a PR needs none
+                raise
+    return api.create_commit(
+        repo_id=repo_id,
+        operations=operations,
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        create_pr=create_pr,
+        revision=revision,
+    )
+
+
 def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -> None:
-    """Adds the card, older keys of config.json, and missing tokenizer or processor files to a saved model's folder.
+    """Adds the card, older keys of config.json, and the missing files of the model to the folder of a saved model.
 
     Args:
         model: a model that was passed to `accompany`.
@@ -123,10 +166,10 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
     """
     known: _Companions = cast(Any, model)._awq_companions
     add_older_keys(folder, type(model.config))
-    copy_processing(known.source, folder, getattr(model.config, "_commit_hash", None))
+    bring_companions(known.origin, folder)
     if known.tokenizer is not None and not (folder / "tokenizer_config.json").exists():
         known.tokenizer.save_pretrained(folder)
-    own_card = _own_card(known.source)
+    own_card = _own_card(known.origin)
     if known.report is None and own_card is not None and not (folder / "README.md").exists():
         shutil.copyfile(own_card, folder / "README.md")  # this checkpoint's own, with its measurements
         if (own_card.parent / PICTURE).exists():
@@ -137,6 +180,8 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
     facts = CardFacts(
         quantization_config={"meta": getattr(model.config, META_ATTRIBUTE, {})} | fields,
         base_model=known.base_model,
+        commit=known.commit if known.base_model else None,
+        revision_name=known.revision_name if known.base_model else None,
         report=known.report,
         evaluations=known.evaluations,
         quantized_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
@@ -144,24 +189,6 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
         repo_id=repo_id or f"your-name/{known.proposed_name}",
     )
     write_card(folder, facts)
-
-
-def copy_processing(source: str, folder: Path, revision: str | None = None) -> None:
-    """Copies tokenizer and processor files from `source`, a folder or a name on the hub; existing files stay."""
-    wanted = ["LICENSE*"]
-    if not (folder / "tokenizer_config.json").exists():  # if it exists, the tokenizer is complete: don't mix two
-        wanted += TOKENIZER_FILES
-    if not any((folder / name).exists() for name in PROCESSOR_FILES):
-        wanted += PROCESSOR_FILES
-    origin = _origin(source, revision)
-    if origin is None:
-        return
-    for file in sorted(origin.rglob("*")):
-        name = file.relative_to(origin).as_posix()
-        target = folder / name
-        if file.is_file() and not target.exists() and any(fnmatch(name, pattern) for pattern in wanted):
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
 
 
 def full_precision_bytes(model: nn.Module) -> int:
@@ -179,23 +206,10 @@ def full_precision_bytes(model: nn.Module) -> int:
     return total_bytes
 
 
-def _origin(source: str, revision: str | None) -> Path | None:
-    """Returns the folder that holds the tokenizer and processor files of `source`, or None."""
-    if not source or Path(source).is_dir():
-        return Path(source) if source else None
-    if hub_id(source) is None:
-        return None
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(PROCESSING_FILES)))
-    except Exception as error:  # of any kind: network, authorization, no such repository
-        logger.info(f"The tokenizer of {source} could not be downloaded ({type(error).__name__}); saving without it.")
-        return None
-
-
-def _own_card(source: str) -> Path | None:
+def _own_card(origin: Origin) -> Path | None:
     """Returns the card in the folder that a quantized model was loaded from, if this package wrote it."""
-    path = Path(source) / "README.md"
-    return path if source and path.is_file() and BEGIN in path.read_text(encoding="utf-8") else None
+    path = Path(origin.source, origin.subfolder, "README.md")
+    return path if origin.source and path.is_file() and BEGIN in path.read_text(encoding="utf-8") else None
 
 
 def _is_quantized(model: PreTrainedModel) -> bool:

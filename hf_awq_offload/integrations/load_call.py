@@ -1,14 +1,16 @@
-"""Remembers the call of `from_pretrained` that a model is quantized in, so that its arguments reach everything.
+"""Remembers the call of `from_pretrained` that a model is loaded in, so that its arguments reach everything.
 
 transformers hands a quantizer the model and its files, but not where they come from: revision, token, cache_dir and
 the like. `remember_calls` wraps the two methods that every load goes through, those of `PreTrainedModel` and of the
-Auto classes. Calls without a recipe pass through unchanged.
+Auto classes. Calls without a recipe run unchanged: their arguments serve checkpoints that are quantized already, and
+models that `quantize_model` is given later.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,12 +35,13 @@ HUB_ARGUMENTS = (
 
 @dataclass
 class LoadCall:
-    """One call of `from_pretrained` with a recipe."""
+    """One call of `from_pretrained`."""
 
     source: str
     """The name or folder that was passed."""
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict, repr=False)
     """All arguments by name, those that transformers has resolved meanwhile (revision) as resolved."""
+    has_recipe: bool = True
     is_streamed: bool = False
     """Whether weights stay on the disk, and quantizing is left to the caller."""
     opened: Source | None = None
@@ -75,46 +78,64 @@ def is_only_loading() -> bool:
 
 def current_call() -> LoadCall | None:
     """Returns the call that this code runs in; None outside `from_pretrained`, or if it has no recipe."""
+    call = _current.get()
+    return call if call is not None and call.has_recipe else None
+
+
+def enclosing_call() -> LoadCall | None:
+    """Returns the call that this code runs in, with a recipe or without; None outside `from_pretrained`."""
     return _current.get()
 
 
-def remember_calls(look: Callable[[LoadCall], None], explain: Callable[[LoadCall, ValueError], None]) -> None:
+def remember_calls(
+    look: Callable[[LoadCall], None],
+    explain: Callable[[LoadCall, ValueError], None],
+    note_loaded: Callable[[PreTrainedModel], None],
+) -> None:
     """Wraps `from_pretrained` of models and Auto classes; call it once.
 
     Args:
-        look: is given each call before transformers does anything; may raise an error.
-        explain: may raise a better error than the one that transformers has raised.
+        look: is given each call with a recipe before transformers does anything; may raise an error.
+        explain: may raise a better error than the one that transformers has raised in such a call.
+        note_loaded: is called with every model that was loaded without a recipe, while its call is current.
     """
     for owner in (PreTrainedModel, *_with_subclasses(_BaseAutoModelClass)):
         if "from_pretrained" in vars(owner):  # Auto classes have copies of the base class's method
             method = vars(owner)["from_pretrained"].__func__
-            cast(Any, owner).from_pretrained = classmethod(_remembered(method, look, explain))
+            cast(Any, owner).from_pretrained = classmethod(_remembered(method, look, explain, note_loaded))
 
 
 def _with_subclasses(base: type) -> Iterator[type]:
     yield base
-    subclass: type
-    for subclass in type.__subclasses__(base):
+    subclasses: list[type] = type.__subclasses__(base)
+    for subclass in subclasses:
         yield from _with_subclasses(subclass)
 
 
 def _remembered(
-    method: Callable[..., Any], look: Callable[[LoadCall], None], explain: Callable[[LoadCall, ValueError], None]
+    method: Callable[..., Any],
+    look: Callable[[LoadCall], None],
+    explain: Callable[[LoadCall, ValueError], None],
+    note_loaded: Callable[[PreTrainedModel], None],
 ) -> Callable[..., Any]:
     signature = inspect.signature(method, follow_wrapped=False)
 
     @functools.wraps(method)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         has_recipe = isinstance(kwargs.get("quantization_config"), AwqOffloadConfig)
-        outer = _current.get()
-        if not has_recipe and outer is None:
-            return method(cls, *args, **kwargs)
+        if has_recipe and kwargs.get("trust_remote_code") is None and not _can_be_asked():
+            kwargs["trust_remote_code"] = False  # transformers would wait for an answer
         bound = signature.bind_partial(cls, *args, **kwargs).arguments
         named = {name: value for name, value in bound.items() if name not in ("cls", "model_args", "kwargs")}
-        arguments = named | kwargs
-        source = arguments.pop("pretrained_model_name_or_path", None)
-        with _calling(str(source), arguments if has_recipe else None) as call:
-            if call is None or call is outer:
+        source = named.pop("pretrained_model_name_or_path", None)
+        outer = _current.get()
+        with _calling(str(source or ""), named | kwargs) as call:
+            if not has_recipe:
+                loaded = method(cls, *args, **kwargs)
+                if isinstance(loaded, PreTrainedModel):
+                    note_loaded(loaded)
+                return loaded
+            if call is outer:
                 return method(cls, *args, **kwargs)
             look(call)
             try:
@@ -126,20 +147,27 @@ def _remembered(
     return from_pretrained
 
 
-@contextmanager
-def _calling(source: str, arguments: dict[str, Any] | None) -> Iterator[LoadCall | None]:
-    """Makes a call current inside the context; None stands for one without a recipe.
+def _can_be_asked() -> bool:
+    """Whether there is a terminal at which a user can answer."""
+    try:
+        return sys.stdin is not None and sys.stdin.isatty()
+    except ValueError:  # closed
+        return False
 
-    An Auto class calls the model's class. Both are one call, of which the model's class knows more. A call without a
-    recipe inside one with a recipe, such as that of a backbone, is none of its business.
+
+@contextmanager
+def _calling(source: str, arguments: dict[str, Any]) -> Iterator[LoadCall]:
+    """Makes the call current inside the context.
+
+    An Auto class calls the model's class. With a recipe, both are one call, of which the model's class knows more. Any
+    other call inside one, such as that of a backbone, is a call of its own.
     """
     call = _current.get()
-    if arguments is None:
-        call = None
-    elif call is None:
-        call = LoadCall(source, arguments, _is_only_loading.get())
-    else:
+    has_recipe = isinstance(arguments.get("quantization_config"), AwqOffloadConfig)
+    if call is not None and call.has_recipe and has_recipe:
         call.arguments |= arguments
+    else:
+        call = LoadCall(source, arguments, has_recipe, _is_only_loading.get())
     token = _current.set(call)
     try:
         yield call

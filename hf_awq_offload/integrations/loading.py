@@ -129,8 +129,10 @@ def to_gemm_converter(version: str, quantizer: Any) -> WeightConverter:
         ) from error
 
 
-def keep_gemm(model: PreTrainedModel) -> None:
+def keep_gemm(model: PreTrainedModel, config: AwqCheckpointConfig | PackedCheckpointConfig) -> None:
     """Drops the converters to GEMM once they have done their work: the model is saved in the layout that it has now."""
+    if isinstance(config, AwqCheckpointConfig):
+        config.version = "gemm"
     conversions = getattr(model, "_weight_conversions", None) or []
     cast(Any, model)._weight_conversions = [
         entry

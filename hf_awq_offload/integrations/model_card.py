@@ -23,6 +23,7 @@ BEGIN = "<!-- hf_awq_offload: begin, rewritten when the checkpoint is saved -->"
 END = "<!-- hf_awq_offload: end -->"
 PICTURE = "awq_losses.png"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+REVISION = re.compile(r"[\w./-]+")
 CACHE_FOLDER = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
 SERVED_BITS = (4, 8)
 """Bits that vLLM and SGLang have kernels for in all releases that read packed weights (docs/formats.md)."""
@@ -37,6 +38,8 @@ class CardFacts:
 
     quantization_config: Mapping[str, Any]  # as in config.json
     base_model: str | None = None  # hub id
+    commit: str | None = None  # of the base model
+    revision_name: str | None = None  # branch or tag of the base model that was asked for
     report: QuantizationReport | None = None
     evaluations: Mapping[str, Any] = field(default_factory=dict)
     """Maps what was evaluated (the name of a text or model) to an `Evaluation`."""
@@ -160,7 +163,8 @@ def _section(facts: CardFacts, has_picture: bool) -> str:
 
 
 def _introduction(facts: CardFacts) -> str:
-    base = f" of [{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else ""
+    page = f"https://huggingface.co/{facts.base_model}" + (f"/tree/{facts.commit}" if facts.commit else "")
+    base = f" of [{facts.base_model}]({page})" if facts.base_model else ""
     kinds = [_described(*grid) for grid in _grids(facts.quantization_config)]
     if len(kinds) == 1:
         bits, rest = kinds[0]
@@ -169,6 +173,12 @@ def _introduction(facts: CardFacts) -> str:
     return (
         f"## AWQ quantization\n\nA mixed-precision version{base}: {mixture}. config.json says which linear has which."
     )
+
+
+def _revision(facts: CardFacts) -> str:
+    """Returns the branch or tag, and the commit, of the base model; empty if they are not known."""
+    names = [f"`{name}`" for name in (facts.revision_name, facts.commit) if name and REVISION.fullmatch(name)]
+    return ", commit ".join(names) if facts.revision_name else "".join(f"commit {name}" for name in names)
 
 
 def _described(bits: int, group_size: int | None, zero_point: bool) -> tuple[int, str]:
@@ -181,6 +191,9 @@ def _described(bits: int, group_size: int | None, zero_point: bool) -> tuple[int
 def _how(facts: CardFacts) -> str:
     meta = dict(facts.quantization_config.get("meta") or {})
     rows = [(name, meta[name]) for name in meta if name != "quantizer"]
+    revision = _revision(facts)
+    if revision:
+        rows.insert(0, ("revision of the original", revision))
     quantizer = ", ".join(map(str, meta.get("quantizer", ()))) or "hf_awq_offload"
     kept = facts.quantization_config.get("modules_to_not_convert") or facts.quantization_config.get("ignore")
     if kept:

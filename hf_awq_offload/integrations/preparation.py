@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from ..formats.grid_choice import check_that_all_match
 from ..logs import get_logger
 from ..model.experts import is_fused_experts
 from .linear_choice import linears_in_layers, linears_left_out
+from .origin import PROCESSOR_MARKERS, TOKENIZER_MARKERS, Origin
 
 logger = get_logger(__name__)
 
@@ -35,8 +39,13 @@ class Preparation:
     """Linear that stays in full precision -> why."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, recipe: AwqOffloadConfig) -> Preparation:
+    def of(cls, model: PreTrainedModel, recipe: AwqOffloadConfig, origin: Origin) -> Preparation:
         """Chooses linears and loads the data for a model whose weights need not be loaded yet.
+
+        Args:
+            model: the model.
+            recipe: how it is to be quantized.
+            origin: where it comes from, and so its tokenizer and processor.
 
         Raises:
             ModelStructureError: no linear can be quantized.
@@ -50,7 +59,7 @@ class Preparation:
             )
         if not recipe.needs_calibration:
             return chosen
-        calibration = _calibration_set(model, recipe)
+        calibration = _calibration_set(model, recipe, origin)
         require_positions(calibration, model.config.get_text_config(decoder=True))
         return replace(chosen, calibration=calibration)
 
@@ -98,28 +107,35 @@ def require_decoder_only(model: PreTrainedModel) -> None:
         )
 
 
-def _calibration_set(model: PreTrainedModel, recipe: AwqOffloadConfig) -> CalibrationSet:
+def _calibration_set(model: PreTrainedModel, recipe: AwqOffloadConfig, origin: Origin) -> CalibrationSet:
     vocab_size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if isinstance(recipe.tokenizer, str | os.PathLike) and os.fspath(recipe.tokenizer) == origin.source:
+        recipe = copy.copy(recipe)
+        recipe.tokenizer = None  # it is the model's own: from the model's revision
+
+    def load_own(auto_class: Any, markers: Sequence[str], what: str) -> Any:
+        _require_source(origin, what)
+        return origin.load(auto_class, markers, model.config)
+
     with torch.device("cpu"):  # transformers builds the model, and calls this, under the meta device
         return load_calibration_set(
             recipe,
-            load_tokenizer=lambda: AutoTokenizer.from_pretrained(_source(model, "tokenizer")),
-            load_processor=lambda: AutoProcessor.from_pretrained(_source(model, "processor")),
+            load_tokenizer=lambda: load_own(AutoTokenizer, TOKENIZER_MARKERS, "tokenizer"),
+            load_processor=lambda: load_own(AutoProcessor, PROCESSOR_MARKERS, "processor"),
             vocab_size=vocab_size,
             accepts=forward_arguments(model),
             placeholders=placeholder_ids(model),
+            arguments=origin.arguments_elsewhere,
         )
 
 
-def _source(model: PreTrainedModel, what: str) -> str:
-    """Returns where the model comes from, and so its tokenizer or processor."""
-    source = model.config.name_or_path
-    if not source:
+def _require_source(origin: Origin, what: str) -> None:
+    """Raises CalibrationDataError if it is not known where the model comes from, and so its tokenizer or processor."""
+    if not origin.source:
         raise CalibrationDataError(
             f"A {what} is needed for the calibration data and the model does not say where its own is; pass "
             "tokenizer=..., or a dataset of token ids or of a processor's outputs."
         )
-    return source
 
 
 def _has_fused_experts(model: nn.Module) -> bool:

@@ -10,7 +10,6 @@ One class does two jobs, told apart by `pre_quantized`:
 from __future__ import annotations
 
 import copy
-import os
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, cast
@@ -46,6 +45,7 @@ from .lazy_loading import detach_stored_weights
 from .linear_choice import modules_not_converted, renaming_of
 from .load_call import is_only_loading
 from .loading import keep_gemm, replace_linears, to_gemm_converter
+from .origin import Origin, origin_of
 from .placement import Placement
 from .preparation import Preparation, require_decoder_only
 from .saving import checkpoint_config, config_of_result, leave_out_dense, meta_of, meta_of_run
@@ -74,6 +74,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.model: PreTrainedModel | None = None
         self.source = ModelSource()
         """The checkpoint that is quantized."""
+        self.origin = Origin("")
         self.fused: dict[str, nn.Module] = {}
         """Experts modules that were taken apart, as they were, by name; kept until the model is quantized."""
         self._preparation: Preparation | None = None
@@ -114,6 +115,7 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.model = model
+        self.origin = origin_of(model, kwargs.get("checkpoint_files"))
         peft.register()
         if self.placement is None:
             headers = read_headers(kwargs.get("checkpoint_files"))
@@ -128,7 +130,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.source = look_at_source(model, self, self.recipe, files, lambda: placement.is_lazy)
         placement.choose(kwargs.get("device_map"), files, self.source.opened)
         prepare_folder(self.recipe.report_dir)
-        self._preparation = Preparation.of(model, self.recipe)
+        self._preparation = Preparation.of(model, self.recipe, self.origin)
 
     def _take_experts_apart(self, model: PreTrainedModel, all_kinds: bool) -> None:
         self.fused |= take_experts_apart(model, all_kinds)
@@ -139,10 +141,8 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.placement is None:
-            if isinstance(self.checkpoint, AwqCheckpointConfig):
-                self.checkpoint.version = "gemm"  # the layout in memory, and of what is saved
-            keep_gemm(model)
-            accompany(model)
+            keep_gemm(model, self.checkpoint)
+            accompany(model, self.origin)
             return model
         end_reading()
         if is_only_loading():
@@ -213,7 +213,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.fused = {}
         model.config.quantization_config = self.quantization_config
         cast(Any, model).quantization_method = self.quantization_config.quant_method
-        accompany(model, report, None if isinstance(recipe.tokenizer, str | os.PathLike) else recipe.tokenizer)
+        accompany(model, self.origin, report, recipe.tokenizer)
         return report
 
     # -- a quantized model ---------------------------------------------------------------------------------------

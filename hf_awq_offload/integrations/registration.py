@@ -17,6 +17,7 @@ from ..config import QUANT_METHOD, AwqOffloadConfig
 from ..errors import CheckpointError
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
 from .load_call import remember_calls
+from .origin import remember_origin
 from .quantizer import AwqOffloadQuantizer
 from .source_look import explain_auto_class, look_at_folder
 from .source_reading import read_through_sources
@@ -29,7 +30,7 @@ def register() -> None:
     """Registers the quantizer, also for checkpoints that transformers' own loaders can't load; only once."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = AwqOffloadConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = AwqOffloadQuantizer
-    remember_calls(look_at_folder, explain_auto_class)
+    remember_calls(look_at_folder, explain_auto_class, remember_origin)
     read_through_sources()
     if not is_gptqmodel_available():
         use_for_awq()

@@ -30,6 +30,9 @@ BAD_VALUES = {
         "--config": (["{folder}/none.yaml"], 2, "can't be read"),
         "--dtype": (["float99"], 1, "float99"),
         "--revision": (["no-such-branch"], 1, "nobody/nothing"),
+        "--subfolder": (["none"], 1, "none holds no config.json"),
+        "--cache-dir": (["{file}"], 1, "nobody/nothing"),
+        "--variant": (["none"], 1, "none"),
         "--max-shard-size": (["a few"], 2, "max_shard_size is 'a few'"),
         "--push-to-hub": (["two words"], 2, "'two words' is not a repository name"),
         "--bits": (["five"], 2, "invalid int value: 'five'"),
@@ -70,12 +73,22 @@ BAD_VALUES = {
         "--device-map": (["nowhere"], 1, "nowhere"),
         "--dtype": (["float99"], 1, "float99"),
         "--revision": (["no-such-branch"], 1, "nobody/nothing"),
+        "--subfolder": (["none"], 1, "none holds no config.json"),
+        "--cache-dir": (["{file}"], 1, "nobody/nothing"),
+        "--variant": (["none"], 1, "none"),
+        "--against-revision": (["main"], 2, "--against-revision requires --against"),
     },
-    "inspect": {"--revision": (["no-such-branch"], 1, "nobody/nothing")},
+    "inspect": {
+        "--revision": (["no-such-branch"], 1, "nobody/nothing"),
+        "--subfolder": (["none"], 1, "none holds no config.json"),
+        "--cache-dir": (["{file}"], 1, "nobody/nothing"),
+    },
     "convert": {
         "--to": (["gguf"], 2, "invalid choice: 'gguf'"),
         "--scale-dtype": (["int8"], 2, "invalid choice: 'int8'"),
         "--revision": (["no-such-branch"], 1, "nobody/nothing"),
+        "--subfolder": (["none"], 1, "none holds no config.json"),
+        "--cache-dir": (["{file}"], 1, "nobody/nothing"),
     },
     "demo": {"--out": (["{file}"], 1, "is a file")},
 }
@@ -91,15 +104,17 @@ ALSO_NEEDED = {
     "--dtype": ["--dataset", "{file}"],
     "--device-map": ["--dataset", "{file}"],
     "--stride": ["--dataset", "{file}"],
+    "--variant": ["--dataset", "{file}"],
 }
 FLAGS = {
     "quantize": [
         *("--plan", "--resume", "--overwrite", "--image-text", "--trust-remote-code", "--private"),
+        "--local-files-only",
         *("--zero-point", "--duo-scaling", "--clip", "--all-experts", "--prefetch"),
     ],
-    "evaluate": ["--image-text", "--trust-remote-code"],
-    "inspect": ["--headers-only"],
-    "convert": ["--overwrite"],
+    "evaluate": ["--image-text", "--trust-remote-code", "--local-files-only"],
+    "inspect": ["--headers-only", "--local-files-only"],
+    "convert": ["--overwrite", "--local-files-only"],
     "demo": ["--no-speed"],
 }
 COMMON = ["--json", "--debug", "--quiet", "--verbose"]
@@ -158,7 +173,7 @@ def test_there_is_a_bad_value_for_every_option(command):
 def test_a_bad_value_is_one_line(command, option, paths, capsys):
     words, code, message = BAD_VALUES[command][option]
     positionals = GOOD_POSITIONALS[command]
-    if option == "--revision":
+    if option in ("--revision", "--cache-dir"):
         positionals = ["nobody/nothing", *positionals[1:]]
     line = [command, *positionals, option, *words, *ALSO_NEEDED.get(option, [])]
     if command == "convert" and option != "--to":

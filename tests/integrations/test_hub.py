@@ -61,6 +61,7 @@ def test_what_is_pushed_by_one_process_is_loaded_by_another(hub, tmp_path):
     hub.repositories["tester/base"] = Repository(
         {file.name: file.read_bytes() for file in SHIPPED_MODEL.iterdir() if file.suffix in (".json", ".safetensors")}
     )
+    hub.repositories["tester/base"].files |= {"onnx/model.onnx": b"weights", "package/deeper/code.py": b"# code"}
     own_readme = "---\nlicense: psfl\ntags:\n- mine\n---\n# My model\n\nWords of mine.\n"
     hub.repositories["tester/saved"] = Repository({"README.md": own_readme.encode()})
     push = f"""{QUANTIZE}
@@ -76,7 +77,9 @@ model.save_pretrained(folder / "local")
     shards = sorted(name for name in pushed.files if name.endswith(".safetensors"))
     assert len(shards) > 2
     names = {"config.json", "generation_config.json", "model.safetensors.index.json", "README.md", "awq_losses.png"}
-    assert set(pushed.files) == {*names, *shards, "tokenizer.json", "tokenizer_config.json"}
+    companions = {"tokenizer.json", "tokenizer_config.json", "training.json", "package/deeper/code.py"}
+    assert set(pushed.files) == {*names, *shards, *companions}
+    assert not hub.count("onnx"), "weights in other formats are not downloaded"
     assert hub.count("POST .*/commit/") == 2
     for name in ("tokenizer.json", *shards, "config.json"):
         assert saved.files[name] == pushed.files[name] == (tmp_path / "saved" / name).read_bytes(), name

@@ -12,7 +12,8 @@ from models import tiny_llama
 from hf_awq_offload import AwqOffloadConfig, quantize, quantize_model
 from hf_awq_offload.formats.compressed_tensors_config import PackedCheckpointConfig
 from hf_awq_offload.formats.grid_choice import GridChoice
-from hf_awq_offload.integrations.hub import copy_processing, full_precision_bytes, record_evaluation
+from hf_awq_offload.integrations.companions import bring_companions
+from hf_awq_offload.integrations.hub import full_precision_bytes, record_evaluation
 from hf_awq_offload.integrations.model_card import (
     BEGIN,
     END,
@@ -24,6 +25,7 @@ from hf_awq_offload.integrations.model_card import (
     updated,
     write_card,
 )
+from hf_awq_offload.integrations.origin import Origin
 from hf_awq_offload.report import GroupReport, LayerReport, QuantizationReport
 from hf_awq_offload.reporting.evaluation import Evaluation
 
@@ -220,7 +222,7 @@ def test_a_saved_model_has_a_card_and_its_tokenizer(tmp_path, tiny_llama_dir: Pa
     assert "| some text | 12.500 |  |  | 7 |" in card
     assert str(tiny_llama_dir) not in card
     assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (tiny_llama_dir / "tokenizer.json").read_bytes()
-    assert not (tmp_path / "saved" / "heldout.txt").exists()
+    assert (tmp_path / "saved" / "heldout.txt").exists()  # a file of an unknown kind, and small
     model.dequantize().save_pretrained(tmp_path / "dense")
     assert not (tmp_path / "dense" / "README.md").exists()
 
@@ -239,23 +241,23 @@ def test_a_checkpoint_that_was_streamed_has_the_same_card(tmp_path, tiny_llama_d
         assert secret not in card
 
 
-def test_processing_files_are_copied_whole_or_not_at_all(tmp_path):
+def test_a_tokenizer_comes_along_whole_or_not_at_all(tmp_path):
     origin, folder = tmp_path / "origin", tmp_path / "folder"
     (origin / "additional_chat_templates").mkdir(parents=True)
     tokenizer = ["tokenizer_config.json", "vocab.json", "merges.txt", "additional_chat_templates/tools.jinja"]
-    processor = ["preprocessor_config.json", "processor_config.json"]
-    for name in [*tokenizer, *processor, "LICENSE.txt", "model.safetensors", "config.json", "notes.txt"]:
+    others = ["preprocessor_config.json", "processor_config.json", "LICENSE.txt", "config.json", "notes.txt"]
+    for name in [*tokenizer, *others, "model.safetensors", "README.md"]:
         (origin / name).write_text("of the origin")
     folder.mkdir()
-    copy_processing(str(origin), folder)
+    bring_companions(Origin(str(origin)), folder)
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert found == {*tokenizer, *processor, "LICENSE.txt"}
+    assert found == {*tokenizer, *others}
 
     other = tmp_path / "with a tokenizer of its own"
     other.mkdir()
     (other / "tokenizer_config.json").write_text("its own")
-    copy_processing(str(origin), other)
-    assert {path.name for path in other.iterdir()} == {"tokenizer_config.json", *processor, "LICENSE.txt"}
+    bring_companions(Origin(str(origin)), other)
+    assert {path.name for path in other.iterdir()} == {"tokenizer_config.json", *others}
     assert (other / "tokenizer_config.json").read_text() == "its own"
     for nowhere in ("", str(tmp_path / "nowhere" / "at" / "all")):
-        copy_processing(nowhere, other)
+        bring_companions(Origin(nowhere), other)
