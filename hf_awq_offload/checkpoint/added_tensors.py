@@ -31,6 +31,8 @@ def add_tensors(folder: Path, tensors: Mapping[str, StoredTensor], dtype: torch.
         CheckpointError: `folder` holds no such checkpoint, or a source file has changed.
         OSError: a file can't be written.
     """
+    if not tensors:
+        return
     shards, weight_map, metadata = _shards_of(folder)
     added = {name: stored for name, stored in tensors.items() if name not in weight_map}
     if not added:

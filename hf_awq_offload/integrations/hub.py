@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.added_tensors import add_tensors
 from ..checkpoint.config_file import add_older_keys
+from ..checkpoint.stored_tensor import StoredTensor
 from ..formats.compressed_tensors_config import META_ATTRIBUTE
 from ..nn.quantized_linear import QuantizedLinear
 from ..report import QuantizationReport
@@ -35,7 +38,11 @@ NOT_PUSHED = (
 
 
 def accompany(
-    model: PreTrainedModel, origin: Origin, report: QuantizationReport | None = None, tokenizer: Any = None
+    model: PreTrainedModel,
+    origin: Origin,
+    report: QuantizationReport | None = None,
+    tokenizer: Any = None,
+    carried: Mapping[str, StoredTensor] | None = None,
 ) -> None:
     """Makes `model` save and push its card, and all files that belong to it, along with its weights.
 
@@ -44,11 +51,12 @@ def accompany(
         origin: where it was loaded from.
         report: the report of the quantization, if it was just done.
         tokenizer: saved if the model's origin has no tokenizer; a name or path is not.
+        carried: tensors of the origin that the model has no place for, saved under their names there.
     """
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = None
     instance = cast(Any, model)
-    instance._awq_companions = _Companions(origin, report, tokenizer)
+    instance._awq_companions = _Companions(origin, report, tokenizer, carried or {})
     instance.save_pretrained = partial(_save_pretrained, model)
     instance._upload_modified_files = partial(_upload_modified_files, model)
 
@@ -68,13 +76,16 @@ def record_evaluation(model: PreTrainedModel, name: str, evaluation: Evaluation)
 class _Companions:
     """What goes along with a model when it is saved."""
 
-    def __init__(self, origin: Origin, report: QuantizationReport | None, tokenizer: Any):
+    def __init__(
+        self, origin: Origin, report: QuantizationReport | None, tokenizer: Any, carried: Mapping[str, StoredTensor]
+    ):
         self.origin = origin
         self.base_model = None if report is None else hub_id(origin.source)
         self.commit, self.revision_name = origin.commit, origin.revision_name
         self.proposed_name = proposed_name(origin.source)
         self.report = report
         self.tokenizer = tokenizer
+        self.carried = carried
         self.evaluations: dict[str, Evaluation] = {}
 
 
@@ -157,7 +168,9 @@ def _upload_all_depths(
 
 
 def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -> None:
-    """Adds the card, older keys of config.json, and the missing files of the model to the folder of a saved model.
+    """Adds to the folder of a saved model what transformers leaves out.
+
+    That is tensors of its origin without a place in the model, older keys of config.json, missing files, and the card.
 
     Args:
         model: a model that was passed to `accompany`.
@@ -165,6 +178,8 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
         repo_id: the repository it will be in, for the snippets in the card.
     """
     known: _Companions = cast(Any, model)._awq_companions
+    if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters alone are saved
+        add_tensors(folder, known.carried, model.dtype)
     add_older_keys(folder, type(model.config))
     bring_companions(known.origin, folder)
     if known.tokenizer is not None and not (folder / "tokenizer_config.json").exists():

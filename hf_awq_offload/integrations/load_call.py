@@ -15,16 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ..checkpoint.source import Source
 from ..config import AwqOffloadConfig
-
-if TYPE_CHECKING:
-    from .source_reading import SourceReading
+from .source_reading import SourceReading
 
 HUB_ARGUMENTS = (
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),

@@ -20,13 +20,12 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from ..calibration.dataset import CalibrationSet
-from ..checkpoint.layout_checks import read_headers
 from ..config import AwqOffloadConfig
 from ..errors import CheckpointError
 from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
 from ..model.experts import conversions_without_merging, take_experts_apart
-from ..nn.awq_linear import AwqLinear
+from ..nn.awq_linear import choose_backend
 from ..nn.quantized_linear import QuantizedLinear
 from ..offload.offload_folder import OffloadFolder
 from ..offload.stored_weights import StoredWeights
@@ -44,14 +43,15 @@ from .hub import accompany
 from .lazy_loading import detach_stored_weights
 from .linear_choice import modules_not_converted, renaming_of
 from .load_call import is_only_loading
-from .loading import keep_gemm, replace_linears, to_gemm_converter
+from .loading import keep_gemm, to_gemm_converter
 from .origin import Origin, origin_of
 from .placement import Placement
 from .preparation import Preparation, require_decoder_only
+from .quantized_source import prepare_quantized
 from .saving import checkpoint_config, config_of_result, leave_out_dense, meta_of, meta_of_run
 from .serving import tensor_parallel_advice
+from .source_hooks import end_reading
 from .source_look import ModelSource, look_at_source
-from .source_reading import end_reading
 
 
 class AwqOffloadQuantizer(HfQuantizer):
@@ -114,19 +114,16 @@ class AwqOffloadQuantizer(HfQuantizer):
         return self._preparation.element_bytes(param_name, param)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        self.model = model
-        self.origin = origin_of(model, kwargs.get("checkpoint_files"))
+        self.model, files = model, kwargs.get("checkpoint_files")
+        self.origin = origin_of(model, files)
         peft.register()
         if self.placement is None:
-            headers = read_headers(kwargs.get("checkpoint_files"))
             self._take_experts_apart(model, meta_of(model, self.checkpoint).get("unfused_experts", False))
-            replace_linears(model, self.checkpoint, headers, self._skipped(model))
-            if isinstance(self.checkpoint, PackedCheckpointConfig):
-                model.config.quantization_config = self.checkpoint  # as saved, not as the library parses it
+            self.source = prepare_quantized(model, self, self.checkpoint, files, self._skipped(model))
             return
         require_decoder_only(model)
         self._take_experts_apart(model, all_kinds=False)
-        files, placement = kwargs.get("checkpoint_files"), self.placement
+        placement = self.placement
         self.source = look_at_source(model, self, self.recipe, files, lambda: placement.is_lazy)
         placement.choose(kwargs.get("device_map"), files, self.source.opened)
         prepare_folder(self.recipe.report_dir)
@@ -142,7 +139,7 @@ class AwqOffloadQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.placement is None:
             keep_gemm(model, self.checkpoint)
-            accompany(model, self.origin)
+            accompany(model, self.origin, carried=self.source.carried)
             return model
         end_reading()
         if is_only_loading():
@@ -180,8 +177,8 @@ class AwqOffloadQuantizer(HfQuantizer):
             weights.take_experts_apart(model, self.fused)
         files = [] if self.placement is None else self.placement.files
         calibration = self.preparation.calibration
-        source = None if self.source.format is None else self.source.format.name
-        return open_run_storage(model, self.recipe, calibration, weights, to_checkpoint, files, offload, source)
+        name = self.source.format_name
+        return open_run_storage(model, self.recipe, calibration, weights, to_checkpoint, files, offload, name)
 
     def quantize(
         self, model: PreTrainedModel, storage: RunStorage, undo: Undo | None = None, planned: Plan | None = None
@@ -200,12 +197,9 @@ class AwqOffloadQuantizer(HfQuantizer):
         report = quantize_layers(model, recipe, storage, is_quantizable, preparation.calibration, undo)
         report.left_out = preparation.left_out | report.left_out
         report.tensor_parallel = tensor_parallel_advice(model, recipe)
-        for module in model.modules():
-            if isinstance(module, AwqLinear):
-                module.backend = recipe.backend
+        choose_backend(model, recipe.backend)
         meta = meta_of_run(recipe, preparation.calibration, bool(self.fused), self.source.format)
-        carried = modules_of(self.source.carried)
-        self.quantization_config = config_of_result(model, recipe, renaming_of(model), meta, carried)
+        self.quantization_config = config_of_result(model, recipe, meta, modules_of(self.source.carried))
         facts = facts_of(model.config.name_or_path, storage.onloader.device, recipe, meta, planned)
         write_report(recipe.report_dir, report, facts)
         self.report, self.pre_quantized = report, True
@@ -213,7 +207,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.fused = {}
         model.config.quantization_config = self.quantization_config
         cast(Any, model).quantization_method = self.quantization_config.quant_method
-        accompany(model, self.origin, report, recipe.tokenizer)
+        accompany(model, self.origin, report, recipe.tokenizer, self.source.carried)
         return report
 
     # -- a quantized model ---------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from ..formats.compressed_tensors_config import PackedCheckpointConfig
 from .load_call import remember_calls
 from .origin import remember_origin
 from .quantizer import AwqOffloadQuantizer
+from .source_hooks import read_through_sources
 from .source_look import explain_auto_class, look_at_folder
-from .source_reading import read_through_sources
 
 COMPRESSED_TENSORS = "compressed-tensors"
 

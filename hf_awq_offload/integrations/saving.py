@@ -21,6 +21,7 @@ from ..formats.grid_choice import GridChoice
 from ..formats.source import SourceFormat
 from ..logs import get_logger
 from ..nn.quantized_linear import QuantizedLinear
+from .linear_choice import renaming_of
 from .loading import choice_in
 
 logger = get_logger(__name__)
@@ -42,7 +43,6 @@ def checkpoint_config(config: Any) -> AwqCheckpointConfig | PackedCheckpointConf
 def config_of_result(
     model: PreTrainedModel,
     recipe: AwqOffloadConfig,
-    renaming: Renaming,
     meta: dict[str, Any],
     carried: Sequence[str] = (),
 ) -> AwqCheckpointConfig | PackedCheckpointConfig:
@@ -51,11 +51,10 @@ def config_of_result(
     Args:
         model: the model.
         recipe: how it was quantized.
-        renaming: how its weights are renamed between memory and files.
         meta: how it was made; stored where the format has room for it.
         carried: modules in full precision that the files hold and the model does not.
     """
-    modules = _modules_of(model, renaming, carried)
+    modules = _modules_of(model, renaming_of(model), carried)
     if recipe.checkpoint_format == "awq":
         for linear, dense in list(modules.clashes.items())[:1]:
             logger.warning(

@@ -28,7 +28,7 @@ from ..logs import get_logger
 from .carrying import carried, carried_names
 from .load_call import LoadCall, current_call
 from .source_fit import SourceFit, fit, require_all_weights
-from .source_reading import read_source
+from .source_hooks import read_source
 
 logger = get_logger(__name__)
 
@@ -130,6 +130,11 @@ class ModelSource:
     def format(self) -> SourceFormat | None:
         """How the checkpoint is quantized; None: it is in full precision."""
         return None if self.opened is None else self.opened.format
+
+    @property
+    def format_name(self) -> str | None:
+        """The format's name; None: the checkpoint is in full precision."""
+        return None if self.format is None else self.format.name
 
 
 def look_at_source(

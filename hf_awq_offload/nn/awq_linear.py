@@ -187,3 +187,10 @@ class AwqLinear(QuantizedLinear):
 def _identity(tensor: Tensor) -> tuple[int, int]:
     """A value that changes when the tensor is replaced or changed in place."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def choose_backend(model: nn.Module, backend: str) -> None:
+    """Sets what computes the AWQ linears of a model: one of `ops.BACKENDS`."""
+    for module in model.modules():
+        if isinstance(module, AwqLinear):
+            module.backend = backend
