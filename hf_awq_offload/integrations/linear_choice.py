@@ -11,7 +11,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..checkpoint.renaming import Renaming
 from ..config import AwqOffloadConfig
 from ..model.decoder_layers import candidate_layers
-from ..model.experts import conversions_without_merging, router_linears
+from ..model.expert_names import conversions_without_merging
+from ..model.experts import router_linears
 from ..model.linears import is_linear, linears_in
 from ..nn.registry import linear_class
 

@@ -15,7 +15,7 @@ from ..config import AwqOffloadConfig
 from ..errors import CalibrationDataError, ModelStructureError
 from ..formats.grid_choice import check_that_all_match
 from ..logs import get_logger
-from ..model.experts import is_fused_experts
+from ..model.fused_experts import has_fused_experts
 from .linear_choice import linears_in_layers, linears_left_out
 
 logger = get_logger(__name__)
@@ -42,7 +42,7 @@ class Preparation:
             CalibrationDataError: the data cannot be used.
         """
         chosen = cls(recipe, None, frozenset(), {}).rechosen(model)
-        if not chosen.quantizable and not _has_fused_experts(model):
+        if not chosen.quantizable and not has_fused_experts(model):
             raise ModelStructureError(
                 f"No linear of {type(model).__name__} can be quantized with this config. Left out: "
                 f"{_listed(chosen.left_out)}. Try another group_size, or fewer modules_to_not_convert."
@@ -53,7 +53,7 @@ class Preparation:
         """Returns the same with the linears that the model has now: experts may have been taken apart."""
         left_out = linears_left_out(model, self.recipe)
         quantizable = frozenset(name for name in linears_in_layers(model) if name not in left_out)
-        if not _has_fused_experts(model):  # else there are linears to come
+        if not has_fused_experts(model):  # else there are linears to come
             check_that_all_match(self.recipe.overrides or {}, quantizable, left_out)
         return replace(self, quantizable=quantizable, left_out=left_out)
 
@@ -115,10 +115,6 @@ def _source(model: PreTrainedModel, what: str) -> str:
             "tokenizer=..., or a dataset of token ids or of a processor's outputs."
         )
     return source
-
-
-def _has_fused_experts(model: nn.Module) -> bool:
-    return any(map(is_fused_experts, model.modules()))
 
 
 def _listed(left_out: dict[str, str], most: int = 8) -> str:

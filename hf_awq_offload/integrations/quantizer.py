@@ -26,7 +26,8 @@ from ..config import AwqOffloadConfig
 from ..errors import CheckpointError
 from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
-from ..model.experts import conversions_without_merging, take_experts_apart
+from ..model.expert_names import conversions_without_merging
+from ..model.fused_experts import take_experts_apart
 from ..nn.awq_linear import AwqLinear
 from ..nn.quantized_linear import QuantizedLinear
 from ..offload.offload_folder import OffloadFolder
