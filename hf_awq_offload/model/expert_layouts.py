@@ -16,7 +16,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -47,7 +47,7 @@ class Refusal:
 def layout_of(module: nn.Module) -> ProductLayout | Refusal:
     """Returns how to take a module apart that holds fused matrices, itself or in a direct part; or why not."""
     if any(isinstance(part, nn.Linear) for part in module.modules()):
-        return Refusal("it holds linears beside the fused parameters")
+        return Refusal("its module holds linears, too")
     weights = _matrices(module)
     known = _LAYOUTS.setdefault(type(module), {})
     key = _key(module, weights)
@@ -121,7 +121,9 @@ def _tried(twin: nn.Module, names: list[str], contract: Contract, hidden_size: i
         if not others:
             return Refusal(str(error))
         outcome = _tried(twin, others, contract, hidden_size)
-        return outcome if isinstance(outcome, ProductLayout) else Refusal(str(error))
+        if not isinstance(outcome, ProductLayout):
+            return Refusal(str(error))
+        return replace(outcome, refused={**outcome.refused, error.parameter: str(error)})
     except Exception as error:  # the module's own forward may need anything of a parameter
         return Refusal(f"its forward does not run with linears ({type(error).__name__}: {error})")
     parameters = recorder.parameters()
@@ -130,8 +132,8 @@ def _tried(twin: nn.Module, names: list[str], contract: Contract, hidden_size: i
     return _proven(twin, ProductLayout(contract, parameters), hidden_size)
 
 
-def _proven(twin: nn.Module, layout: ProductLayout, hidden_size: int) -> ProductLayout | Refusal:
-    """Returns the layout if the twin, taken apart, computes what it did before."""
+def _proven(twin: nn.Module, layout: ProductLayout, hidden_size: int) -> ProductLayout | Refusal | None:
+    """Returns the layout if the twin, taken apart, computes what it did before; None if it takes other arguments."""
     apart = replayed(twin, layout)
     total = layout.experts_computing
     reached = sorted({round(index * (total - 1) / (MOST_EXPERTS - 1)) for index in range(MOST_EXPERTS)})
@@ -142,6 +144,8 @@ def _proven(twin: nn.Module, layout: ProductLayout, hidden_size: int) -> Product
         arguments = layout.contract.inputs(hidden_size, experts, total, torch.Generator().manual_seed(1))
         expected = _output(twin, arguments)
         if expected is None:
+            if experts is reached:
+                return None
             continue
         for routing in (Routing.TOP_K, Routing.EVERY_TOKEN):
             apart.routing = routing

@@ -175,6 +175,12 @@ def _reflected_matmul(second: Tensor, first: Tensor) -> Tensor:
     return _matmul(first, second)
 
 
+def _addmm(bias: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if isinstance(bias, FusedWeight):
+        raise NotAProductError(bias.parameter, "addmm")
+    return beta * bias + alpha * _matmul(first, second)
+
+
 def _einsum(equation: str, *operands: Any) -> Tensor:
     """Computes an einsum of activations and one view, which sums over one axis."""
     factors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], tuple | list) else list(operands)
@@ -210,6 +216,7 @@ def _named(*values: Any) -> str:
 _PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     torch.nn.functional.linear: _linear,
     torch.einsum: _einsum,
+    **dict.fromkeys((torch.addmm, torch.baddbmm), _addmm),
     Tensor.__rmatmul__: _reflected_matmul,
     **dict.fromkeys(
         (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _matmul

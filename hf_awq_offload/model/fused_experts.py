@@ -14,8 +14,8 @@ from .decoder_layers import candidate_layers
 from .expert_interface import fused_names, is_fused_experts, original_projections, unfused
 from .expert_layouts import Refusal, fused_matrices, layout_of
 from .expert_names import is_plainly_merged, merged_from
-from .experts import UnfusedExperts
-from .replayed_experts import ProductLayout, replayed
+from .experts import UnfusedExperts, WithoutFused
+from .replayed_experts import ProductLayout, ReplayedExperts, replayed
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def fused_experts(layer: nn.Module) -> dict[str, FusedExperts]:
 
 
 def refusals(layer: nn.Module) -> dict[str, str]:
-    """Returns the modules of a decoder layer that hold stacks of matrices but can't be taken apart -> why."""
+    """Returns what of a decoder layer holds stacks of matrices but can't be taken apart -> why: modules, parameters."""
     _, refused = _searched(layer)
     return refused
 
@@ -133,8 +133,11 @@ def _searched(layer: nn.Module) -> tuple[dict[str, FusedExperts], dict[str, str]
     holders = {
         name: module
         for name, module in layer.named_modules()
-        if name and (is_fused_experts(module) or fused_matrices(module))
+        if name and not isinstance(module, WithoutFused) and (is_fused_experts(module) or fused_matrices(module))
     }
+    for name, module in layer.named_modules():
+        if isinstance(module, ReplayedExperts):
+            refused |= {f"{name}.{key}": reason for key, reason in module.layout.refused.items()}
     for name, module in holders.items():
         if is_fused_experts(module):
             found[name] = FusedExperts(module, None)

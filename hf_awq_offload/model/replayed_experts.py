@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -60,6 +60,8 @@ class ProductLayout:
     contract: Contract
     parameters: Mapping[str, FusedParameter]
     """By name within the module."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Matrices of the module that stay as they are -> why."""
 
     @property
     def experts_total(self) -> int:

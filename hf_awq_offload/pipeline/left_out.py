@@ -39,9 +39,9 @@ def matrices_left_out(layer: nn.Module) -> dict[str, str]:
     refused = refusals(layer)
     described = matrices_outside_linears(layer)
     for name in described:
-        holder = name if name in refused else name.rpartition(".")[0]
-        if holder in refused:
-            described[name] += f": {refused[holder]}"
+        reason = refused.get(name, refused.get(name.rpartition(".")[0]))
+        if reason is not None:
+            described[name] += f": {reason}"
     return described
 
 
