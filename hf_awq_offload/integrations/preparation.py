@@ -16,6 +16,7 @@ from ..errors import CalibrationDataError, ModelStructureError
 from ..formats.grid_choice import check_that_all_match
 from ..logs import get_logger
 from ..model.fused_experts import has_fused_experts
+from .dense_share import DenseShare
 from .linear_choice import linears_in_layers, linears_left_out
 
 logger = get_logger(__name__)
@@ -74,14 +75,15 @@ class Preparation:
         bits_of_group = 16 + grid.bits  # scale and zero point
         return (grid.bits + bits_of_group / grid.group_size) / 8
 
-    def warn_of_unpackable(self) -> None:
-        """Warns of linears that the format cannot hold."""
+    def warn_of_dense(self, model: PreTrainedModel) -> None:
+        """Warns of linears that the format cannot hold, and of much else in full precision that nobody asked for."""
         unpackable = {name: reason for name, reason in self.left_out.items() if "multiple of" in reason}
         if unpackable:
             logger.warning(
                 f"{len(unpackable)} linears stay in full precision because their shape does not fit the layout: "
                 f"{_listed(unpackable)}."
             )
+        DenseShare.of(model, self.recipe, self.left_out).warn()
 
 
 def require_decoder_only(model: PreTrainedModel) -> None:

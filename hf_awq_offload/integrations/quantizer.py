@@ -39,7 +39,6 @@ from ..report import Plan, QuantizationReport
 from ..reporting.document import facts_of
 from ..reporting.files import prepare_folder, write_report
 from . import peft
-from .dense_share import DenseShare
 from .dequantizing import dequantize_linears
 from .dispatching import dispatch, dispatch_with_disk, offload_folder_of
 from .hub import accompany
@@ -187,8 +186,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             planned: what the run was expected to take, for the report.
         """
         recipe, preparation = self.recipe, self.preparation
-        preparation.warn_of_unpackable()
-        DenseShare.of(model, recipe, preparation.left_out).warn()
+        preparation.warn_of_dense(model)
         is_quantizable = preparation.quantizable.__contains__
         report = quantize_layers(model, recipe, storage, is_quantizable, preparation.calibration, undo)
         report.left_out = preparation.left_out | report.left_out
