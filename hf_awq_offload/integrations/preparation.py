@@ -77,13 +77,15 @@ class Preparation:
 
     def warn_of_dense(self, model: PreTrainedModel) -> None:
         """Warns of linears that the format cannot hold, and of much else in full precision that nobody asked for."""
+        dense = DenseShare.of(model, self.recipe, self.left_out)
         unpackable = {name: reason for name, reason in self.left_out.items() if "multiple of" in reason}
         if unpackable:
             logger.warning(
                 f"{len(unpackable)} linears stay in full precision because their shape does not fit the layout: "
-                f"{_listed(unpackable)}."
+                f"{_listed(unpackable)}. In all, {dense.share:.0%} of the decoder layers' weights stay."
             )
-        DenseShare.of(model, self.recipe, self.left_out).warn()
+        if not {reason for _, reason in dense.dense_elements} <= set(unpackable.values()):
+            dense.warn()
 
 
 def require_decoder_only(model: PreTrainedModel) -> None:

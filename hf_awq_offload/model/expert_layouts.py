@@ -29,7 +29,7 @@ from .experts import Routing
 from .linears import LEAST_SIDE, PRODUCT_TOLERANCE
 from .replayed_experts import FusedParameter, ProductLayout, replayed
 
-MOST_EXPERTS = 8
+MOST_EXPERTS = 4
 """Experts that a proof reaches; the slices of the others follow from strides."""
 LARGE_ELEMENTS = 1 << 24
 """The random slices of larger parameters overlap in memory, so that the twin needs no more than one slice does."""
@@ -134,7 +134,7 @@ def _tried(twin: nn.Module, names: list[str], contract: Contract, hidden_size: i
 
 def _proven(twin: nn.Module, layout: ProductLayout, hidden_size: int) -> ProductLayout | Refusal | None:
     """Returns the layout if the twin, taken apart, computes what it did before; None if it takes other arguments."""
-    apart = replayed(twin, layout)
+    apart = replayed(twin, layout, as_views=True)
     total = layout.experts_computing
     reached = sorted({round(index * (total - 1) / (MOST_EXPERTS - 1)) for index in range(MOST_EXPERTS)})
     choices = [reached]
@@ -259,11 +259,11 @@ def _random(shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> 
     elements = torch.Size(shape).numel()
     if elements <= LARGE_ELEMENTS:
         return torch.randn(shape, generator=generator) * scale
-    shift = LEAST_SIDE + 1
-    slices, size = (shape[0], elements // shape[0]) if len(shape) == 3 else (1, elements)
+    shift = LEAST_SIDE + 1  # between slices, or between the rows of a matrix
+    size = elements // shape[0]
     period = torch.randn(RANDOM_PERIOD, generator=generator) * scale
-    numbers = period.repeat(-(-(size + slices * shift) // RANDOM_PERIOD))
-    stride = (shift, shape[-1], 1) if len(shape) == 3 else (shape[-1], 1)
+    numbers = period.repeat(-(-(size + shape[0] * shift) // RANDOM_PERIOD))
+    stride = (shift, shape[-1], 1) if len(shape) == 3 else (shift, 1)
     return numbers.as_strided(tuple(shape), stride)
 
 

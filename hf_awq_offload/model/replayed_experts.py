@@ -73,11 +73,11 @@ class ProductLayout:
         return min(parameter.experts for parameter in self.parameters.values())
 
 
-def replayed(module: nn.Module, layout: ProductLayout) -> ReplayedExperts:
+def replayed(module: nn.Module, layout: ProductLayout, as_views: bool = False) -> ReplayedExperts:
     """Returns a module that computes what `module` does, with a linear per expert and projection.
 
     The result is on the meta device if `module` is. Otherwise the linears' weights are views of the fused ones unless
-    these are transposed, so that taking experts apart needs no memory.
+    these are transposed, so that taking experts apart needs no memory. With `as_views` they are views in any case.
     """
     result = without_fused(module, layout.parameters.keys(), ReplayedExperts)
     result.layout, result.was_fused, result.routing = layout, tuple(layout.parameters), Routing.TOP_K
@@ -89,7 +89,7 @@ def replayed(module: nn.Module, layout: ProductLayout) -> ReplayedExperts:
         result.set_submodule(owner, shell)
     fused = {name: module.get_parameter(name) for name in layout.parameters}
     requires_grad = all(parameter.requires_grad for parameter in fused.values())
-    tensors = result.taken_apart(fused)
+    tensors = result.views_of(fused) if as_views else result.taken_apart(fused)
     for name in tensors:
         add_linear(result, name.removesuffix(".weight"), tensors[name], None, requires_grad)
     return result
@@ -101,7 +101,7 @@ class ReplayedExperts(UnfusedExperts):
     layout: ProductLayout
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the fused module does. Compilers leave it alone: it runs modules by data and strides."""
+        """Takes and returns what the fused module does. Compilers leave it alone: offsets of views choose modules."""
         if torch.compiler.is_compiling():
             return torch.compiler.disable(self._run)(*args, **kwargs)
         return self._run(*args, **kwargs)
@@ -138,6 +138,10 @@ class ReplayedExperts(UnfusedExperts):
         }
 
     def taken_apart(self, fused: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: view.contiguous() for name, view in self.views_of(fused).items()}
+
+    def views_of(self, fused: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the linears' weights as views of the fused parameters, by name within the module."""
         tensors = {}
         for name, parameter in self.layout.parameters.items():
             for expert in range(parameter.experts):
@@ -145,7 +149,7 @@ class ReplayedExperts(UnfusedExperts):
                 parts = weight.chunk(len(parameter.projections))
                 for projection, part in zip(parameter.projections, parts, strict=True):
                     linear = ".".join(filter(None, (str(expert), projection)))
-                    tensors[f"{linear}.weight"] = part.contiguous()
+                    tensors[f"{linear}.weight"] = part
         return tensors
 
     def multiply(

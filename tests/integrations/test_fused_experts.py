@@ -86,7 +86,27 @@ def test_what_feeds_the_last_projection_of_an_expert_absorbs_its_scale(build):
     groups = [group for group in report.layers[0].groups if any(name in group.consumers[0] for name in last)]
     of_experts = [group for group in groups if group.consumers[0].startswith(("mlp.", "ffn.", "feed_forward.experts"))]
     assert len(of_experts) == EXPERTS
-    assert not any(group.unscaled and "was found" in group.unscaled for group in of_experts)
+    assert all(group.producer and group.producer.startswith(group.consumers[0][:4]) for group in of_experts)
+
+
+@pytest.mark.parametrize(
+    ("build", "norm"),
+    [(llama4, "post_attention_layernorm"), (dbrx, "norm_attn_norm.norm_2"), (jetmoe, "post_attention_layernorm")],
+)
+def test_the_norm_before_the_experts_absorbs_their_scale(build, norm):
+    """Those of Llama 4 read their input times the router's score, those of JetMoe rows that were sorted."""
+    report = quantize_model(build(), recipe()).hf_quantizer.report
+    (group,) = [group for group in report.layers[0].groups if group.producer == norm]
+    names = ("gate_proj", "w1", "mlp.input_linear")
+    assert sum("xpert" in name or "mlp.input" in name for name in group.consumers if any(n in name for n in names)) >= 4
+
+
+@torch.no_grad()
+def test_a_compiled_model_computes_the_same():
+    model = quantize_model(llama4(), recipe())
+    ids = torch.tensor(DATA)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("build", [llama4, dbrx, jetmoe, longcat_flash])
