@@ -28,7 +28,7 @@ from .errors import ConfigError, MemoryLimitError
 from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_checkpoint_names
 from .integrations.quantizer import AwqOffloadQuantizer
 from .model.decoder_layers import candidate_layers
-from .model.experts import is_fused_experts
+from .model.fused_experts import fused_experts_of
 from .offload.devices import accelerator_bytes
 from .offload.memory_use import MemoryMeter
 from .offload.stored_weights import StoredWeights
@@ -215,8 +215,9 @@ class _Sizes:
     def of(cls, model: PreTrainedModel) -> _Sizes:
         layers = list(candidate_layers(model).values())
         in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        fused = {f"{name}.{key}" for name, experts in fused_experts_of(model).items() for key in experts.matrices}
         stored = {
-            id(parameter): parameter.numel() * _stored_element_bytes(model, name, parameter)
+            id(parameter): parameter.numel() * _stored_element_bytes(model, name, parameter, name in fused)
             for name, parameter in model.named_parameters()
         }
         return cls(
@@ -226,9 +227,9 @@ class _Sizes:
         )
 
 
-def _stored_element_bytes(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> float:
+def _stored_element_bytes(model: PreTrainedModel, name: str, parameter: nn.Parameter, is_fused: bool) -> float:
     """Returns the bytes per element in the new checkpoint; experts that are still fused are quantized one by one."""
     preparation = _quantizer(model).preparation
-    if is_fused_experts(model.get_submodule(name.rpartition(".")[0])) and parameter.ndim == 3:
+    if is_fused:
         return preparation.quantized_element_bytes(name, parameter)
     return preparation.element_bytes(name, parameter)

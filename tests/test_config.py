@@ -18,7 +18,6 @@ from transformers import AwqConfig
 from hf_awq_offload.config import AwqOffloadConfig
 from hf_awq_offload.errors import AwqOffloadError, CheckpointError, ConfigError
 from hf_awq_offload.formats.awq_config import AwqCheckpointConfig
-from hf_awq_offload.integrations.linear_choice import renaming_of
 from hf_awq_offload.integrations.saving import config_of_result
 from hf_awq_offload.recipe_fields import RecipeFields
 
@@ -389,7 +388,7 @@ def test_a_checkpoint_config_shares_nothing_with_its_dict():
 def test_a_checkpoint_config_takes_nothing_of_the_recipe_but_the_format():
     recipe = AwqOffloadConfig(group_size=32, zero_point=False, dataset=["private text"], seed=7)
     model = tiny_llama(num_hidden_layers=1)
-    config = config_of_result(model, recipe, renaming_of(model), {"seed": 7})
+    config = config_of_result(model, recipe, {"seed": 7})
     fields = config.to_dict()
     assert fields.pop("modules_to_not_convert")  # all linears: none is quantized
     assert fields == {

@@ -14,9 +14,17 @@ from ..checkpoint.dense_modules import dense_modules
 from ..checkpoint.renaming import Renaming
 from ..config import AwqOffloadConfig
 from ..model.decoder_layers import candidate_layers
-from ..model.experts import conversions_without_merging, router_linears
+from ..model.expert_names import conversions_without_merging
+from ..model.experts import router_linears
 from ..model.linears import is_linear, linears_in
 from ..nn.registry import linear_class
+
+NAMED = "named in modules_to_not_convert"
+ROUTER = "chooses experts"
+OUTSIDE = "outside the decoder layers"
+KEPT_BY_MODEL = "tied, last, or kept in fp32 by the model"
+ON_PURPOSE = (NAMED, ROUTER, OUTSIDE, KEPT_BY_MODEL)
+"""Reasons of linears that nobody expects to be quantized."""
 
 
 def linears_in_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -47,17 +55,17 @@ def linears_left_out(model: PreTrainedModel, recipe: AwqOffloadConfig) -> dict[s
         group_size = recipe.choice(name).group_size
         unpackable = linear_type.unpackable_reason(linear.in_features, linear.out_features, group_size)
         if not should_convert_module(name, chosen):
-            left_out[name] = "named in modules_to_not_convert"
+            left_out[name] = NAMED
         elif name in routers:
-            left_out[name] = "chooses experts"
+            left_out[name] = ROUTER
         elif not is_linear(linear):
             left_out[name] = f"a {type(linear).__name__}, which computes more than a product"
         elif name not in in_layers:
-            left_out[name] = "outside the decoder layers"
+            left_out[name] = OUTSIDE
         elif not renaming.keeps(name, linear_type.NAMES.all):
             left_out[name] = "its name does not survive transformers' renaming of weights"
         elif not should_convert_module(name, skipped):
-            left_out[name] = "tied, last, or kept in fp32 by the model"
+            left_out[name] = KEPT_BY_MODEL
         elif unpackable is not None:
             left_out[name] = unpackable
     if recipe.checkpoint_format == "awq":

@@ -23,7 +23,8 @@ from torch import nn
 
 from ..errors import ModelStructureError
 from ..logs import get_logger
-from ..model.experts import UnfusedExperts, conversions_without_merging
+from ..model.expert_names import conversions_without_merging
+from ..model.experts import UnfusedExperts
 from ..nn.quantized_linear import QuantizedLinear
 from ..offload.memory_limit import release_freed
 

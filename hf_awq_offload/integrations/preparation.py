@@ -19,7 +19,8 @@ from ..config import AwqOffloadConfig
 from ..errors import CalibrationDataError, ModelStructureError
 from ..formats.grid_choice import check_that_all_match
 from ..logs import get_logger
-from ..model.experts import is_fused_experts
+from ..model.fused_experts import has_fused_experts
+from .dense_share import DenseShare
 from .linear_choice import linears_in_layers, linears_left_out
 from .origin import PROCESSOR_MARKERS, TOKENIZER_MARKERS, Origin
 
@@ -52,7 +53,7 @@ class Preparation:
             CalibrationDataError: the data cannot be used.
         """
         chosen = cls(recipe, None, frozenset(), {}).rechosen(model)
-        if not chosen.quantizable and not _has_fused_experts(model):
+        if not chosen.quantizable and not has_fused_experts(model):
             raise ModelStructureError(
                 f"No linear of {type(model).__name__} can be quantized with this config. Left out: "
                 f"{_listed(chosen.left_out)}. Try another group_size, or fewer modules_to_not_convert."
@@ -67,7 +68,7 @@ class Preparation:
         """Returns the same with the linears that the model has now: experts may have been taken apart."""
         left_out = linears_left_out(model, self.recipe)
         quantizable = frozenset(name for name in linears_in_layers(model) if name not in left_out)
-        if not _has_fused_experts(model):  # else there are linears to come
+        if not has_fused_experts(model):  # else there are linears to come
             check_that_all_match(self.recipe.overrides or {}, quantizable, left_out)
         return replace(self, quantizable=quantizable, left_out=left_out)
 
@@ -88,14 +89,17 @@ class Preparation:
         bits_of_group = 16 + grid.bits  # scale and zero point
         return (grid.bits + bits_of_group / grid.group_size) / 8
 
-    def warn_of_unpackable(self) -> None:
-        """Warns of linears that the format cannot hold."""
+    def warn_of_dense(self, model: PreTrainedModel) -> None:
+        """Warns of linears that the format cannot hold, and of much else in full precision that nobody asked for."""
+        dense = DenseShare.of(model, self.recipe, self.left_out)
         unpackable = {name: reason for name, reason in self.left_out.items() if "multiple of" in reason}
         if unpackable:
             logger.warning(
                 f"{len(unpackable)} linears stay in full precision because their shape does not fit the layout: "
-                f"{_listed(unpackable)}."
+                f"{_listed(unpackable)}. In all, {dense.share:.0%} of the decoder layers' weights stay."
             )
+        if not {reason for _, reason in dense.dense_elements} <= set(unpackable.values()):
+            dense.warn()
 
 
 def require_decoder_only(model: PreTrainedModel) -> None:
@@ -136,10 +140,6 @@ def _require_source(origin: Origin, what: str) -> None:
             f"A {what} is needed for the calibration data and the model does not say where its own is; pass "
             "tokenizer=..., or a dataset of token ids or of a processor's outputs."
         )
-
-
-def _has_fused_experts(model: nn.Module) -> bool:
-    return any(map(is_fused_experts, model.modules()))
 
 
 def _listed(left_out: dict[str, str], most: int = 8) -> str:

@@ -24,7 +24,8 @@ from ..config import AwqOffloadConfig
 from ..errors import CheckpointError
 from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
-from ..model.experts import conversions_without_merging, take_experts_apart
+from ..model.expert_names import conversions_without_merging
+from ..model.fused_experts import take_experts_apart
 from ..nn.awq_linear import choose_backend
 from ..nn.quantized_linear import QuantizedLinear
 from ..offload.offload_folder import OffloadFolder
@@ -192,7 +193,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             planned: what the run was expected to take, for the report.
         """
         recipe, preparation = self.recipe, self.preparation
-        preparation.warn_of_unpackable()
+        preparation.warn_of_dense(model)
         is_quantizable = preparation.quantizable.__contains__
         report = quantize_layers(model, recipe, storage, is_quantizable, preparation.calibration, undo)
         report.left_out = preparation.left_out | report.left_out

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .decoder_layers import LayerRunner, ProbeCalls
 from .experts import Routing, UnfusedExperts, expert_parts, routed
 from .folds import NOT_EXACT, Fold, InputGroup, LayerStructure, ProducerKind, Reader, scaled_producer
+from .input_groups import experts_beside, group_equal_inputs, readers_in, readers_of
 from .linears import is_linear, linears_in
 from .row_maps import LEVELS, complete_row_map, factor_index, level_factors, row_subsets
 
@@ -55,10 +56,11 @@ def discover_structure(layer: nn.Module, probes: ProbeCalls, device: torch.devic
         probe = _Probe(layer, probes, device, seed)
         inputs, reads = probe.inputs({}), probe.reads
         groups = [
-            InputGroup(consumers, None, _readers_of(inputs[consumers[0]], reads))
-            for consumers in _group_equal_inputs(inputs)
+            InputGroup(consumers, None, readers_of(inputs[consumers[0]], reads))
+            for consumers in group_equal_inputs(inputs)
         ]
         groups = _with_folds(probe, inputs, groups)
+        groups = _with_experts_joined(probe, inputs, groups)
         softmax_only = probe.without_influence_on_a_lone_token()
         softmax_only |= probe.factors_of_a_softmax([group.consumers for group in groups], softmax_only)
     return without_refuted_folds(layer, LayerStructure(tuple(groups), softmax_only), probes, device, seed)
@@ -118,7 +120,7 @@ class _Probe:
                 for x in (*args, *kwargs.values()):
                     if isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 2:
                         rows = x.detach().reshape(-1, x.shape[-1])
-                        self.reads.update(dict.fromkeys(_readers_in(name, module, x.shape[-1]), rows))
+                        self.reads.update(dict.fromkeys(readers_in(name, module, x.shape[-1]), rows))
                         break
 
             return hook
@@ -250,36 +252,6 @@ class _Probe:
         return largest
 
 
-def _readers_in(name: str, module: nn.Module, channels: int) -> list[Reader]:
-    """Returns the direct parameters of `module` that can multiply `channels` input channels."""
-    readers = []
-    for parameter_name, parameter in module.named_parameters(recurse=False):
-        full_name = f"{name}.{parameter_name}" if name else parameter_name
-        if parameter.ndim in (2, 3) and parameter.shape[-1] == channels:
-            readers.append(Reader(full_name, parameter.ndim - 1))
-        elif parameter.ndim == 3 and parameter.shape[1] == channels:
-            readers.append(Reader(full_name, 1))
-    return readers
-
-
-def _readers_of(x: Tensor, reads: Mapping[Reader, Tensor]) -> tuple[Reader, ...]:
-    return tuple(reader for reader, other in reads.items() if other.shape == x.shape and torch.equal(other, x))
-
-
-def _group_equal_inputs(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
-    """Returns the names of linears with equal inputs, one tuple per distinct input."""
-    groups: list[list[str]] = []
-    for name, x in inputs.items():
-        for group in groups:
-            other = inputs[group[0]]
-            if other.shape == x.shape and torch.equal(other, x):
-                group.append(name)
-                break
-        else:
-            groups.append([name])
-    return [tuple(group) for group in groups]
-
-
 def _with_folds(
     probe: _Probe,
     inputs: Mapping[str, Tensor],
@@ -322,6 +294,24 @@ def _with_folds(
             for subset in row_subsets(rows) if any(rows == 2 * width for width in widths) else []:
                 try_rows(candidate, inputs, subset.to(probe.device), lone=False)
     return folded
+
+
+def _with_experts_joined(probe: _Probe, inputs: Mapping[str, Tensor], groups: Sequence[InputGroup]) -> list[InputGroup]:
+    """Joins experts without a fold to the linears whose input they get in another form, where that yields a fold.
+
+    Experts may get rows that were gathered, or multiplied by the router's scores.
+    """
+    open_groups = {index: group.consumers for index, group in enumerate(groups) if group.fold is None}
+    joined = experts_beside(open_groups, inputs, probe.experts)
+    kept: dict[int, InputGroup] = dict(enumerate(groups))
+    for other, members in joined.items():
+        consumers = [name for index in (other, *members) for name in groups[index].consumers]
+        (group,) = _with_folds(probe, inputs, [InputGroup(tuple(consumers), None, groups[other].readers)])
+        if group.fold is not None:
+            kept[other] = group
+            for index in members:
+                del kept[index]
+    return list(kept.values())
 
 
 def _proven(probe: _Probe, family: Sequence[InputGroup]) -> dict[tuple[str, ...], InputGroup]:

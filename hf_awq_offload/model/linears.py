@@ -33,7 +33,7 @@ def matrices_outside_linears(layer: nn.Module) -> dict[str, str]:
         matrices = [key for key, value in named if value.ndim >= 2 and sorted(value.shape)[-2] >= LEAST_SIDE]
         if not matrices:
             continue
-        kind = type(module).__name__
+        kind = getattr(module, "fused_class", type(module)).__name__  # of experts that were taken apart
         if name and not any(isinstance(part, nn.Linear) for part in module.modules()):
             described[name] = f"a {kind}, whose {', '.join(matrices)} are no linears"
         else:

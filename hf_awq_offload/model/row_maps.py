@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LEVELS = 32
 """Distinct factors of one probe: 1.25 … 5, about 4.6 % apart. A row's index is decoded as digits in this base."""
@@ -13,6 +13,8 @@ ROUNDING_NOISE = 3e-6
 """… except where large terms cancel: a channel may deviate by this share of the root mean square of all channels …"""
 LARGEST_TOLERANCE = 0.02
 """… but by no more than this share of itself, so that factors can be told apart."""
+PARALLEL_TOLERANCE = 1e-9
+"""Largest difference from 1 of the cosine of two parallel rows, rounded to fp32."""
 
 
 def level_factors(device: torch.device) -> Tensor:
@@ -66,3 +68,16 @@ def complete_row_map(
         return row_of_channel
     identity = row_of_channel.shape[0] == rows and bool((row_of_channel == channels)[known].all())
     return channels if identity else None
+
+
+def has_rows_of(
+    x: Tensor,  # (n, in)
+    other: Tensor,  # (tokens, in)
+) -> bool:
+    """Returns whether every row of `x` that is not zero is a positive multiple of a row of `other`."""
+    rows = x[x.any(dim=-1)]
+    if rows.shape[-1] != other.shape[-1] or not len(rows):
+        return False
+    rows, other = (nn.functional.normalize(value.cpu().double()) for value in (rows, other))
+    cosines = rows @ other.t()
+    return bool((cosines.amax(dim=1) > 1 - PARALLEL_TOLERANCE).all())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..checkpoint.safetensors import TensorPlace, tensor_places
 from ..checkpoint.source import Source
 from ..checkpoint.stored_tensor import StoredTensor, files_of, read
 from ..errors import CheckpointError
-from ..model.experts import UnfusedExperts, fused_names, unfused
+from ..model.experts import UnfusedExperts
 
 Tensors = dict[str, Tensor]
 
@@ -49,25 +48,25 @@ class StoredWeights:
                 files[file] = tensor_places(file)
             self.places[name] = files[file][entry["weight_name"]]
         self.dtypes = dict(dtypes)
-        self.fused: dict[str, tuple[nn.Module, UnfusedExperts]] = {}
+        self.fused: dict[str, UnfusedExperts] = {}
 
     @property
     def files(self) -> list[Path]:
         """The files that hold the weights, each once."""
         return list(dict.fromkeys(file for place in self.places.values() for file in files_of(place)))
 
-    def take_experts_apart(self, model: nn.Module, fused: Mapping[str, nn.Module]) -> None:
+    def take_experts_apart(self, model: nn.Module, names: Iterable[str]) -> None:
         """Reads experts one by one from here on, where the checkpoint holds them fused.
 
         Args:
             model: holds `UnfusedExperts` where the fused modules were.
-            fused: name in the model -> the module that was there.
+            names: those of the modules in the model.
         """
-        for name, module in fused.items():
+        for name in names:
             experts = model.get_submodule(name)
             assert isinstance(experts, UnfusedExperts)
-            if f"{name}.{fused_names(module)[-1]}" in self.places:
-                self.fused[name] = (module, experts)
+            if f"{name}.{experts.was_fused[-1]}" in self.places:
+                self.fused[name] = experts
 
     def is_as_stored(self, name: str) -> bool:
         """Whether `read` returns the very bytes that are in the file."""
@@ -93,21 +92,15 @@ class StoredWeights:
     def of(self, module_name: str, module: nn.Module, pin_memory: bool = False) -> Tensors:
         """Returns all parameters of a module, by their names within it."""
         tensors: Tensors = {}
-        for name, (original, experts) in self.fused.items():
+        for name, experts in self.fused.items():
             if name == module_name or name.startswith(f"{module_name}."):
                 within = name[len(module_name) + 1 :]
-                tensors |= {_joined(within, key): value for key, value in self._apart(name, original, experts).items()}
+                fused = {key: self.read(f"{name}.{key}") for key in experts.was_fused}
+                tensors |= {_joined(within, key): value for key, value in experts.taken_apart(fused).items()}
         for name, _ in module.named_parameters(remove_duplicate=False):
             if name not in tensors:
                 tensors[name] = self.read(_joined(module_name, name), pin_memory)
         return tensors
-
-    def _apart(self, name: str, original: nn.Module, experts: UnfusedExperts) -> Tensors:
-        loaded = copy.copy(original)
-        loaded._parameters = {
-            key: nn.Parameter(self.read(f"{name}.{key}"), requires_grad=False) for key in original._parameters
-        }
-        return {key: value.detach() for key, value in unfused(loaded, experts.projections).named_parameters()}
 
 
 class ReadAhead:

@@ -18,7 +18,8 @@ from torch import nn
 from ..calibration.dataset import CalibrationSet
 from ..config import AwqOffloadConfig
 from ..model.decoder_layers import candidate_layers
-from ..model.experts import expert_parts, is_fused_experts
+from ..model.experts import expert_parts
+from ..model.fused_experts import fused_experts
 from ..model.linears import linears_in
 from ..offload.devices import CPU, accelerator_bytes
 from ..ops.blocks import matmul_dtype
@@ -170,8 +171,6 @@ def _gram_sizes(layer: nn.Module) -> list[int]:
     sizes = [_gram_bytes(in_features) for in_features, _ in shapes]
     of_experts = {(part.expert_name, linears[name].in_features) for name, part in parts.items()}
     sizes += [_gram_bytes(in_features) for _, in_features in of_experts]
-    for module in layer.modules():
-        if is_fused_experts(module):  # not taken apart yet
-            experts, *features = module.get_parameter("down_proj").shape
-            sizes += [_gram_bytes(width) for width in features] * experts
+    for fused in fused_experts(layer).values():  # not taken apart yet
+        sizes += map(_gram_bytes, fused.input_widths)
     return sizes

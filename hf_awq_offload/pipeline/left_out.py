@@ -8,6 +8,7 @@ from torch import nn
 
 from ..model.decoder_layers import candidate_layers
 from ..model.folds import LayerStructure
+from ..model.fused_experts import refusals
 from ..model.linears import linears_in, matrices_outside_linears
 from ..report import QuantizationReport
 from .layer_context import LayerContext
@@ -22,8 +23,7 @@ def layers_left_out(
     left_out: dict[str, str] = {}
     ran = dict.fromkeys(layer.name for layer in report.layers)
     for name in ran:
-        others = matrices_outside_linears(model.get_submodule(name))
-        left_out |= {f"{name}.{part}": reason for part, reason in others.items()}
+        left_out |= {f"{name}.{part}": why for part, why in matrices_left_out(model.get_submodule(name)).items()}
     lists = {name.rpartition(".")[0] for name in ran}
     for name, layer in candidate_layers(model).items():
         among_others = name.rpartition(".")[0] in lists
@@ -32,6 +32,17 @@ def layers_left_out(
             if is_quantizable(f"{name}.{part}"):
                 left_out[f"{name}.{part}"] = reason
     return left_out
+
+
+def matrices_left_out(layer: nn.Module) -> dict[str, str]:
+    """Returns what in a layer may be multiplied by activations but is not a linear -> what it is, and why it stays."""
+    refused = refusals(layer)
+    described = matrices_outside_linears(layer)
+    for name in described:
+        reason = refused.get(name, refused.get(name.rpartition(".")[0]))
+        if reason is not None:
+            described[name] += f": {reason}"
+    return described
 
 
 def not_reached(context: LayerContext, structure: LayerStructure) -> dict[str, str]:

@@ -19,10 +19,9 @@ import torch
 from shrink import shrunk_config
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_awq_offload.model.decoder_layers import candidate_layers
-from hf_awq_offload.model.experts import is_fused_experts, original_projections, unfused
+from hf_awq_offload.model.fused_experts import take_experts_apart
 from hf_awq_offload.model.linears import linears_in
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -151,8 +150,5 @@ def _decoder_layers(suite: str, model_type: str) -> list[nn.Module]:
     auto_class = AutoModelForCausalLM if suite == "causal_lm" else AutoModelForImageTextToText
     with torch.device("meta"):
         model = auto_class.from_config(shrunk_config(model_type))
-    conversions = get_model_conversion_mapping(model, add_legacy=False)
-    for name, module in list(model.named_modules()):
-        if is_fused_experts(module):
-            model.set_submodule(name, unfused(module, original_projections(name, module, conversions)))
+    take_experts_apart(model, all_kinds=True)
     return list(candidate_layers(model if suite == "causal_lm" else model.get_decoder()).values())

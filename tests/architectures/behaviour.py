@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig
 from hf_awq_offload.integrations import quantizer
+from hf_awq_offload.model.experts import ExpertPart, expert_parts
 from hf_awq_offload.pipeline.layer_context import LayerContext
 from hf_awq_offload.pipeline.loop import quantize_layers
 from hf_awq_offload.pipeline.stack_rounding import RoundingData, Stack, StackOutcome
@@ -142,9 +143,10 @@ def summary(model: PreTrainedModel) -> dict[str, Any]:
     folds: dict[str, dict[str, str | None]] = {}
     for layer in report.layers:
         of_class = folds.setdefault(type(model.get_submodule(layer.name)).__name__, {})
+        parts = expert_parts(model.get_submodule(layer.name))
         for group in layer.groups:
-            consumers = ", ".join(dict.fromkeys(map(_starred, group.consumers)))
-            of_class[consumers] = None if group.producer is None else _starred(group.producer)
+            consumers = ", ".join(dict.fromkeys(_starred(name, parts) for name in group.consumers))
+            of_class[consumers] = None if group.producer is None else _starred(group.producer, parts)
     groups = [group for layer in report.layers for group in layer.groups]
     left_out: dict[str, set[str]] = {}
     for name, reason in report.left_out.items():
@@ -157,5 +159,5 @@ def summary(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _starred(name: str) -> str:
-    return re.sub(r"(?<=experts)\.\d+\.", ".*.", name)
+def _starred(name: str, parts: dict[str, ExpertPart]) -> str:
+    return parts[name].family if name in parts else name

@@ -62,10 +62,9 @@ an AWQ checkpoint without that module can't. A dash means no mapping of its own 
 Llama). In both tools, shapes decide whether the output of attention is scaled: AutoAWQ requires the weights of `v_proj`
 and `o_proj` to have one shape, llm-compressor requires `v_proj` to have as many outputs as `o_proj` has inputs. The
 share of a real model differs where its heads together are not as wide as the hidden size, or where its queries are
-grouped in another way than in these shrunk models. Llama 4 is left out because the two sides do not count the same
-linears: llm-compressor splits its experts and this package does not. Types that transformers does not have are left
-out, too: AutoAWQ's Aquila, Baichuan, EXAONE, InternLM 2, MiniCPM, Phi-3 Vision, Qwen and Yi; llm-compressor's Nanbeige,
-Phi-3 Vision and Step 3.5.
+grouped in another way than in these shrunk models. Llama 4 is left out: how llm-compressor splits its experts was not
+compared. Types that transformers does not have are left out, too: AutoAWQ's Aquila, Baichuan, EXAONE, InternLM 2,
+MiniCPM, Phi-3 Vision, Qwen and Yi; llm-compressor's Nanbeige, Phi-3 Vision and Step 3.5.
 
 | model type | here | AutoAWQ | llm-compressor |
 |---|---|---|---|
@@ -78,8 +77,9 @@ NOTES = """
   under their original names (`experts.0.w1`, `experts.0.gate_proj`; if the original stores them fused,
   `experts.0.gate_proj`, `up_proj`, `down_proj`). Routers stay in full precision. Stock transformers keeps experts fused
   and can't load them quantized; this package loads them; other servers have not been tried.
-- **Fused experts without transformers' experts interface** (DBRX, JetMoe, Llama 4, LongCat-Flash) stay in full
-  precision. The report names them, as it names every other matrix of a decoder layer that no linear holds.
+- **Fused experts without transformers' experts interface** (DBRX, JetMoe, Llama 4, LongCat-Flash) are split where
+  [a proof](mixture-of-experts.md#which-experts-are-split) succeeds. The report names every matrix of a decoder layer
+  that no linear holds, and why it stays in full precision.
 - **`Conv1D`** (GPT-2) stays in full precision, and a model that consists of nothing else is refused: stock
   transformers' AWQ loader replaces `nn.Linear` only, so it would load packed `Conv1D` weights as random ones.
 - **Cross-attention** of decoders that are used without their encoder does not run in calibration and stays in full

@@ -11,17 +11,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig, quantize_model
-from hf_awq_offload.model.experts import (
-    Projections,
-    Routing,
-    conversions_without_merging,
-    expert_parts,
-    is_fused_experts,
-    original_projections,
-    routed,
-    router_linears,
-    unfused,
-)
+from hf_awq_offload.model.expert_interface import Projections, is_fused_experts, original_projections, unfused
+from hf_awq_offload.model.expert_names import conversions_without_merging
+from hf_awq_offload.model.experts import Routing, expert_parts, routed, router_linears
 
 
 class FlaggedExperts(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_awq_offload import plan, quantize
 from hf_awq_offload.calibration import statistics_collector
 from hf_awq_offload.calibration.statistics_collector import StatisticsCollector
-from hf_awq_offload.model.experts import unfused
+from hf_awq_offload.model.expert_interface import unfused
 from hf_awq_offload.offload.devices import CPU
 from hf_awq_offload.pipeline.budget import CPU_BATCH_TOKENS, PROCESS_BYTES, LayerSizes, budget_for
 
