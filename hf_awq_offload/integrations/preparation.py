@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from ..config import AwqOffloadConfig
 from ..errors import CalibrationDataError, ModelStructureError
 from ..formats.grid_choice import check_that_all_match
 from ..logs import get_logger
-from ..model.fused_experts import has_fused_experts
+from ..model.fused_experts import has_fused_experts, stored_fused
 from .dense_share import DenseShare
 from .linear_choice import linears_in_layers, linears_left_out
 from .origin import PROCESSOR_MARKERS, TOKENIZER_MARKERS, Origin
@@ -89,8 +89,17 @@ class Preparation:
         bits_of_group = 16 + grid.bits  # scale and zero point
         return (grid.bits + bits_of_group / grid.group_size) / 8
 
-    def warn_of_dense(self, model: PreTrainedModel) -> None:
-        """Warns of linears that the format cannot hold, and of much else in full precision that nobody asked for."""
+    def warn(self, model: PreTrainedModel, taken_apart: Mapping[str, nn.Module]) -> None:
+        """Says what may surprise: linears that stay in full precision, and experts that are stored in another way.
+
+        `taken_apart` holds the experts that are one linear each by now, as they were, by name.
+        """
+        fused = stored_fused(model, taken_apart)
+        if fused:
+            logger.warning(
+                f"The checkpoint holds the experts of {len(fused)} layers fused ({fused[0]}, …); the result holds one "
+                "linear for each expert and projection. This package loads it; stock transformers does not."
+            )
         dense = DenseShare.of(model, self.recipe, self.left_out)
         unpackable = {name: reason for name, reason in self.left_out.items() if "multiple of" in reason}
         if unpackable:

@@ -193,7 +193,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             planned: what the run was expected to take, for the report.
         """
         recipe, preparation = self.recipe, self.preparation
-        preparation.warn_of_dense(model)
+        preparation.warn(model, self.fused)
         is_quantizable = preparation.quantizable.__contains__
         report = quantize_layers(model, recipe, storage, is_quantizable, preparation.calibration, undo)
         report.left_out = preparation.left_out | report.left_out

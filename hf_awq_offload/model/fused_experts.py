@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -90,6 +90,22 @@ def fused_experts_of(model: nn.Module) -> dict[str, FusedExperts]:
     for layer_name, layer in candidate_layers(model).items():
         found |= {f"{layer_name}.{name}": experts for name, experts in fused_experts(layer).items()}
     return found
+
+
+def stored_fused(model: nn.Module, taken_apart: Mapping[str, nn.Module]) -> list[str]:
+    """Returns those of the experts that were taken apart which the model's checkpoints hold fused.
+
+    Args:
+        model: holds them one by one by now.
+        taken_apart: name -> the module as it was.
+    """
+    conversions = get_model_conversion_mapping(cast(Any, model), add_legacy=False)
+    layouts = {name: getattr(model.get_submodule(name), "layout", None) for name in taken_apart}
+    return [
+        name
+        for name, module in taken_apart.items()
+        if not FusedExperts(module, layouts[name]).is_stored_apart(name, conversions)
+    ]
 
 
 def take_experts_apart(model: nn.Module, all_kinds: bool) -> dict[str, nn.Module]:
