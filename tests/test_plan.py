@@ -11,8 +11,9 @@ from models import save_model, tiny_gpt_oss, tiny_llama, token_batch, token_reci
 from transformers import PreTrainedModel
 
 from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, Plan, plan, quantize
+from hf_awq_offload.checkpoint import stored_tensor
 from hf_awq_offload.integrations import assembly
-from hf_awq_offload.offload import journal, stored_weights
+from hf_awq_offload.offload import journal
 from hf_awq_offload.offload.memory_limit import release_freed
 from hf_awq_offload.offload.memory_use import MemoryMeter
 from hf_awq_offload.pipeline.budget import PROCESS_BYTES
@@ -47,7 +48,7 @@ def test_without_a_probe_no_weight_is_read(llama, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(stored_weights, "read_tensor", fail)
+    monkeypatch.setattr(stored_tensor, "read_tensor", fail)
     planned = plan(llama, token_recipe(), probe=False)
     assert planned.seconds is None
     layer_bytes = sum(p.numel() * 4 for p in tiny_llama().model.layers[0].parameters())
@@ -100,7 +101,7 @@ def test_what_can_not_fit_is_refused_before_a_weight_is_read(call, llama, monkey
     def fail(*args, **kwargs):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(stored_weights, "read_tensor", fail)
+    monkeypatch.setattr(stored_tensor, "read_tensor", fail)
     with pytest.raises(MemoryLimitError, match=r"GiB of RAM.*max_memory\['cpu'\].*Set n_samples.*raise max_memory"):
         call(llama, token_recipe(), max_memory={"cpu": "100KB"})
     assert not (llama.parent / "never").exists()

@@ -49,6 +49,7 @@ BAD_VALUES = {
         "--min-expert-tokens": (["-1"], 2, "min_expert_tokens is -1"),
         "--rounding": (["gptq"], 2, "rounding is 'gptq'"),
         "--propagate": (["both"], 2, "propagate is 'both'"),
+        "--mtp": (["maybe"], 2, "mtp is 'maybe'"),
         "--modules-to-not-convert": ([""], 2, "modules_to_not_convert is ['']"),
         "--execution-device": (["gpu"], 2, "execution_device is 'gpu'"),
         "--offload": (["ram"], 2, "offload is 'ram'"),
