@@ -38,6 +38,7 @@ BAD_VALUES = {
         "--bits": (["five"], 2, "invalid int value: 'five'"),
         "--group-size": (["100"], 2, "group_size is 100"),
         "--overrides": (["down_proj"], 2, "is no JSON"),
+        "--mtp": (["later"], 2, "mtp is 'later'"),
         "--format": (["gguf"], 2, "format is 'gguf'"),
         "--dataset": (["{folder}/none.txt"], 1, "there is no such file"),
         "--tokenizer": (["{empty}"], 1, "{empty}"),
