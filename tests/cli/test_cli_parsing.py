@@ -111,7 +111,7 @@ FLAGS = {
     "quantize": [
         *("--plan", "--resume", "--overwrite", "--image-text", "--trust-remote-code", "--private"),
         "--local-files-only",
-        *("--zero-point", "--duo-scaling", "--clip", "--all-experts", "--prefetch"),
+        *("--zero-point", "--duo-scaling", "--clip", "--all-experts", "--from-quantized", "--prefetch"),
     ],
     "evaluate": ["--image-text", "--trust-remote-code", "--local-files-only"],
     "inspect": ["--headers-only", "--local-files-only"],
