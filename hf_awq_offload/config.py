@@ -28,7 +28,7 @@ from .config_checks import (
 )
 from .errors import ConfigError
 from .formats.grid import SCALE_DTYPE, Grid, resolve_group_size
-from .formats.grid_choice import GridChoice, check_choice, checked_overrides, choice_for, choices
+from .formats.grid_choice import GridChoice, GridFields, check_choice, checked_overrides, choice_for, choices
 from .ops import BACKENDS
 from .recipe_fields import RecipeFields, with_fields_described
 
@@ -97,8 +97,8 @@ class AwqOffloadConfig(RecipeFields, QuantizationConfigMixin):
         return copied
 
     def _validate(self) -> None:
-        check_choice("", self.base_choice)
-        self.overrides = checked_overrides(self.overrides, self.base_choice) or None
+        check_choice("", self._grid_fields)
+        self.overrides = checked_overrides(self.overrides, self._grid_fields) or None
         for name, allowed in CHOICES.items():
             check_is_one_of(name, getattr(self, name), allowed)
         self._check_that_format_holds_grids()
@@ -117,7 +117,7 @@ class AwqOffloadConfig(RecipeFields, QuantizationConfigMixin):
 
     def _check_that_format_holds_grids(self) -> None:
         if self.format == "awq" and not self._fits_awq:
-            bits = sorted({choice.bits for choice in choices(self.base_choice, self.overrides or {})})
+            bits = sorted({choice.bits for choice in choices(self._grid_fields, self.overrides or {})})
             raise ConfigError(
                 f"format is 'awq', but the recipe asks for {' and '.join(map(str, bits))} bits"
                 f"{' and for different grids' if self.overrides else ''}; AWQ checkpoints hold 4 bits, the same "
@@ -137,11 +137,15 @@ class AwqOffloadConfig(RecipeFields, QuantizationConfigMixin):
     @property
     def base_choice(self) -> GridChoice:
         """The grid of linears that no override names."""
-        return GridChoice(self.bits, self.group_size, self.zero_point)
+        return self._grid_fields.choice
+
+    @property
+    def _grid_fields(self) -> GridFields:
+        return GridFields(self.bits, self.group_size, self.zero_point)
 
     @property
     def _fits_awq(self) -> bool:
-        grids = choices(self.base_choice, self.overrides or {})
+        grids = choices(self._grid_fields, self.overrides or {})
         return len(grids) == 1 and self.bits == 4
 
     @property
@@ -156,7 +160,7 @@ class AwqOffloadConfig(RecipeFields, QuantizationConfigMixin):
         name: str,  # of a linear in the model
     ) -> GridChoice:
         """The grid that the recipe gives to one linear."""
-        return choice_for(name, self.base_choice, self.overrides or {})
+        return choice_for(name, self._grid_fields, self.overrides or {})
 
     def grid(
         self,

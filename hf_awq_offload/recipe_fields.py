@@ -52,10 +52,12 @@ class RecipeFields:
         default=128,
         metadata={"help": "input channels that share a scale and a zero point: 32, 64, 128, or -1 for the whole row."},
     )
-    zero_point: bool = field(
-        default=True,
+    zero_point: bool | None = field(
+        default=None,
         metadata={
-            "help": "quantize asymmetrically, with a zero point per group. vLLM's Marlin kernels for AWQ expect True."
+            "help": "quantize asymmetrically, with a zero point per group; by default for each linear that gets fewer "
+            "than 8 bits. vLLM's Marlin kernels for AWQ expect True; transformers without this package can't load "
+            "zero points in the compressed-tensors format."
         },
     )
     overrides: dict[str, dict[str, Any]] | None = field(

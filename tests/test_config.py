@@ -27,7 +27,7 @@ NO_FLAG = [0, 1, None, "true", "False", 1.0, [True]]
 BAD_VALUES = {
     "bits": [1, 5, 6, 16, 0, -4, *NO_INTEGER],
     "group_size": [0, -2, 1, 16, 31, 127, 129, 256, *NO_INTEGER],
-    "zero_point": NO_FLAG,
+    "zero_point": [flag for flag in NO_FLAG if flag is not None],
     "overrides": [3, "down_proj", ["down_proj"], True],
     "format": [None, True, "", "gemm", "AWQ", "compressed_tensors", ["awq"]],
     "dataset": [None, True, False, 0, 3.5, "", "   "],
@@ -44,8 +44,8 @@ BAD_VALUES = {
     "rounding": [None, True, "", "gptq", "Nearest", ["nearest"]],
     "propagate": [None, True, "", "both", "Original", ["original"]],
     "modules_to_not_convert": ["lm_head", "", 3, True, [3], ["lm_head", None], [""], b"lm_head"],
-    "mtp": ["Keep", "", None, True, 1, ["keep"]],
-    "from_quantized": ["yes", 1, None],
+    "mtp": [None, True, "", "Keep", ["drop"]],
+    "from_quantized": NO_FLAG,
     "execution_device": ["gpu", "", "cuda:", 1.5, True, ["cpu"], "meta"],
     "offload": [None, True, "", "ram", "Disk", ["disk"]],
     "prefetch": NO_FLAG,
@@ -59,7 +59,7 @@ BAD_VALUES = {
 GOOD_VALUES = {
     "bits": [2, 3, 4, 8],
     "group_size": [-1, 32, 64, 128],
-    "zero_point": [True, False],
+    "zero_point": [None, True, False],
     "overrides": [None, {"down_proj$": {"bits": 8, "group_size": 64, "zero_point": False}}],
     "format": ["auto", "awq", "compressed-tensors"],
     "dataset": [
@@ -270,6 +270,43 @@ def test_to_dict_and_back_is_the_same_recipe():
     again = AwqOffloadConfig.from_dict(recipe.to_dict())
     assert again.to_dict() == recipe.to_dict()
     assert again.quant_method == "awq_offload"
+
+
+class TestZeroPointsByDefault:
+    @pytest.mark.parametrize(("bits", "zero_point"), [(2, True), (3, True), (4, True), (8, False)])
+    def test_fewer_than_8_bits_have_them(self, bits, zero_point):
+        assert AwqOffloadConfig(bits=bits).choice("a").zero_point is zero_point
+
+    @pytest.mark.parametrize("zero_point", [True, False])
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    def test_what_is_given_is_kept(self, bits, zero_point):
+        recipe = AwqOffloadConfig(bits=bits, zero_point=zero_point)
+        recipe.update(bits=8)
+        again = AwqOffloadConfig.from_dict(recipe.to_dict())
+        for kept in (recipe, again):
+            assert (kept.zero_point, kept.choice("a").zero_point) == (zero_point, zero_point)
+
+    def test_other_bits_later_decide_anew(self):
+        recipe = AwqOffloadConfig()
+        recipe.update(bits=8)
+        assert recipe.base_choice == (8, 128, False)
+        again = AwqOffloadConfig.from_dict(recipe.to_dict())
+        again.update(bits=3)
+        assert again.base_choice == (3, 128, True)
+
+    def test_overrides_go_by_their_own_bits(self):
+        recipe = AwqOffloadConfig(bits=8, overrides={"down_proj$": {"bits": 2}, "^lm": {"zero_point": True}})
+        assert recipe.choice("mlp.down_proj") == (2, 128, True)
+        assert recipe.choice("mlp.up_proj") == (8, 128, False)
+        assert recipe.choice("lm_head") == (8, 128, True)
+
+    def test_a_given_value_holds_for_overrides_too(self):
+        recipe = AwqOffloadConfig(zero_point=True, overrides={"down_proj$": {"bits": 8}})
+        assert recipe.choice("mlp.down_proj") == (8, 128, True)
+
+    def test_4_bits_are_awq_and_asymmetric_as_before(self):
+        config = config_of_result(tiny_llama(num_hidden_layers=1), AwqOffloadConfig(), {})
+        assert config.to_dict()["zero_point"] is True
 
 
 def test_changing_what_to_dict_returned_does_not_change_the_recipe():

@@ -224,7 +224,7 @@ class _Conversion:
             group_size=self.choice.group_size,
             zero_point=self.choice.zero_point,
             version=self.to,
-            modules_to_not_convert=self._modules().awq_entries or None,
+            modules_to_not_convert=self._modules().awq_entries() or None,
             meta=config.pop(META_ATTRIBUTE, {}),
         )
         return config | {"quantization_config": new.to_dict()}

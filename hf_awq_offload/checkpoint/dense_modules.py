@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,10 +25,9 @@ class DenseModules:
     head: frozenset[str]
     """Names of the output embedding, which AWQ readers leave in full precision by themselves."""
 
-    @property
-    def awq_entries(self) -> list[str]:
-        """`modules_to_not_convert` of an AWQ config."""
-        return names_left_out.entries({**self.dense, **self._others_apart}, self.quantized, self.head)
+    def awq_entries(self, chosen: Collection[str] = ()) -> list[str]:
+        """`modules_to_not_convert` of an AWQ config; `chosen` is what the user wrote there."""
+        return names_left_out.entries({**self.dense, **self._others_apart}, self.quantized, self.head, chosen)
 
     @property
     def full_names(self) -> set[str]:

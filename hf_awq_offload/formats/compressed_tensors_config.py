@@ -12,9 +12,10 @@ from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from ..errors import CheckpointError
+from .fused_linears import complete_modules, looked_up
 from .grid_choice import GridChoice
 from .layouts import COMPRESSED_TENSORS
-from .name_patterns import matches, patterns_for
+from .name_patterns import exact, matches, pattern_of_choice, patterns_for
 
 PACK_QUANTIZED = "pack-quantized"
 LINEAR = "Linear"
@@ -40,14 +41,28 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
         cls,
         grids: Mapping[str, GridChoice],  # of every quantized linear
         ignored: Collection[str],  # names of all other modules that readers may take for linears
+        chosen: Collection[str] = (),  # what the user wrote in modules_to_not_convert
     ) -> PackedCheckpointConfig:
-        """The config of a model: the commonest grid is the default, linears on the other grids are named."""
+        """The config of a model: the commonest grid is the default, linears on the other grids are named.
+
+        Fused linears are named as servers look them up, too (fused_linears.py). A pattern of the user's is kept in the
+        standard's form, for linears whose names only a server knows, unless that matches a quantized linear.
+        """
         default = Counter(grids.values()).most_common(1)[0][0]
         targets: dict[str, GridChoice] = {LINEAR: default}
+        known = _with_fused({**dict.fromkeys(ignored), **grids})
+        named = {name: grid for name, grid in known.items() if grid is not None}
+        experts = {name for name in named.keys() - grids.keys() if name.endswith(".experts")}
         for grid in sorted(set(grids.values()) - {default}):
-            own = {name for name, other in grids.items() if other == grid}
-            targets |= dict.fromkeys(patterns_for(own, grids.keys() - own), grid)
-        return cls(grids=targets, ignore=patterns_for(ignored, grids.keys()))
+            # The model may have a module with the name of all experts; that is no linear, so it can't be a target.
+            own = {name for name, other in named.items() if other == grid and name not in experts}
+            targets |= dict.fromkeys(patterns_for(own, named.keys() - own), grid)
+        dense = patterns_for(known.keys() - named.keys(), named.keys())
+        everything = "\n".join(named).lower()
+        ignore = [exact(entry) if entry.lower() in everything else entry for entry in dense]
+        of_user = [pattern_of_choice(entry) for entry in chosen]
+        kept = [entry for entry in of_user if not any(matches(entry, name) for name in named)]
+        return cls(grids=targets, ignore=[*ignore, *sorted({*kept} - {*ignore})])
 
     def choice_for(
         self,
@@ -129,6 +144,16 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
             raise _unsupported("config_groups names no target", "at least one")
         config = cls(grids=grids, ignore=list(config_dict.get("ignore") or ()))
         return (config, kwargs) if return_unused_kwargs else config
+
+
+def _with_fused(known: Mapping[str, GridChoice | None]) -> dict[str, GridChoice | None]:
+    """`known` (name -> grid, None if dense) and the names under which servers look up what they fuse."""
+    added: dict[str, GridChoice | None] = {}
+    for whole, parts in complete_modules(known).items():
+        treatments = {known[part] for part in parts}
+        if len(treatments) == 1:
+            added |= dict.fromkeys([whole, *looked_up(whole, parts)], *treatments)
+    return {**added, **known}
 
 
 def _weights_of(grid: GridChoice) -> dict[str, Any]:

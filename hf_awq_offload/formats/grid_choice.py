@@ -29,30 +29,47 @@ class GridChoice(NamedTuple):
     zero_point: bool
 
 
+SYMMETRIC_BITS = 8
+"""From here on a zero point gains nothing that can be noticed (docs/choosing-bits.md), and fewer readers take it."""
+
+
+class GridFields(NamedTuple):
+    """The fields of a recipe from which a linear's grid follows; without `zero_point`, the bits decide."""
+
+    bits: int
+    group_size: int
+    zero_point: bool | None
+
+    @property
+    def choice(self) -> GridChoice:
+        zero_point = self.bits < SYMMETRIC_BITS if self.zero_point is None else self.zero_point
+        return GridChoice(self.bits, self.group_size, zero_point)
+
+
 Overrides = Mapping[str, Mapping[str, Any]]
 
 
 def choice_for(
     name: str,  # of a linear in the model
-    base: GridChoice,
+    base: GridFields,
     overrides: Overrides,
 ) -> GridChoice:
     """The grid of one linear."""
     for pattern, fields in overrides.items():
         if re.search(pattern, name):
             base = base._replace(**fields)
-    return base
+    return base.choice
 
 
-def choices(base: GridChoice, overrides: Overrides) -> set[GridChoice]:
+def choices(base: GridFields, overrides: Overrides) -> set[GridChoice]:
     """Every grid that a linear may get, whatever its name."""
     reachable = {base}
     for fields in overrides.values():
         reachable |= {choice._replace(**fields) for choice in reachable}
-    return reachable
+    return {fields.choice for fields in reachable}
 
 
-def check_choice(where: str, choice: GridChoice) -> None:
+def check_choice(where: str, choice: GridFields) -> None:
     """Raises ConfigError unless every field has an allowed value; `where` goes before the field's name."""
     if not _is_one_of(choice.bits, BITS):
         raise ConfigError(f"{where}bits is {choice.bits!r}; pass 4 (the usual), 2, 3 or 8.")
@@ -60,11 +77,11 @@ def check_choice(where: str, choice: GridChoice) -> None:
         raise ConfigError(
             f"{where}group_size is {choice.group_size!r}; pass 128 (the usual), 64, 32, or -1 for one group per row."
         )
-    if not isinstance(choice.zero_point, bool):
-        raise ConfigError(f"{where}zero_point is {choice.zero_point!r}; pass True or False.")
+    if not isinstance(choice.zero_point, bool | None):
+        raise ConfigError(f"{where}zero_point is {choice.zero_point!r}; pass True, False, or None to go by the bits.")
 
 
-def checked_overrides(overrides: Any, base: GridChoice) -> dict[str, dict[str, Any]]:
+def checked_overrides(overrides: Any, base: GridFields) -> dict[str, dict[str, Any]]:
     """Checks `overrides` and copies it; None gives an empty dict.
 
     Raises:

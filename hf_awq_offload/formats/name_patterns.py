@@ -42,6 +42,18 @@ def matches(
     return pattern == name
 
 
+def exact(name: str) -> str:
+    """A pattern for one name. SGLang looks for an entry without the prefix anywhere in a name."""
+    return f"{PREFIX}{re.escape(name)}$"
+
+
+def pattern_of_choice(entry: str) -> str:
+    """A pattern for what an entry of `modules_to_not_convert` stands for: a name or expression, and all below it."""
+    if re.fullmatch(r"[\w.]+", entry):
+        return rf"{PREFIX}(.*\.)?{re.escape(entry)}(\..*)?$"
+    return rf"{PREFIX}(.*\.)?({entry})((?<=\.).*|\..*)?$"
+
+
 def _wildcarded(name: str) -> str:
     """A regular expression for `name` and all names that differ from it only in numbers."""
     parts = [r"\d+" if NUMBER.fullmatch(part) else re.escape(part) for part in name.split(".")]

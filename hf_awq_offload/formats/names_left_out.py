@@ -32,14 +32,14 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
-FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
-"""Linears that servers fuse, by the name of the fused one. Some look up that name, others the names of its parts."""
+from .fused_linears import complete_modules
 
 
 def entries(
     dense: Mapping[str, str],
     quantized: Mapping[str, str],
     optional: Collection[str] = (),
+    chosen: Collection[str] = (),
 ) -> list[str]:
     """Returns the entries of `modules_to_not_convert`, sorted.
 
@@ -49,15 +49,18 @@ def entries(
         quantized: the quantized linears, likewise.
         optional: those names of dense modules, of either kind, that are left out of the list where they are part of a
             quantized linear's name.
+        chosen: entries that the user wrote; those that no reader finds in a quantized linear's name are kept.
     """
-    taken = _joined([*quantized, *quantized.values(), *_fused(quantized), *_fused(quantized.values())])
+    quantized_names = {*quantized, *quantized.values()}
+    taken = _joined([*quantized_names, *complete_modules(quantized_names)])
     in_model, in_files = set(dense), set(dense.values())
     below = _subtrees(in_model, quantized, taken) | _subtrees(in_files, quantized.values(), taken)
     # The files' names are all written out, because servers rename what they know: perhaps not a whole subtree.
     full_names = in_files | {name for name in in_model if not name.startswith(tuple(below))}
-    fused = {name for name in _fused(in_model) | _fused(in_files) if not name.startswith(tuple(below))}
+    fused = {name for name in complete_modules(in_model | in_files) if not name.startswith(tuple(below))}
     kept = {name for name in full_names if name not in optional or _is_free(name, taken)}
-    return sorted(kept | below | {name for name in fused if _is_free(name, taken)})
+    of_user = {entry for entry in chosen if entry not in taken and re.search(f"^(?:{entry})", taken, re.M) is None}
+    return sorted(kept | below | of_user | {name for name in fused if _is_free(name, taken)})
 
 
 def clashes(dense: Collection[str], quantized: Collection[str]) -> dict[str, str]:
@@ -99,17 +102,3 @@ def _ancestors(name: str) -> list[str]:
     """Every module that `name` is in, the outermost first."""
     parts = name.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
-
-
-def _fused(names: Iterable[str]) -> set[str]:
-    """The names of fused linears all of whose parts are among `names`."""
-    parts: defaultdict[str, set[str]] = defaultdict(set)
-    for name in names:
-        module, _, last = name.rpartition(".")
-        parts[module].add(last)
-    return {
-        f"{module}.{whole}"
-        for module, found in parts.items()
-        for whole, pieces in FUSED.items()
-        if module and pieces <= found
-    }

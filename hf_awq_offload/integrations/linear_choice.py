@@ -89,6 +89,12 @@ def _leave_out_clashing(
             )
 
 
+def choices_without_effect(model: PreTrainedModel, chosen: Collection[str]) -> list[str]:
+    """Returns those entries of `modules_to_not_convert` that match no module with parameters."""
+    names = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [entry for entry in chosen if all(should_convert_module(name, [entry]) for name in names)]
+
+
 def modules_not_converted(model: PreTrainedModel, chosen: list[str] | None) -> list[str]:
     """Returns the name patterns that transformers' own AWQ loader leaves in full precision, `chosen` among them."""
     return HfQuantizer.get_modules_to_not_convert(

@@ -21,8 +21,9 @@ from ..formats.grid_choice import check_that_all_match
 from ..logs import get_logger
 from ..model.fused_experts import has_fused_experts, stored_fused
 from .dense_share import DenseShare
-from .linear_choice import linears_in_layers, linears_left_out
+from .linear_choice import choices_without_effect, linears_in_layers, linears_left_out
 from .origin import PROCESSOR_MARKERS, TOKENIZER_MARKERS, Origin
+from .serving import warn_of_readers
 
 logger = get_logger(__name__)
 
@@ -90,7 +91,7 @@ class Preparation:
         return (grid.bits + bits_of_group / grid.group_size) / 8
 
     def warn(self, model: PreTrainedModel, taken_apart: Mapping[str, nn.Module]) -> None:
-        """Says what may surprise: linears that stay in full precision, and experts that are stored in another way.
+        """Says what may surprise: linears that stay dense, experts stored in another way, readers that won't load this.
 
         `taken_apart` holds the experts that are one linear each by now, as they were, by name.
         """
@@ -109,6 +110,13 @@ class Preparation:
             )
         if not {reason for _, reason in dense.dense_elements} <= set(unpackable.values()):
             dense.warn()
+        without_effect = choices_without_effect(model, self.recipe.modules_to_not_convert or [])
+        if without_effect:
+            logger.warning(
+                f"modules_to_not_convert has entries that match no module: {without_effect}. An entry is matched from "
+                r"the start of a full name up to a dot, or at its end. All that is in a self_attn is r'.*\.self_attn'."
+            )
+        warn_of_readers(self.recipe, self.quantizable, self.left_out)
 
 
 def require_decoder_only(model: PreTrainedModel) -> None:

@@ -55,6 +55,7 @@ def config_of_result(
         carried: modules in full precision that the files hold and the model does not.
     """
     modules = _modules_of(model, renaming_of(model), carried)
+    chosen = recipe.modules_to_not_convert or []
     if recipe.checkpoint_format == "awq":
         for linear, dense in list(modules.clashes.items())[:1]:
             logger.warning(
@@ -65,15 +66,15 @@ def config_of_result(
         return AwqCheckpointConfig(
             bits=recipe.bits,
             group_size=recipe.group_size,
-            zero_point=recipe.zero_point,
-            modules_to_not_convert=modules.awq_entries or None,
+            zero_point=recipe.base_choice.zero_point,
+            modules_to_not_convert=modules.awq_entries(chosen) or None,
             meta=meta,
         )
     grids: dict[str, GridChoice] = {}
     for name, stored in modules.quantized.items():
         grids |= dict.fromkeys((name, stored), recipe.choice(name))  # some readers match one, some the other
     setattr(model.config, META_ATTRIBUTE, meta)
-    return PackedCheckpointConfig.of_linears(grids, modules.full_names)
+    return PackedCheckpointConfig.of_linears(grids, modules.full_names, chosen)
 
 
 def _modules_of(model: PreTrainedModel, renaming: Renaming, carried: Sequence[str] = ()) -> DenseModules:
@@ -135,4 +136,4 @@ def leave_out_dense(
     if dense:
         modules = _modules_of(model, renaming)
         is_awq = isinstance(config, AwqCheckpointConfig)
-        config.leave_out(modules.awq_entries if is_awq else sorted(modules.full_names))
+        config.leave_out(modules.awq_entries() if is_awq else sorted(modules.full_names))

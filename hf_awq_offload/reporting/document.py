@@ -43,8 +43,12 @@ def facts_of(
     """Collects the facts of a run; a path is reduced to its last part, so that a report names no private folders."""
     source = source or "a model"
     model = Path(source).name if os.path.exists(source) else source
-    chosen = ("bits", "group_size", "zero_point", "overrides", "min_expert_tokens", "all_experts", "offload")
-    settings = {"format": recipe.checkpoint_format} | {name: getattr(recipe, name) for name in chosen}
+    chosen = ("overrides", "min_expert_tokens", "all_experts", "offload")
+    settings = (
+        {"format": recipe.checkpoint_format}
+        | recipe.base_choice._asdict()
+        | {name: getattr(recipe, name) for name in chosen}
+    )
     kept = {key: value for key, value in meta.items() if key != "quantizer"}
     return RunFacts(model, str(device), settings | kept, None if plan is None else asdict(plan))
 

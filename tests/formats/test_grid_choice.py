@@ -14,10 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from hf_awq_offload import AwqOffloadConfig, ConfigError, quantize_model
 from hf_awq_offload.formats.grid import Grid
-from hf_awq_offload.formats.grid_choice import GridChoice, check_that_all_match, checked_overrides, choice_for, choices
+from hf_awq_offload.formats.grid_choice import (
+    GridChoice,
+    GridFields,
+    check_that_all_match,
+    checked_overrides,
+    choice_for,
+    choices,
+)
 from hf_awq_offload.formats.name_patterns import matches, patterns_for
 
-BASE = GridChoice(4, 128, True)
+BASE = GridFields(4, 128, True)
 NAME = "model.layers.3.mlp.down_proj"
 
 

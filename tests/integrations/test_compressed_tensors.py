@@ -277,7 +277,7 @@ class TestConfig:
     def test_mixed(self, tmp_path, ours):
         model = quantized(overrides=MIXED)
         assert grids(model) == {
-            name: GridChoice(8, 32, True)
+            name: GridChoice(8, 32, False)
             if name.endswith("down_proj")
             else GridChoice(2, 32, False)
             if name == "model.layers.0.self_attn.k_proj"

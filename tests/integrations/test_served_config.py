@@ -31,7 +31,7 @@ MODELS = {
     "gemma3": tiny_gemma3,
     "llava": tiny_llava,
 }
-FIELDS: dict[str, dict[str, Any]] = {"llama-without-attention": {"modules_to_not_convert": ["self_attn"]}}
+FIELDS: dict[str, dict[str, Any]] = {"llama-without-attention": {"modules_to_not_convert": [r".*\.self_attn"]}}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -41,6 +41,9 @@ def result(request, tmp_path_factory) -> tuple[PreTrainedModel, Path]:
     fields = {"n_grid": 1, "rounding": "nearest", **FIELDS.get(request.param, {})}
     model = quantize_model(MODELS[request.param](), token_recipe(**fields))
     model.save_pretrained(folder)
+    assert (request.param in FIELDS) == (
+        "named in modules_to_not_convert" in model.hf_quantizer.report.left_out.values()
+    )
     return model, folder
 
 
@@ -113,7 +116,7 @@ def test_the_result_loads_again(result):
 
 
 def test_weights_that_are_no_safetensors_are_recognized_by_the_config_alone(tmp_path):
-    model = quantize_model(tiny_llama(), token_recipe(n_grid=1, modules_to_not_convert=["self_attn"]))
+    model = quantize_model(tiny_llama(), token_recipe(n_grid=1, modules_to_not_convert=[r".*\.self_attn"]))
     model.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
