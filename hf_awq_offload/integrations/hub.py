@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.added_tensors import add_tensors
 from ..formats.compressed_tensors_config import META_ATTRIBUTE
 from ..logs import get_logger
 from ..nn.quantized_linear import QuantizedLinear
@@ -121,6 +122,9 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
         repo_id: the repository it will be in, for the snippets in the card.
     """
     known: _Companions = cast(Any, model)._awq_companions
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.source.carried:
+        add_tensors(folder, quantizer.source.carried, model.dtype)
     copy_processing(known.source, folder, getattr(model.config, "_commit_hash", None))
     if known.tokenizer is not None and not (folder / "tokenizer_config.json").exists():
         known.tokenizer.save_pretrained(folder)

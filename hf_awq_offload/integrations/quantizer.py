@@ -38,6 +38,7 @@ from ..report import Plan, QuantizationReport
 from ..reporting.document import facts_of
 from ..reporting.files import prepare_folder, write_report
 from . import peft
+from .carrying import modules_of
 from .dequantizing import dequantize_linears
 from .dispatching import dispatch, dispatch_with_disk, offload_folder_of
 from .hub import accompany
@@ -45,6 +46,7 @@ from .lazy_loading import detach_stored_weights
 from .linear_choice import modules_not_converted, renaming_of
 from .load_call import is_only_loading
 from .loading import keep_gemm, replace_linears, to_gemm_converter
+from .mtp_results import without_mtp
 from .placement import Placement
 from .preparation import Preparation, require_decoder_only
 from .saving import checkpoint_config, config_of_result, dense_in_spite, meta_of, meta_of_run
@@ -147,7 +149,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             return model
         weights = detach_stored_weights(model, self.source.opened) if self.placement.offload == "disk" else None
         device_map = self.placement.final_device_map
-        offload = offload_folder_of(weights, device_map)
+        offload = offload_folder_of(weights, device_map, None if self.source.mtp is None else self.source.mtp.name)
         with closing(self.prepare(model, weights, offload=offload)) as storage:
             self.quantize(model, storage)
             storage.onloader.load_remaining(except_for=lambda name: offload is not None and offload.has(name))
@@ -195,13 +197,18 @@ class AwqOffloadQuantizer(HfQuantizer):
         recipe, preparation = self.recipe, self.preparation
         preparation.warn_of_unpackable()
         is_quantizable = preparation.quantizable.__contains__
-        report = quantize_layers(model, recipe, storage, is_quantizable, preparation.calibration, undo)
+        report = quantize_layers(
+            model, recipe, storage, is_quantizable, preparation.calibration, undo, mtp=self.source.mtp
+        )
         report.left_out = preparation.left_out | report.left_out
         for module in model.modules():
             if isinstance(module, AwqLinear):
                 module.backend = recipe.backend
         meta = meta_of_run(recipe, preparation.calibration, bool(self.fused), self.source.format)
-        self.quantization_config = config_of_result(model, recipe, renaming_of(model), sorted(report.left_out), meta)
+        self.quantization_config = config_of_result(
+            model, recipe, renaming_of(model), sorted(report.left_out), meta, modules_of(self.source.carried)
+        )
+        self.source = without_mtp(model, self.source, report, storage.is_streamed)
         facts = facts_of(model.config.name_or_path, storage.onloader.device, recipe, meta, planned)
         write_report(recipe.report_dir, report, facts)
         self.report, self.pre_quantized = report, True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -39,8 +40,10 @@ def config_of_result(
     renaming: Renaming,
     left_out: list[str],  # linears in full precision
     meta: dict[str, Any],
+    beside: Sequence[str] = (),  # modules in full precision that the checkpoint holds and the model does not
 ) -> AwqCheckpointConfig | PackedCheckpointConfig:
     """Returns the config of a model quantized with `recipe`; `meta` is stored where the format has room for it."""
+    left_out = sorted({*left_out, *beside})
     if recipe.checkpoint_format == "awq":
         return AwqCheckpointConfig(
             bits=recipe.bits,
@@ -50,7 +53,7 @@ def config_of_result(
             meta=meta,
         )
     grids: dict[str, GridChoice] = {}
-    ignored: set[str] = set()
+    ignored: set[str] = set(beside)
     for name, module in model.named_modules():
         names = {name, renaming.name_in_checkpoint(name)}  # some readers match one, some the other
         if isinstance(module, QuantizedLinear):
