@@ -23,7 +23,8 @@ RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|a
 """Matches buffers that old checkpoints hold and models compute anew."""
 MTP = re.compile(r"(^|[._])(mtp|nextn)([._]|$)", re.IGNORECASE)
 """Matches the names of layers for multi-token prediction, and of the config's fields that count them."""
-LAYER = re.compile(r"^(.*\.)?(?P<stack>\w+)\.(?P<index>\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(?P<stack>\w+)\.(?P<index>\d+)(?=\.)")
+"""Matches an element of a list: a layer, or an expert within it."""
 MOST_NAMED = 4
 
 
@@ -66,8 +67,8 @@ def mtp_tensors(model: PreTrainedModel, unplaced: Sequence[str]) -> list[str]:
             stacks[name] = max(stacks.get(name, 0), int(index))
     found = []
     for name in unplaced:
-        layer = LAYER.match(name)
-        is_beyond = layer is not None and int(layer["index"]) > stacks.get(layer["stack"], int(layer["index"]))
+        elements = [(part["stack"], int(part["index"])) for part in LAYER.finditer(name)]
+        is_beyond = any(index > stacks.get(stack, index) for stack, index in elements)
         if is_beyond or MTP.search(name):
             found.append(name)
     return found

@@ -73,7 +73,7 @@ def place_mtp_layer(
         try:
             _require_same_names(model, layer, first, fitting)
         except NoMatchError:
-            layer.remove_from(model)
+            layer.remove()
             raise
     except NoMatchError as reason:
         logger.warning(

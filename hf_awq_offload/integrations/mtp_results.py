@@ -39,5 +39,5 @@ def without_mtp(
         layer = model.get_submodule(source.mtp.name)
         tensors = {f"{source.mtp.name}.{key}": value.detach() for key, value in layer.state_dict().items()}
         packed |= {name: HeldTensor(value) for name, value in to_checkpoint_names(model)(tensors).items()}
-    source.mtp.remove_from(model)
+    source.mtp.remove()
     return replace(source, carried={**source.carried, **packed}, mtp=None)

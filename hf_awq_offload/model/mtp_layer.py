@@ -50,12 +50,10 @@ class MtpLayer:
     undo: list[Callable[[], None]] = field(default_factory=list)
     """Steps that take it out of the model."""
 
-    def remove_from(self, model: nn.Module) -> nn.Module:
-        """Takes the layer out of the model, which is then what it was before, and returns it."""
-        layer = model.get_submodule(self.name)
+    def remove(self) -> None:
+        """Takes the layer out of the model, which is then what it was before."""
         while self.undo:
             self.undo.pop()()
-        return layer
 
 
 class Stem(nn.Module):
