@@ -108,13 +108,16 @@ class MtpSource:
         with torch.no_grad():
             hidden = model.model(token_ids).last_hidden_state[:, :-1]
         joined = [
-            self._norm(nn.functional.embedding(token_ids[:, 1:], table), tensors[f"{self.embedding_norm}.weight"]),
-            self._norm(hidden, tensors[f"{self.hidden_norm}.weight"]),
+            self._norm(value, tensors[f"{norm}.weight"], model.config.rms_norm_eps)
+            for value, norm in (
+                (nn.functional.embedding(token_ids[:, 1:], table), self.embedding_norm),
+                (hidden, self.hidden_norm),
+            )
         ]
         return (torch.cat(joined, dim=-1) @ tensors[f"{self.projection}.weight"].T).detach()
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (weight + self.adds_one)
+    def _norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (weight + self.adds_one)
 
     def outputs(self, folder: Path, tensors: dict[str, Tensor], inputs: Tensor) -> Tensor:
         """Runs the layer with tensors of the checkpoint in full precision, (sequences, tokens, hidden)."""
