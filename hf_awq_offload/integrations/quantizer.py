@@ -196,18 +196,15 @@ class AwqOffloadQuantizer(HfQuantizer):
         """
         recipe, preparation = self.recipe, self.preparation
         preparation.warn_of_unpackable()
-        is_quantizable = preparation.quantizable.__contains__
-        report = quantize_layers(
-            model, recipe, storage, is_quantizable, preparation.calibration, undo, mtp=self.source.mtp
-        )
+        is_quantizable, mtp = preparation.quantizable.__contains__, self.source.mtp
+        report = quantize_layers(model, recipe, storage, is_quantizable, preparation.calibration, undo, mtp=mtp)
         report.left_out = preparation.left_out | report.left_out
         for module in model.modules():
             if isinstance(module, AwqLinear):
                 module.backend = recipe.backend
         meta = meta_of_run(recipe, preparation.calibration, bool(self.fused), self.source.format)
-        self.quantization_config = config_of_result(
-            model, recipe, renaming_of(model), sorted(report.left_out), meta, modules_of(self.source.carried)
-        )
+        left_out, beside = sorted(report.left_out), modules_of(self.source.carried)
+        self.quantization_config = config_of_result(model, recipe, renaming_of(model), left_out, meta, beside)
         self.source = without_mtp(model, self.source, report, storage.is_streamed)
         facts = facts_of(model.config.name_or_path, storage.onloader.device, recipe, meta, planned)
         write_report(recipe.report_dir, report, facts)
