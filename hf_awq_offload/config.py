@@ -39,7 +39,7 @@ CHOICES = {
     "format": ("auto", "awq", "compressed-tensors"),
     "rounding": ("nearest", "error_feedback"),
     "propagate": ("original", "quantized"),
-    "mtp": ("keep", "drop"),
+    "mtp": ("keep", "quantize", "drop"),
     "offload": ("auto", "cpu", "disk"),
     "backend": BACKENDS,
 }

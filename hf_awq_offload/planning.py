@@ -93,7 +93,7 @@ def streamed_recipe(config: AwqOffloadConfig, **changes: Any) -> AwqOffloadConfi
 
 def estimate(model: PreTrainedModel) -> Plan:
     """Estimates a plan from sizes alone; `model` is on the meta device, its quantizer holds recipe and data."""
-    preparation = _quantizer(model).preparation
+    preparation, mtp = _quantizer(model).preparation, _quantizer(model).source.mtp
     recipe, calibration = preparation.recipe, preparation.calibration
     device = execution_device(recipe)
     layers = candidate_layers(model).values()
@@ -104,13 +104,16 @@ def estimate(model: PreTrainedModel) -> Plan:
     if device.type != "cpu":
         beside_bytes = layer_sizes.weights * (1 + recipe.prefetch)
         beside_bytes += layer_sizes.statistics if budget.statistics_device != device else 0
+    entering_bytes = sizes.outside
+    if mtp is not None:  # what enters it is computed beside its prefetched weights and the hidden states that are given
+        entering_bytes += layer_sizes.weights * recipe.prefetch + hidden
     return Plan(
         device=str(device),
         layers=len(layers),
         tokens=0 if calibration is None else calibration.tokens,
         batch_tokens=budget.batch_tokens,
         accelerator_peak_bytes=0 if device.type == "cpu" else budget.peak_bytes,
-        ram_peak_bytes=PROCESS_BYTES + max(beside_bytes, sizes.outside) + hidden,
+        ram_peak_bytes=PROCESS_BYTES + max(beside_bytes, entering_bytes) + hidden,
         disk_bytes=sizes.quantized_layers + max(min(3, len(layers) - 1) * hidden, sizes.result + hidden),
         seconds=None,
     )

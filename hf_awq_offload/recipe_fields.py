@@ -141,7 +141,7 @@ class RecipeFields:
         default="keep",
         metadata={
             "help": "layers for multi-token prediction (speculative decoding), which transformers does not load: "
-            '"keep" them in full precision, or "drop" them.'
+            '"keep" them in full precision, "quantize" their decoder layer, or "drop" them.'
         },
     )
     from_quantized: bool = field(

@@ -2,11 +2,14 @@
 
 The skeleton pass has recorded every call, less its hidden states. These wait in RAM or in a file, so that a layer can
 run again, in other micro-batches too, and a run can resume where an earlier one stopped.
+
+A layer for multi-token prediction may follow the last layer of the chain. What enters it is computed from the outputs
+of that one; it is called as the layer of the chain that it is like.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 
 from torch import Tensor
@@ -18,6 +21,7 @@ from ..offload.hidden_storage import HiddenStorage
 from .batches import Batches
 from .forward_pass import ModelInputs
 from .layer_inputs import Collector, LayerTurn, probe_calls_among
+from .mtp_inputs import MtpInputs
 from .skeleton import Skeleton
 from .text_decoder import RunLayer
 
@@ -34,6 +38,7 @@ class ChainInputs:
         cut: makes batches of at most so many tokens.
         storage: keeps the hidden states.
         run_layer: brings a layer to its device to run it.
+        mtp: computes what enters the layer for multi-token prediction, if there is one.
     """
 
     can_run_again = True
@@ -46,8 +51,10 @@ class ChainInputs:
         cut: Callable[[int], Batches],
         storage: HiddenStorage,
         run_layer: RunLayer,
+        mtp: MtpInputs | None = None,
     ):
-        self.layer_names = skeleton.layer_names
+        self.layer_names = skeleton.layer_names + ([] if mtp is None else [mtp.name])
+        self._mtp = mtp
         self._record, self._cut, self._storage, self._run_layer = record, cut, storage, run_layer
         self._start(skeleton, batches)
 
@@ -58,6 +65,8 @@ class ChainInputs:
         n_probes = len(batches.probes)
         self.calls: dict[str, dict[int, LayerCall]] = skeleton.calls
         """Layer -> index of a batch that reaches it, probes counted -> the recorded call."""
+        if self._mtp is not None:
+            self.calls = {**skeleton.calls, self._mtp.name: skeleton.calls[self._mtp.twin]}
         self._batches = batches
         self._hidden_of_probes = skeleton.hidden[:n_probes]
         if hidden is None:
@@ -84,12 +93,15 @@ class ChainInputs:
         calls = self.calls[self.layer_names[self._position]]
         first = len(self._batches.probes)
         with nullcontext() if collector is None else collector.collecting():
-            batches = zip(self._hidden.batches, self._batches.counted, strict=True)
+            batches = zip(self._hidden.batches, self._counted(), strict=True)
             for index, (hidden, counted) in enumerate(batches, start=first):
                 if collector is not None:
                     collector.set_counted_tokens(counted)
                 call = calls.get(index)  # None: this batch passes the layer by
                 self._run_batch(runner, call, hidden, into)
+
+    def _counted(self) -> Sequence[Tensor | None]:
+        return self._batches.counted if self._mtp is None or not self._is_at_mtp else self._mtp.counted(self._batches)
 
     @staticmethod
     def _run_batch(runner: LayerRunner, call: LayerCall | None, hidden: Tensor, into: HiddenWriter | None) -> None:
@@ -106,6 +118,25 @@ class ChainInputs:
         if outputs is not None:
             self._hidden = self._storage.written(self._position + 1, outputs)
             self._position += 1
+            self._compute_inputs_of_mtp()
+
+    # -- multi-token prediction --------------------------------------------------------------------------------------
+
+    @property
+    def _is_at_mtp(self) -> bool:
+        return self._mtp is not None and self._position == len(self.layer_names) - 1
+
+    def _compute_inputs_of_mtp(self) -> None:
+        """Turns the outputs of the chain's last layer into what enters the layer for multi-token prediction.
+
+        The journal keeps these outputs, so that a resumed run does the same.
+        """
+        if self._mtp is None or not self._is_at_mtp:
+            return
+        with closing(self._storage.scratch_writer(self._position)) as entering:
+            for batch in self._mtp.entering(self._batches, self._hidden.batches):
+                entering.append(batch)
+            self._hidden = self._storage.finished(entering)
 
     # -- resuming, and starting over ---------------------------------------------------------------------------------
 
@@ -140,6 +171,7 @@ class ChainInputs:
         """Goes to the layer of this index, the first or one whose hidden states the journal has."""
         earlier = self._storage.batch_tokens_of(self.layer_names[start - 1]) if start else None
         self._go_to(start, self._storage.committed(start), self.batch_tokens if earlier is None else earlier)
+        self._compute_inputs_of_mtp()
 
     def _pass_through(self, name: str) -> None:
         """Runs a layer that is finished, in the micro-batches that it had then, for its outputs alone."""
@@ -151,3 +183,4 @@ class ChainInputs:
             self._run_layer(name, lambda runner: self.run(runner, into=outputs))
             self._hidden = self._storage.finished(outputs)
         self._position += 1
+        self._compute_inputs_of_mtp()

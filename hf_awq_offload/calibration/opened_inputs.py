@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 
+import torch
 from torch import nn
 
 from ..errors import ModelStructureError
 from ..logs import get_logger
 from ..model.decoder_layers import candidate_layers
+from ..model.mtp_layer import MtpLayer
+from ..offload.devices import CPU
 from ..offload.hidden_storage import HiddenStorage
 from .batches import Batches
 from .chain_inputs import ChainInputs
 from .forward_pass import ForwardPass, ModelInputs, kind_of, trial_text
 from .layer_inputs import LayerInputs
+from .mtp_inputs import MtpInputs, mtp_inputs
 from .paused_forward import paused_forwards
 from .paused_inputs import PausedInputs
 from .skeleton import NotAChainError, Skeleton, record_skeleton
@@ -33,6 +38,8 @@ def open_layer_inputs(
     decoder: Decoder | None = None,
     storage: HiddenStorage | None = None,
     other_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+    mtp: MtpLayer | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[LayerInputs]:
     """Yields the inputs of the model's decoder layers; on exit no forward pass is left waiting.
 
@@ -44,6 +51,8 @@ def open_layer_inputs(
         decoder: what is calibrated; by default every layer that runs on text.
         storage: keeps the hidden states of a chain; by default RAM.
         other_weights: loads what the model runs beside its decoder layers, as long as its context is open.
+        mtp: a layer for multi-token prediction, which comes last; left out if the layers form no chain.
+        device: where the inputs of `mtp` are computed.
 
     Raises:
         ModelStructureError: no decoder layer runs, or the layers that run differ from batch to batch.
@@ -56,7 +65,8 @@ def open_layer_inputs(
             return record_skeleton(model, batches, decoder.layers, decoder.forward)
 
     with towers_on_device(model, decoder.layers, run_layer):
-        inputs = _chain(record, batches, cut, storage or HiddenStorage(), run_layer, type(model).__name__)
+        ending = partial(mtp_inputs, model, decoder, mtp, other_weights=other_weights, device=device)
+        inputs = _chain(record, batches, cut, storage or HiddenStorage(), run_layer, type(model).__name__, ending)
         if inputs is not None:
             yield inputs
             return
@@ -71,13 +81,15 @@ def _chain(
     storage: HiddenStorage,
     run_layer: RunLayer,
     model_name: str,
+    ending: Callable[[Skeleton, Batches], MtpInputs | None],
 ) -> ChainInputs | None:
     """Returns the inputs of a chain, or None if the layers form none.
 
     Nothing but these inputs holds on to the hidden states: they are freed when the first layer is done.
     """
     try:
-        return ChainInputs(record(batches), batches, record, cut, storage, run_layer)
+        skeleton = record(batches)
+        return ChainInputs(skeleton, batches, record, cut, storage, run_layer, ending(skeleton, batches))
     except NotAChainError as reason:
         logger.info("Forward passes of %s are paused at each decoder layer: %s", model_name, reason)
     except ModelStructureError:

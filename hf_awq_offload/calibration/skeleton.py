@@ -47,6 +47,8 @@ class Skeleton:
     """Layer -> index of a batch that reaches it -> the call."""
     hidden: list[Tensor] = field(default_factory=list)
     """Hidden states that enter the first layer, one tensor (batch, tokens, hidden) per batch."""
+    outputs: dict[type, Any] = field(default_factory=dict)
+    """Class of a layer -> what one layer of this class returned on the first batch."""
 
 
 def record_skeleton(
@@ -177,6 +179,7 @@ class _Recorder:
     def finished(self) -> Skeleton:
         """Returns what was recorded, its layers in one order for all kinds of batches."""
         self.skeleton.layer_names = merged(self.orders.values(), self.model_name)
+        self.skeleton.outputs = self.learned_outputs
         return self.skeleton
 
     def stub(self, name: str, layer: nn.Module) -> Callable[..., Any]:

@@ -14,17 +14,17 @@ from ..errors import CheckpointError
 from ..formats.dtypes import SPELLINGS
 from .durable import replacing
 from .safetensors import INDEX_NAME, WEIGHTS_NAME, TensorPlace, tensor_places, writing
-from .stored_tensor import StoredTensor, read
+from .stored_tensor import CarriedTensor, HeldTensor, read
 
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
-def add_tensors(folder: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
+def add_tensors(folder: Path, tensors: Mapping[str, CarriedTensor], dtype: torch.dtype) -> None:
     """Adds those of `tensors` that the checkpoint does not hold yet, one at a time in memory.
 
     Args:
         folder: holds model.safetensors, or shards and their index.
-        tensors: by their names in the checkpoint. What a file holds is copied byte by byte.
+        tensors: by their names in the checkpoint. What a file or memory holds is copied byte by byte.
         dtype: of what is dequantized.
 
     Raises:
@@ -39,14 +39,13 @@ def add_tensors(folder: Path, tensors: Mapping[str, StoredTensor], dtype: torch.
         return
     total = len(shards) + 1
     file = folder / f"model-{total:05}-of-{total:05}.safetensors"
-    layout = {
-        name: (stored.dtype if isinstance(stored, TensorPlace) else SPELLINGS[dtype], stored.shape)
-        for name, stored in added.items()
-    }
+    layout = {name: (_dtype_of(stored, dtype), stored.shape) for name, stored in added.items()}
     with writing(file, layout) as opened:
         for name, stored in added.items():
             if isinstance(stored, TensorPlace):
                 opened.copy(name, stored)
+            elif isinstance(stored, HeldTensor):
+                opened.write(name, stored.value.cpu())
             else:
                 opened.write(name, read(stored).to(dtype))
     renamed = {shard: f"model-{number:05}-of-{total:05}.safetensors" for number, shard in enumerate(shards, 1)}
@@ -59,6 +58,13 @@ def add_tensors(folder: Path, tensors: Mapping[str, StoredTensor], dtype: torch.
         os.replace(folder / shard, folder / name)
     with replacing(folder / INDEX_NAME) as partial:
         partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _dtype_of(stored: CarriedTensor, dtype: torch.dtype) -> str:
+    """Returns the dtype in which a tensor is written, as safetensors spells it."""
+    if isinstance(stored, TensorPlace):
+        return stored.dtype
+    return SPELLINGS[stored.torch_dtype if isinstance(stored, HeldTensor) else dtype]
 
 
 def _shards_of(folder: Path) -> tuple[list[str], dict[str, str], dict[str, int]]:

@@ -37,7 +37,24 @@ class DequantizedTensor:
         return next(iter(self.places.values())).file
 
 
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor that is in memory, and in no file."""
+
+    value: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return self.value.dtype
+
+
 StoredTensor = TensorPlace | DequantizedTensor
+CarriedTensor = StoredTensor | HeldTensor
+"""A tensor that a result is to hold beside the model's own."""
 
 
 def read(stored: StoredTensor, pin_memory: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint.safetensors import TensorPlace, tensor_places, write_shards
-from ..checkpoint.stored_tensor import StoredTensor, read
+from ..checkpoint.stored_tensor import CarriedTensor, HeldTensor, read
 from ..errors import StorageError
 from ..model.decoder_layers import candidate_layers
 from ..offload.journal import Journal
@@ -32,7 +32,7 @@ def assemble(
     journal: Journal,
     weights: StoredWeights,
     to_checkpoint: ToCheckpoint,
-    carried: Mapping[str, StoredTensor],
+    carried: Mapping[str, CarriedTensor],
     max_shard_size: int | str,
     repo_id: str | None,
 ) -> None:
@@ -116,7 +116,7 @@ def _places_unchanged(
 
 
 def _places_of_carried(
-    scratch: Path, carried: Mapping[str, StoredTensor], dtype: torch.dtype
+    scratch: Path, carried: Mapping[str, CarriedTensor], dtype: torch.dtype
 ) -> dict[str, TensorPlace]:
     """Returns where the carried tensors are; those stored in parts are dequantized to files in `scratch`."""
     places = {}
@@ -125,7 +125,8 @@ def _places_of_carried(
             places[name] = stored
             continue
         piece = scratch / f"carried-{index:05}.safetensors"
-        save_file({name: read(stored).to(dtype)}, piece, {"format": "pt"})
+        value = stored.value if isinstance(stored, HeldTensor) else read(stored).to(dtype)
+        save_file({name: value}, piece, {"format": "pt"})
         places |= tensor_places(piece)
     return places
 

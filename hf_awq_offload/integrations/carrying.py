@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedModel
 
 from ..checkpoint.source import Source
-from ..checkpoint.stored_tensor import StoredTensor
+from ..checkpoint.stored_tensor import CarriedTensor, StoredTensor
 from ..config import AwqOffloadConfig
 from ..logs import get_logger
 from ..model.decoder_layers import candidate_layers
@@ -94,7 +94,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else shown
 
 
-def modules_of(tensors: Mapping[str, StoredTensor]) -> list[str]:
+def modules_of(tensors: Mapping[str, CarriedTensor]) -> list[str]:
     """Returns the names of modules among carried tensors that readers may take for linears: those with a matrix."""
     return sorted(
         name.removesuffix(".weight")

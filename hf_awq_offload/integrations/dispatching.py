@@ -24,8 +24,12 @@ def dispatch(model: nn.Module, device_map: DeviceMap) -> None:
         dispatch_model(model, device_map=device_map, skip_keys=model._skip_keys_device_placement)
 
 
-def offload_folder_of(weights: StoredWeights | None, device_map: DeviceMap | None) -> OffloadFolder | None:
+def offload_folder_of(
+    weights: StoredWeights | None, device_map: DeviceMap | None, in_ram: str | None = None
+) -> OffloadFolder | None:
     """Returns the folder for the modules that `device_map` places on disk, or None if there are none.
+
+    The module `in_ram` is not among them: the model loses it before it is dispatched.
 
     Raises:
         ConfigError: modules go to disk, but the caller named no folder.
@@ -38,7 +42,7 @@ def offload_folder_of(weights: StoredWeights | None, device_map: DeviceMap | Non
             "device_map places modules on disk, but there is no folder for the quantized weights; pass "
             "offload_folder=..., or keep the modules in memory (device_map, or max_memory['cpu'] of from_pretrained)."
         )
-    return OffloadFolder(weights.folder, device_map)
+    return OffloadFolder(weights.folder, device_map, in_ram)
 
 
 def dispatch_with_disk(model: nn.Module, weights: StoredWeights, offload: OffloadFolder) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.added_tensors import add_tensors
 from ..checkpoint.config_file import add_older_keys
-from ..checkpoint.stored_tensor import StoredTensor
+from ..checkpoint.stored_tensor import CarriedTensor
 from ..formats.compressed_tensors_config import META_ATTRIBUTE
 from ..nn.quantized_linear import QuantizedLinear
 from ..report import QuantizationReport
@@ -42,7 +42,7 @@ def accompany(
     origin: Origin,
     report: QuantizationReport | None = None,
     tokenizer: Any = None,
-    carried: Mapping[str, StoredTensor] | None = None,
+    carried: Mapping[str, CarriedTensor] | None = None,
 ) -> None:
     """Makes `model` save and push its card, and all files that belong to it, along with its weights.
 
@@ -77,7 +77,7 @@ class _Companions:
     """What goes along with a model when it is saved."""
 
     def __init__(
-        self, origin: Origin, report: QuantizationReport | None, tokenizer: Any, carried: Mapping[str, StoredTensor]
+        self, origin: Origin, report: QuantizationReport | None, tokenizer: Any, carried: Mapping[str, CarriedTensor]
     ):
         self.origin = origin
         self.base_model = None if report is None else hub_id(origin.source)

@@ -45,6 +45,7 @@ from .lazy_loading import detach_stored_weights
 from .linear_choice import modules_not_converted, renaming_of
 from .load_call import is_only_loading
 from .loading import keep_gemm, to_gemm_converter
+from .mtp_results import without_mtp
 from .origin import Origin, origin_of
 from .placement import Placement
 from .preparation import Preparation, require_decoder_only
@@ -147,7 +148,7 @@ class AwqOffloadQuantizer(HfQuantizer):
             return model
         weights = detach_stored_weights(model, self.source.opened) if self.placement.offload == "disk" else None
         device_map = self.placement.final_device_map
-        offload = offload_folder_of(weights, device_map)
+        offload = offload_folder_of(weights, device_map, None if self.source.mtp is None else self.source.mtp.name)
         with closing(self.prepare(model, weights, offload=offload)) as storage:
             self.quantize(model, storage)
             storage.onloader.load_remaining(except_for=lambda name: offload is not None and offload.has(name))
@@ -194,13 +195,14 @@ class AwqOffloadQuantizer(HfQuantizer):
         """
         recipe, preparation = self.recipe, self.preparation
         preparation.warn(model, self.fused)
-        is_quantizable = preparation.quantizable.__contains__
-        report = quantize_layers(model, recipe, storage, is_quantizable, preparation.calibration, undo)
+        is_quantizable, mtp = preparation.quantizable.__contains__, self.source.mtp
+        report = quantize_layers(model, recipe, storage, is_quantizable, preparation.calibration, undo, mtp=mtp)
         report.left_out = preparation.left_out | report.left_out
         report.tensor_parallel = tensor_parallel_advice(model, recipe)
         choose_backend(model, recipe.backend)
         meta = meta_of_run(recipe, preparation.calibration, bool(self.fused), self.source.format)
         self.quantization_config = config_of_result(model, recipe, meta, modules_of(self.source.carried))
+        self.source = without_mtp(model, self.source, report, storage.is_streamed)
         facts = facts_of(model.config.name_or_path, storage.onloader.device, recipe, meta, planned)
         write_report(recipe.report_dir, report, facts)
         self.report, self.pre_quantized = report, True

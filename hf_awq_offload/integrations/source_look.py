@@ -20,13 +20,15 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from ..checkpoint.opened import CONFIG_NAME, read_json
 from ..checkpoint.pickled import pickled_shapes
 from ..checkpoint.source import ADAPTER_CONFIG_NAME, Source, fields_beside, open_source, weight_map
-from ..checkpoint.stored_tensor import StoredTensor
+from ..checkpoint.stored_tensor import CarriedTensor
 from ..config import AwqOffloadConfig
 from ..errors import CheckpointError, ConfigError, ModelStructureError
 from ..formats.source import SourceFormat
 from ..logs import get_logger
+from ..model.mtp_layer import MtpLayer
 from .carrying import carried, carried_names
 from .load_call import LoadCall, current_call
+from .mtp_matching import place_mtp_layer
 from .source_fit import SourceFit, fit, require_all_weights
 from .source_hooks import read_source
 
@@ -123,8 +125,10 @@ class ModelSource:
 
     opened: Source | None = None
     """None: there is none, or its files are not in the safetensors format."""
-    carried: Mapping[str, StoredTensor] = field(default_factory=dict)
+    carried: Mapping[str, CarriedTensor] = field(default_factory=dict)
     """What the model has no place for and the result is to hold all the same, by its name in the checkpoint."""
+    mtp: MtpLayer | None = None
+    """The decoder layer for multi-token prediction that stands in the model until it is quantized."""
 
     @property
     def format(self) -> SourceFormat | None:
@@ -176,9 +180,12 @@ def look_at_source(
     found = fit(model, source.tensors, conversions)
     _require_whole_model(model, files[0], found)
     require_all_weights(model, {name: stored.shape for name, stored in source.tensors.items()}, found)
+    mtp = None
+    if recipe.mtp == "quantize":
+        mtp, found = place_mtp_layer(model, source, found, conversions)
     _say_what_is_unused(source)
     read_source(source, found, model, is_lazy)
-    return ModelSource(source, carried(model, recipe, source, found))
+    return ModelSource(source, carried(model, recipe, source, found), mtp)
 
 
 def _look_at_pickled(model: PreTrainedModel, files: Sequence[Path], conversions: Sequence[Any]) -> ModelSource:

@@ -21,16 +21,20 @@ class OffloadFolder:
     Args:
         folder: the folder, which is created if it does not exist.
         device_map: module name -> device, as in `from_pretrained`.
+        in_ram: a module that is no part of the model that is returned, wherever `device_map` has its surroundings.
     """
 
-    def __init__(self, folder: Path, device_map: Mapping[str, Any]):
+    def __init__(self, folder: Path, device_map: Mapping[str, Any], in_ram: str | None = None):
         self.folder = folder
+        self.in_ram = in_ram
         self.device_map = device_map
         self.index: dict[str, dict[str, str]] = {}
         """Parameter -> its file and name there, in the form of accelerate's `offload_index`."""
 
     def has(self, name: str) -> bool:
         """Returns whether a parameter, or an entire module, belongs on disk."""
+        if self.in_ram is not None and f"{name}.".startswith(f"{self.in_ram}."):
+            return False
         inside = [device for module, device in self.device_map.items() if module.startswith(f"{name}.")]
         parts = name.split(".")
         above = (".".join(parts[:length]) for length in range(len(parts), -1, -1))

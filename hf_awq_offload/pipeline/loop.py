@@ -30,6 +30,7 @@ from ..errors import MemoryLimitError, ModelStructureError
 from ..logs import get_logger
 from ..model.decoder_layers import calibration_mode, runner_on
 from ..model.folds import LayerStructure
+from ..model.mtp_layer import MtpLayer
 from ..offload.devices import CPU, release_cached
 from ..offload.hidden_states import HiddenWriter
 from ..offload.journal import LayerCommit
@@ -57,10 +58,12 @@ def quantize_layers(
     undo: Undo | None = None,
     most_layers: int | None = None,
     rounder: Rounder = round_and_pack,
+    mtp: MtpLayer | None = None,
 ) -> QuantizationReport:
     """Replaces the quantizable linears of the model's decoder layers by packed ones, in place.
 
-    Stops after `most_layers`.
+    Stops after `most_layers`. A layer for multi-token prediction comes last, and is left out where its inputs can't be
+    computed.
 
     Raises:
         ModelStructureError: the outputs of quantized layers are to be propagated, and the layers form no chain.
@@ -70,7 +73,7 @@ def quantize_layers(
     device = storage.onloader.device
     title = "Quantizing" if most_layers is None else "Planning"
     record = RunRecord(title, device, tokens=0 if calibration is None else calibration.tokens)
-    run = Run(model, recipe, storage, record, is_quantizable, undo, most_layers, rounder)
+    run = Run(model, recipe, storage, record, is_quantizable, undo, most_layers, rounder, mtp)
     limits = {limited: recipe.memory_limit_bytes(limited) for limited in (device, CPU)}
     bounded = nullcontext() if storage.onloader.weights is None else large_blocks_apart()
     with at_most(limits), bounded, calibration_mode(model), storage.onloader.on_demand(), record.progress:
@@ -84,7 +87,8 @@ def _without_data(run: Run) -> list[LayerCommit]:
     """Rounds every layer to nearest; returns those that the journal had already."""
     onloader, record = run.storage.onloader, run.record
     with onloader.non_layer_weights_loaded():
-        names = layers_that_run(run.model, onloader.run_layer)[: run.most_layers]
+        names = layers_that_run(run.model, onloader.run_layer)
+    names = [*names, *([] if run.mtp is None else [run.mtp.name])][: run.most_layers]
     record.progress.expect(len(names))
     commits, adopted = run.storage.commits, []
     onloader.expect([name for name in names if name not in commits])
@@ -125,6 +129,8 @@ def _on_data(run: Run, calibration: CalibrationSet) -> list[LayerCommit]:
                     decoder,
                     run.storage.hidden,
                     onloader.non_layer_weights_loaded,
+                    run.mtp,
+                    run.device,
                 )
             )
         longest_tokens = max((len(sequence) for sequence in calibration.sequences), default=None)

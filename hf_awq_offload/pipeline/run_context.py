@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config import AwqOffloadConfig
 from ..model.linears import linears_in
+from ..model.mtp_layer import MtpLayer
 from .layer_context import LayerContext, Undo
 from .run_record import RunRecord
 from .run_storage import RunStorage
@@ -33,6 +34,8 @@ class Run:
     """The run stops after so many layers."""
     rounder: Rounder
     """Rounds linears and makes the modules that replace them."""
+    mtp: MtpLayer | None = None
+    """The layer for multi-token prediction that stands in the model."""
 
     @property
     def device(self) -> torch.device:

@@ -71,6 +71,11 @@ class RunStorage:
         self._offload = offload
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether finished layers are in the journal alone."""
+        return self._to_checkpoint is not None
+
+    @property
     def commits(self) -> Mapping[str, LayerCommit]:
         """Layers in the journal, by name."""
         return {} if self.journal is None else dict(self.journal.commits)
