@@ -18,6 +18,7 @@ from ..model.expert_names import conversions_without_merging
 from ..model.experts import router_linears
 from ..model.linears import is_linear, linears_in
 from ..nn.registry import linear_class
+from .module_names import is_named
 
 NAMED = "named in modules_to_not_convert"
 ROUTER = "chooses experts"
@@ -54,7 +55,7 @@ def linears_left_out(model: PreTrainedModel, recipe: AwqOffloadConfig) -> dict[s
             continue
         group_size = recipe.choice(name).group_size
         unpackable = linear_type.unpackable_reason(linear.in_features, linear.out_features, group_size)
-        if not should_convert_module(name, chosen):
+        if is_named(name, chosen, renaming):
             left_out[name] = NAMED
         elif name in routers:
             left_out[name] = ROUTER

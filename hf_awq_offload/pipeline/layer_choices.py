@@ -1,4 +1,4 @@
-"""Notes with each layer in the journal what was chosen for it, so that a later run adopts the layers it would make alike.
+"""Notes in the journal what was chosen for each layer: a later run adopts the layers that it would make alike.
 
 modules_to_not_convert and overrides choose linears and grids, layer by layer. With propagate="original", a layer's
 result depends on its own choices alone; with "quantized", on those of the layers before it as well.
@@ -42,7 +42,8 @@ def adoptable_commits(
     """Returns the layers that were quantized as this run would; says which others the journal has."""
     others = [name for name, choice in choices.items() if name in commits and commits[name].report["choices"] != choice]
     if others:
-        shown = ", ".join(others[:MOST_NAMED]) + (f" and {len(others) - MOST_NAMED} more" if others[MOST_NAMED:] else "")
+        more = f" and {len(others) - MOST_NAMED} more" if others[MOST_NAMED:] else ""
+        shown = ", ".join(others[:MOST_NAMED]) + more
         logger.warning(
             f"modules_to_not_convert or overrides are not what they were for {len(others)} of {len(commits)} layers in "
             f"the journal, which are quantized again: {shown}."

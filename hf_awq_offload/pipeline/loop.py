@@ -214,9 +214,7 @@ class _CalibratedLayers:
             record.add(report, left_out)
             with record.timed("commit", name):
                 index = self.inputs.layer_names.index(name)
-                run.storage.store_layer(
-                    index, report, left_out, self.choices[name], self.inputs.batch_tokens, outputs
-                )
+                run.storage.store_layer(index, report, left_out, self.choices[name], self.inputs.batch_tokens, outputs)
         self.inputs.advance(outputs)
         release_freed()
         record.progress.finished(report)

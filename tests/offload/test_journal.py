@@ -102,7 +102,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 SHA256 = r'\w+\.sha256 \("[0-9a-f]{64}" in the journal, "[0-9a-f]{64}" now\)'
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "recipe": ({"clip": False, "n_grid": 4}, r"recipe\.n_grid \(3 in .*, 4 now\), recipe\.clip \(true in .*, false now\)"),
+    "recipe": (
+        {"clip": False, "n_grid": 4},
+        r"recipe\.n_grid \(3 in .*, 4 now\), recipe\.clip \(true in .*, false now\)",
+    ),
     "data": ({"dataset": token_batch(6, 20, seed=9).tolist()}, SHA256.replace(r"\w+", "data")),
     "length": ({"max_seq_len": 10}, r"data\.tokens \(120 in the journal, 60 now\), data\.sha256 .*"),
     "source": ({}, SHA256.replace(r"\w+", "source")),

@@ -11,7 +11,7 @@ from killing import digests
 from models import save_model, tiny_llama, token_recipe
 from stopped_runs import Stopped, stop_after, stopped_run
 
-from hf_awq_offload import quantize
+from hf_awq_offload import JournalError, quantize
 from hf_awq_offload.pipeline import layer_quantization, loop
 
 LAYERS = 5
@@ -97,5 +97,6 @@ def test_a_run_with_other_choices_that_is_stopped_leaves_no_layer_of_both(propag
 def test_an_override_that_changes_the_format_is_another_run(llama, tmp_path, monkeypatch):
     folder = stopped_run(llama, tmp_path, monkeypatch, 2)
     assert json.loads((folder / "journal.json").read_text())["recipe"]["format"] == "awq"
-    with pytest.raises(ValueError, match=r'differ: recipe\.format \("awq" in the journal, "compressed-tensors" now\)\.'):
+    named = r'differ: recipe\.format \("awq" in the journal, "compressed-tensors" now\)\.'
+    with pytest.raises(JournalError, match=named):
         quantize(llama, tmp_path / "out", token_recipe(overrides=FINER["overrides"]), checkpoint_dir=folder)
