@@ -70,8 +70,6 @@ class AwqOffloadQuantizer(HfQuantizer):
                     "checkpoint does; it was interrupted or edited. Quantize the original again."
                 )
             self.quantization_config = checkpoint_config(quantization_config)
-        else:
-            require_recipe(quantization_config, "quantization_config")
         self.placement = None if self.pre_quantized else Placement(self.recipe)
         self.report: QuantizationReport | None = None
         self.model: PreTrainedModel | None = None
@@ -85,8 +83,7 @@ class AwqOffloadQuantizer(HfQuantizer):
     @property
     def recipe(self) -> AwqOffloadConfig:
         """The config while it is a recipe: until the model is quantized."""
-        assert isinstance(self.quantization_config, AwqOffloadConfig)
-        return self.quantization_config
+        return require_recipe(self.quantization_config, "quantization_config")
 
     @property
     def checkpoint(self) -> AwqCheckpointConfig | PackedCheckpointConfig:
