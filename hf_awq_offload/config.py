@@ -189,4 +189,17 @@ class AwqOffloadConfig(RecipeFields, QuantizationConfigMixin):
         return self.n_grid > 0 or self.clip or self.rounding == "error_feedback"
 
 
+def require_recipe(config: Any, field: str = "config") -> AwqOffloadConfig:
+    """Returns `config`, which has to be a recipe.
+
+    Raises:
+        ConfigError: it is none; the configs of other methods describe what is quantized already.
+    """
+    if isinstance(config, AwqOffloadConfig):
+        return config
+    known = isinstance(config, QuantizationConfigMixin) and str(config.quant_method) != QUANT_METHOD
+    why = ", which only describes a checkpoint that is quantized already" if known else ""
+    raise ConfigError(f"{field} is a {type(config).__name__}{why}; pass an AwqOffloadConfig to quantize a model.")
+
+
 AwqOffloadConfig.__doc__ = with_fields_described(AwqOffloadConfig.__doc__)

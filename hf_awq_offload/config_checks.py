@@ -7,6 +7,7 @@ what to pass; `checked_...` functions return the value in the form in which the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,6 +91,14 @@ def checked_module_names(names: Any) -> list[str] | None:
         raise ConfigError(
             f"modules_to_not_convert is {checked!r}; every entry must be a non-empty string, such as 'lm_head'."
         )
+    for name in checked:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ConfigError(
+                f"modules_to_not_convert has the entry {name!r}, which is no regular expression ({error}); pass names "
+                "of modules, with a backslash before characters such as brackets."
+            ) from error
     return checked
 
 

@@ -10,8 +10,8 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .config import AwqOffloadConfig
-from .errors import ConfigError, ModelStructureError
+from .config import AwqOffloadConfig, require_recipe
+from .errors import ModelStructureError
 from .integrations.dispatching import dispatch
 from .integrations.quantizer import AwqOffloadQuantizer
 from .pipeline.layer_context import Undo
@@ -35,8 +35,7 @@ def quantize_model(
     Raises:
         AwqOffloadError: the model can't be quantized, or the data can't be used; the model is unchanged.
     """
-    if not isinstance(config, AwqOffloadConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
+    require_recipe(config)
     if not isinstance(model, PreTrainedModel):
         raise ModelStructureError(f"model is a {type(model).__name__}; pass a transformers PreTrainedModel.")
     if getattr(model, "hf_quantizer", None) is not None:

@@ -23,8 +23,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .calibration.dataset import CalibrationSet, micro_batches
-from .config import AwqOffloadConfig
-from .errors import ConfigError, MemoryLimitError
+from .config import AwqOffloadConfig, require_recipe
+from .errors import MemoryLimitError
 from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_checkpoint_names
 from .integrations.quantizer import AwqOffloadQuantizer
 from .model.decoder_layers import candidate_layers
@@ -83,8 +83,7 @@ def plan(
 
 def streamed_recipe(config: AwqOffloadConfig, **changes: Any) -> AwqOffloadConfig:
     """Returns a copy of `config` that reads weights from disk, with those of `changes` applied that are not None."""
-    if not isinstance(config, AwqOffloadConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
+    require_recipe(config)
     recipe = copy.copy(config)
     recipe.offload = "disk"
     recipe.update(**{name: value for name, value in changes.items() if value is not None})

@@ -28,12 +28,15 @@ from transformers.modeling_utils import unwrap_model
 from .calibration.dataset import READ_FACTOR
 from .checkpoint.output_folder import output_folder
 from .checkpoint.work_folder import move_into_place
-from .config import AwqOffloadConfig
-from .errors import CalibrationDataError, ConfigError, ModelStructureError
+from .config import AwqOffloadConfig, require_recipe
+from .errors import CalibrationDataError, ModelStructureError
 from .in_memory import quantize_model
 from .integrations.hub import describe_origin
+from .integrations.linear_choice import renaming_of
+from .integrations.module_names import require_known_modules
 from .integrations.saving import meta_of
 from .logs import get_logger
+from .model.fused_experts import has_fused_experts
 from .report import QuantizationReport
 from .reporting.files import prepare_folder
 
@@ -59,8 +62,8 @@ class AwqQuantizeCallback(TrainerCallback):
             default the trainer's own `push_to_hub`.
 
     Raises:
-        ConfigError, ModelStructureError: before the first step, if the model can't be quantized at the end, or a file
-            is in the checkpoint's place.
+        ConfigError, ModelStructureError: before the first step, if the model can't be quantized at the end, the recipe
+            names no module of it, or a file is in the checkpoint's place.
     """
 
     def __init__(
@@ -69,8 +72,7 @@ class AwqQuantizeCallback(TrainerCallback):
         output_dir: str | os.PathLike | None = None,
         push_to_hub: bool | str | None = None,
     ):
-        if not isinstance(config, AwqOffloadConfig):
-            raise ConfigError(f"config is a {type(config).__name__}; pass an AwqOffloadConfig.")
+        require_recipe(config)
         self.config = config
         self.output_dir = output_dir
         self.push_to_hub = push_to_hub
@@ -79,6 +81,9 @@ class AwqQuantizeCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         _require_quantizable(unwrap_model(model), args)
+        base = _base(unwrap_model(model))
+        if not has_fused_experts(base):  # else there are names to come
+            require_known_modules(self.config.modules_to_not_convert or [], base, renaming_of(base))
         output_folder(self._target(args), True, field="output_dir", kept={"report_dir": self.config.report_dir})
         prepare_folder(self.config.report_dir)
 
@@ -114,7 +119,8 @@ class AwqQuantizeCallback(TrainerCallback):
         except BaseException:
             logger.error(
                 f"Quantizing after training failed. The trained model is unchanged in memory, and saved in full "
-                f"precision in {full_precision}: quantize it with from_pretrained(..., quantization_config=...)."
+                f"precision in {full_precision}: remove the cause, and quantize it with from_pretrained(..., "
+                "quantization_config=...)."
             )
             raise
         shutil.rmtree(scratch)

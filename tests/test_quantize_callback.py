@@ -252,6 +252,13 @@ def test_what_can_not_be_quantized_is_refused_before_the_first_step(tokenizer, t
     assert [path.name for path in tmp_path.rglob("*")] == ["precious", "thesis.tex"]
 
 
+def test_a_mistyped_module_is_an_error_before_the_first_step(tokenizer, tmp_path):
+    callback = AwqQuantizeCallback(recipe(modules_to_not_convert=["lm_head", "down_porj"]))
+    with pytest.raises(ConfigError, match=r"'down_porj', which names no module .*'down_proj'"):
+        train(get_peft_model(tiny(tokenizer), LoraConfig(target_modules=["q_proj"])), tmp_path, tokenizer, callback)
+    assert list(tmp_path.iterdir()) == []
+
+
 PUSH = """
 import sys
 from pathlib import Path

@@ -213,7 +213,7 @@ def test_what_was_to_be_replaced_survives_a_kill_before_its_successor_took_its_p
 def test_two_runs_do_not_write_to_one_place(llama, tmp_path):
     with work_folder(tmp_path / "out") as work:
         (work / "half").write_text("half")
-        with pytest.raises(ConfigError, match="Another process is quantizing to"):
+        with pytest.raises(ConfigError, match=r"is being made by process \d+ on \S+; wait"):
             quantize(llama, tmp_path / "out", token_recipe())
         assert (work / "half").exists()
     assert list(tmp_path.iterdir()) == []

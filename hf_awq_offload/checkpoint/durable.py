@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 READ_BYTES = 1 << 22
 PARTIAL_SUFFIX = ".partial"
+HOLDER = re.compile(r"process \d+ on \S+")
+"""What a lock file says while it is locked."""
 
 
 @contextmanager
@@ -48,20 +52,34 @@ def flush_directory(directory: Path) -> None:
 def locked(path: Path) -> Any:
     """Opens a file and locks it for this process until it is closed; returns None on systems without such locks.
 
+    The file then says which process that is.
+
     Raises:
-        BlockingIOError: another process holds the lock.
+        BlockingIOError: another process holds the lock; `holder_of` says which.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    opened = path.open("w")
+    opened = path.open("a", encoding="utf-8")  # "w" would erase the holder's name
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        opened.truncate(0)
+        opened.write(f"process {os.getpid()} on {socket.gethostname()}")
+        opened.flush()
+    except BaseException:
         opened.close()
         raise
     return opened
+
+
+def holder_of(path: Path) -> str:
+    """Returns which process has locked a file, such as "process 4242 on node7", or "another process"."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        text = ""
+    return text if HOLDER.fullmatch(text) else "another process"
 
 
 def file_digest(path: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, StorageError
 from ..logs import get_logger
-from .durable import flush_directory, locked
+from .durable import flush_directory, holder_of, locked
 from .output_folder import foreign_entry
 
 logger = get_logger(__name__)
@@ -37,7 +37,9 @@ def work_folder(target: Path) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
         lock = locked(work / LOCK_NAME)
     except BlockingIOError as error:
-        raise ConfigError(f"Another process is quantizing to {target}; wait for it, or name another folder.") from error
+        raise ConfigError(
+            f"{target} is being made by {holder_of(work / LOCK_NAME)}; wait for it, or name another folder."
+        ) from error
     except OSError as error:
         raise StorageError(f"{work} can't be made: {error}. Correct the folder's permissions.") from error
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..checkpoint.output_folder import output_folder
 from ..checkpoint.source_folders import places_of_files
+from ..dtype_names import wrong_dtype
 from ..errors import ConfigError
 from .outcome import CommandError, UsageError
 from .recipe_file import read_recipe_file
@@ -32,6 +33,9 @@ def check(options: argparse.Namespace) -> None:
             raise UsageError(
                 f"--push-to-hub {options.push_to_hub!r} is not a repository name; expected one such as me/my-model."
             )
+    remedy = wrong_dtype(getattr(options, "dtype", "auto"))
+    if remedy is not None:
+        raise UsageError(f"--dtype is {options.dtype!r}; {remedy}.")
     if options.command == "evaluate" and options.tasks is None and (options.limit or options.tasks_path):
         raise UsageError("--limit and --tasks-path require --tasks; to limit the text, use --tokens.")
     for name in ("source", "model", "against", "checkpoint"):

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from ..config import AwqOffloadConfig
-from ..errors import ConfigError, JournalError
-from ..offload.journal import committed_layers, discard_if_empty
+from ..errors import AwqOffloadError, ConfigError, JournalError, MemoryLimitError, StorageError
+from ..offload.journal import committed_layers, discard_if_empty, require_unused
 from ..planning import Plan, plan
 from ..report import QuantizationReport
 from ..streamed import quantize
@@ -56,9 +56,13 @@ def run(options: argparse.Namespace) -> Outcome:
         raise Interrupted(f"interrupted: {_what_is_left(journal, options)}") from interrupt
     except Exception as error:
         discard_if_empty(journal)
-        if isinstance(error, ConfigError | JournalError) or not committed_layers(journal):
-            raise  # the same command would fail again
-        raise CommandError(f"{error} {_what_is_left(journal, options).capitalize()}") from error
+        layers = committed_layers(journal)
+        if isinstance(error, JournalError) or not layers:
+            raise
+        left = _what_stays(journal, layers) if _would_come_again(error) else _what_is_left(journal, options)
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{error} {left}") from error
+        raise CommandError(f"{error} {left[0].upper()}{left[1:]}") from error
     url = _push(options) if options.push_to_hub else None
     return Outcome(_document(options, report, url), _text(options, report, url))
 
@@ -79,8 +83,10 @@ def _refuse_journal(journal: Path, options: argparse.Namespace) -> None:
     """Refuses to reuse a journal without --resume: it may be another run's, and hold a night of work.
 
     Raises:
+        JournalError: another process is using the journal.
         CommandError: the journal has finished layers and --resume was not given.
     """
+    require_unused(journal)
     layers = committed_layers(journal)
     if layers and not options.resume:
         raise CommandError(
@@ -100,6 +106,19 @@ def _what_is_left(journal: Path, options: argparse.Namespace) -> str:
     if "--resume" not in command:
         command.append("--resume")
     return f"{_layers(layers)} finished, kept in {journal}; resume with: {shlex.join(command)}"
+
+
+def _would_come_again(error: Exception) -> bool:
+    """Whether the same command would fail again, with as much memory and disk space as anyone may free."""
+    return isinstance(error, AwqOffloadError) and not isinstance(error, MemoryLimitError | StorageError)
+
+
+def _what_stays(journal: Path, layers: int) -> str:
+    return (
+        f"The same command would fail again. {_layers(layers)} finished, kept in {journal}: once the cause is removed, "
+        "--resume takes over those that come out the same, which needs the same source, data and dtype, and the same "
+        "recipe but for modules_to_not_convert and overrides."
+    )
 
 
 def _layers(count: int) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
+from .nearest_names import nearest_names
 
 BITS = (2, 3, 4, 8)
 
@@ -124,10 +125,11 @@ def check_that_all_match(
                 f"overrides[{pattern!r}] changes nothing: what it finds stays in full precision, such as {kept} "
                 f"({left_out[kept]}). Correct the pattern or leave it out."
             )
+        near = f" The nearest are: {', '.join(nearest_names(pattern, names))}." if names else ""
         example = f", such as {min(names)}" if names else ""
         raise ConfigError(
-            f"overrides[{pattern!r}] is found in no linear's name. Names are full ones{example}; correct the pattern "
-            "or leave it out."
+            f"overrides[{pattern!r}] is found in no linear's name.{near} Names are full ones{example}; correct the "
+            "pattern or leave it out."
         )
 
 

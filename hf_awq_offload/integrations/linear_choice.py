@@ -18,6 +18,7 @@ from ..model.expert_names import conversions_without_merging
 from ..model.experts import router_linears
 from ..model.linears import is_linear, linears_in
 from ..nn.registry import linear_class
+from .module_names import is_named
 
 NAMED = "named in modules_to_not_convert"
 ROUTER = "chooses experts"
@@ -54,7 +55,7 @@ def linears_left_out(model: PreTrainedModel, recipe: AwqOffloadConfig) -> dict[s
             continue
         group_size = recipe.choice(name).group_size
         unpackable = linear_type.unpackable_reason(linear.in_features, linear.out_features, group_size)
-        if not should_convert_module(name, chosen):
+        if is_named(name, chosen, renaming):
             left_out[name] = NAMED
         elif name in routers:
             left_out[name] = ROUTER
@@ -87,12 +88,6 @@ def _leave_out_clashing(
                 f"its name contains that of a module in full precision (….{last}): most AWQ readers can't tell them "
                 'apart, format="compressed-tensors" can'
             )
-
-
-def choices_without_effect(model: PreTrainedModel, chosen: Collection[str]) -> list[str]:
-    """Returns those entries of `modules_to_not_convert` that match no module with parameters."""
-    names = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
-    return [entry for entry in chosen if all(should_convert_module(name, [entry]) for name in names)]
 
 
 def modules_not_converted(model: PreTrainedModel, chosen: list[str] | None) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -19,9 +20,10 @@ from ..config import AwqOffloadConfig
 from ..errors import CalibrationDataError, ModelStructureError
 from ..formats.grid_choice import check_that_all_match
 from ..logs import get_logger
-from ..model.fused_experts import has_fused_experts, stored_fused
+from ..model.fused_experts import has_fused_experts, linears_to_come, stored_fused
 from .dense_share import DenseShare
-from .linear_choice import choices_without_effect, linears_in_layers, linears_left_out
+from .linear_choice import linears_in_layers, linears_left_out, renaming_of
+from .module_names import require_known_modules
 from .origin import PROCESSOR_MARKERS, TOKENIZER_MARKERS, Origin
 from .serving import warn_of_readers
 
@@ -39,21 +41,27 @@ class Preparation:
     """Full names of linears."""
     left_out: dict[str, str]
     """Linear that stays in full precision -> why."""
+    stored: Collection[str] = ()
+    """Names of tensors in the checkpoint."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, recipe: AwqOffloadConfig, origin: Origin) -> Preparation:
+    def of(
+        cls, model: PreTrainedModel, recipe: AwqOffloadConfig, origin: Origin, stored: Collection[str] = ()
+    ) -> Preparation:
         """Chooses linears and loads the data for a model whose weights need not be loaded yet.
 
         Args:
             model: the model.
             recipe: how it is to be quantized.
             origin: where it comes from, and so its tokenizer and processor.
+            stored: names of tensors in the checkpoint.
 
         Raises:
+            ConfigError: modules_to_not_convert or overrides name nothing.
             ModelStructureError: no linear can be quantized.
             CalibrationDataError: the data cannot be used.
         """
-        chosen = cls(recipe, None, frozenset(), {}).rechosen(model)
+        chosen = cls(recipe, None, frozenset(), {}, stored).rechosen(model)
         if not chosen.quantizable and not has_fused_experts(model):
             raise ModelStructureError(
                 f"No linear of {type(model).__name__} can be quantized with this config. Left out: "
@@ -69,9 +77,30 @@ class Preparation:
         """Returns the same with the linears that the model has now: experts may have been taken apart."""
         left_out = linears_left_out(model, self.recipe)
         quantizable = frozenset(name for name in linears_in_layers(model) if name not in left_out)
-        if not has_fused_experts(model):  # else there are linears to come
-            check_that_all_match(self.recipe.overrides or {}, quantizable, left_out)
+        if not has_fused_experts(model):
+            self._check_names(model, quantizable, left_out)
+        elif all(parameter.is_meta for parameter in model.parameters()):
+            self._check_names(model, quantizable, left_out, linears_to_come)
         return replace(self, quantizable=quantizable, left_out=left_out)
+
+    def _check_names(
+        self,
+        model: PreTrainedModel,
+        quantizable: frozenset[str],
+        left_out: dict[str, str],
+        to_come: Callable[[nn.Module], list[str]] = lambda model: [],  # linears that the model will have
+    ) -> None:
+        """Raises ConfigError if modules_to_not_convert or overrides name nothing, such as by a typo."""
+        chosen, overrides = self.recipe.modules_to_not_convert or [], self.recipe.overrides or {}
+        if chosen:
+            require_known_modules(chosen, model, renaming_of(model), chain(self.stored_modules, to_come(model)))
+        if overrides:
+            check_that_all_match(overrides, quantizable.union(to_come(model)), left_out)
+
+    @property
+    def stored_modules(self) -> set[str]:
+        """Names of modules in the checkpoint."""
+        return {name.rpartition(".")[0] for name in self.stored}
 
     def element_bytes(self, parameter_name: str, parameter: Tensor) -> float:
         """Returns the bytes that an element of a parameter takes once the model is quantized."""
@@ -110,12 +139,6 @@ class Preparation:
             )
         if not {reason for _, reason in dense.dense_elements} <= set(unpackable.values()):
             dense.warn()
-        without_effect = choices_without_effect(model, self.recipe.modules_to_not_convert or [])
-        if without_effect:
-            logger.warning(
-                f"modules_to_not_convert has entries that match no module: {without_effect}. An entry is matched from "
-                r"the start of a full name up to a dot, or at its end. All that is in a self_attn is r'.*\.self_attn'."
-            )
         warn_of_readers(self.recipe, self.quantizable, self.left_out)
 
 

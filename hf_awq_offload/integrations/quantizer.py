@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from ..calibration.dataset import CalibrationSet
-from ..config import AwqOffloadConfig
+from ..config import AwqOffloadConfig, require_recipe
 from ..errors import CheckpointError
 from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.compressed_tensors_config import PackedCheckpointConfig
@@ -84,8 +84,7 @@ class AwqOffloadQuantizer(HfQuantizer):
     @property
     def recipe(self) -> AwqOffloadConfig:
         """The config while it is a recipe: until the model is quantized."""
-        assert isinstance(self.quantization_config, AwqOffloadConfig)
-        return self.quantization_config
+        return require_recipe(self.quantization_config, "quantization_config")
 
     @property
     def checkpoint(self) -> AwqCheckpointConfig | PackedCheckpointConfig:
@@ -129,7 +128,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         self.source = look_at_source(model, self, self.recipe, files, lambda: placement.is_lazy)
         placement.choose(kwargs.get("device_map"), files, self.source.opened)
         prepare_folder(self.recipe.report_dir)
-        self._preparation = Preparation.of(model, self.recipe, self.origin)
+        self._preparation = Preparation.of(model, self.recipe, self.origin, self.source.names)
 
     def _take_experts_apart(self, model: PreTrainedModel, all_kinds: bool) -> None:
         self.fused |= take_experts_apart(model, all_kinds)

@@ -6,11 +6,12 @@ on the meta device, is at the files that transformers has chosen, and compares t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -22,6 +23,7 @@ from ..checkpoint.pickled import pickled_shapes
 from ..checkpoint.source import ADAPTER_CONFIG_NAME, Source, fields_beside, open_source, weight_map
 from ..checkpoint.stored_tensor import CarriedTensor
 from ..config import AwqOffloadConfig
+from ..dtype_names import wrong_dtype
 from ..errors import CheckpointError, ConfigError, ModelStructureError
 from ..formats.source import SourceFormat
 from ..logs import get_logger
@@ -44,9 +46,11 @@ def look_at_folder(call: LoadCall) -> None:
     """Checks the files of a checkpoint in a folder; does nothing for a name on the hub, whose files are not here yet.
 
     Raises:
+        ConfigError: the dtype is none.
         CheckpointError: there are no weights, a file is missing or damaged, or the quantization can't be undone.
         ModelStructureError: the folder holds adapters, and the weights are to stay on the disk.
     """
+    check_dtype(call.arguments.get("dtype", call.arguments.get("torch_dtype")))
     folder = Path(call.source) / str(call.arguments.get("subfolder") or "")
     if not folder.is_dir() or call.arguments.get("gguf_file"):
         return
@@ -60,6 +64,17 @@ def look_at_folder(call: LoadCall) -> None:
     files, index = files_in(folder, call.arguments.get("variant"), call.arguments.get("use_safetensors"))
     if files and files[0].suffix == ".safetensors":
         call.opened = open_source(files, fields_beside(files[0]), index)
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises ConfigError unless `dtype` is a dtype for weights, its name, a dict of such, or None."""
+    values = list(dtype.values()) if isinstance(dtype, dict) else [dtype]
+    for value in values:
+        if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
+            continue
+        remedy = wrong_dtype(value if isinstance(value, str) else str(value))
+        if remedy is not None:
+            raise ConfigError(f"dtype is {value!r}; {remedy}.")
 
 
 def refuse_adapters(source: str) -> None:
@@ -129,6 +144,11 @@ class ModelSource:
     """What the model has no place for and the result is to hold all the same, by its name in the checkpoint."""
     mtp: MtpLayer | None = None
     """The decoder layer for multi-token prediction that stands in the model until it is quantized."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the checkpoint's tensors, as far as they are known."""
+        return () if self.opened is None else self.opened.tensors.keys()
 
     @property
     def format(self) -> SourceFormat | None:

@@ -92,6 +92,17 @@ def fused_experts_of(model: nn.Module) -> dict[str, FusedExperts]:
     return found
 
 
+def linears_to_come(model: nn.Module) -> list[str]:
+    """Returns the names of the linears that taking fused experts apart will make; `model` is on the meta device."""
+    conversions = get_model_conversion_mapping(cast(Any, model), add_legacy=False)
+    return [
+        f"{name}.{inner}"
+        for name, experts in fused_experts_of(model).items()
+        for inner, module in experts.unfused(name, conversions).named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
 def stored_fused(model: nn.Module, taken_apart: Mapping[str, nn.Module]) -> list[str]:
     """Returns those of the experts that were taken apart which the model's checkpoints hold fused.
 

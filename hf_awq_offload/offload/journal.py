@@ -1,6 +1,7 @@
 """The journal of a run, on disk: a run that was killed resumes after its last committed decoder layer.
 
     journal.json                what the run is: the journal's format and a fingerprint of source, recipe and data
+    journal.lock                is locked while a run writes to the journal, and says which process that is
     layer-00007.safetensors     the tensors of the eighth layer, quantized
     hidden-00008.bin            what enters the ninth, the bytes of all batches
     layer-00007.json            the commit: names, sizes and SHA-256 of both files, and the layer's report
@@ -27,15 +28,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint.durable import PARTIAL_SUFFIX, file_digest, flush_directory, locked, replacing
+from ..checkpoint.durable import PARTIAL_SUFFIX, file_digest, flush_directory, holder_of, locked, replacing
 from ..checkpoint.safetensors import read_tensor, tensor_places
 from ..errors import JournalError, StorageError
 from ..logs import get_logger
 from .hidden_states import HiddenStates, HiddenWriter
+from .journal_header import differences
 
 logger = get_logger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Goes up whenever the meaning of the files, or how layers are quantized from them, changes."""
 
 HEADER_NAME = "journal.json"
@@ -61,14 +63,14 @@ class Journal:
 
     Args:
         directory: the folder.
-        fingerprint: part -> digest; covers everything that the result depends on.
+        fingerprint: part -> JSON value; covers what the result of every layer depends on.
 
     Raises:
         JournalError: the folder belongs to another run, holds other files, or is in use.
         StorageError: it cannot be written to.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], fingerprint: Mapping[str, str]):
+    def __init__(self, directory: str | os.PathLike[str], fingerprint: Mapping[str, Any]):
         self.directory = Path(directory)
         self.commits: dict[str, LayerCommit] = {}
         self._hidden: dict[int, dict[str, Any]] = {}
@@ -80,7 +82,7 @@ class Journal:
             self.close()
             raise
 
-    def _open(self, header: Mapping[str, str]) -> None:
+    def _open(self, header: Mapping[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / HEADER_NAME
         others = {entry.name for entry in self.directory.iterdir()} - {LOCK_NAME, HEADER_NAME + PARTIAL_SUFFIX}
@@ -89,13 +91,13 @@ class Journal:
                 f"checkpoint_dir {self.directory} holds other files ({', '.join(sorted(others)[:3])}) and no "
                 f"{HEADER_NAME}; expected an empty folder or a journal. Name another folder."
             )
-        self._take_lock()
+        self._lock = _locked(self.directory)
         if path.exists():
             self._compare(path, header)
             self._read_commits()
         else:
             with replacing(path) as partial:
-                partial.write_text(json.dumps(header, indent=2), encoding="utf-8")
+                partial.write_text(json.dumps(header, indent=2, default=str), encoding="utf-8")
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -107,7 +109,7 @@ class Journal:
         dtype = getattr(torch, entry["dtype"])
         return HiddenStates.from_file(self.directory / entry["file"], entry["shapes"], dtype)
 
-    def _compare(self, path: Path, header: Mapping[str, str]) -> None:
+    def _compare(self, path: Path, header: Mapping[str, Any]) -> None:
         try:
             existing = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(existing, dict):
@@ -116,12 +118,11 @@ class Journal:
             raise JournalError(
                 f"{path} can't be read ({error}); delete the folder to quantize from the start."
             ) from error
-        different = sorted(part for part in {*header, *existing} if header.get(part) != existing.get(part))
+        different = differences(existing, header)
         if different:
             raise JournalError(
-                f"checkpoint_dir {self.directory} is the journal of another run: these differ: "
-                f"{', '.join(different)}. Nothing was changed. Repeat that run's call to finish it, name another "
-                "folder, or delete this one."
+                f"checkpoint_dir {self.directory} is the journal of another run: these differ: {different}. Nothing "
+                "was changed. Repeat that run's call to finish it, name another folder, or delete this one."
             )
 
     def _read_commits(self) -> None:
@@ -227,14 +228,6 @@ class Journal:
             self._lock.close()
             self._lock = None
 
-    def _take_lock(self) -> None:
-        try:
-            self._lock = locked(self.directory / LOCK_NAME)
-        except BlockingIOError as error:
-            raise JournalError(
-                f"checkpoint_dir {self.directory} is in use by another process; wait for it, or name another folder."
-            ) from error
-
 
 def committed_layers(directory: str | os.PathLike[str]) -> int | None:
     """Counts the decoder layers in the journal of a folder, unchecked; None if there is no journal."""
@@ -242,11 +235,47 @@ def committed_layers(directory: str | os.PathLike[str]) -> int | None:
     return len(list(folder.glob("layer-*.json"))) if (folder / HEADER_NAME).exists() else None
 
 
+def require_unused(directory: str | os.PathLike[str]) -> None:
+    """Raises JournalError if a run is writing to the journal of a folder."""
+    folder = Path(directory)
+    if (folder / LOCK_NAME).exists():
+        with _storage_errors(folder):
+            lock = _locked(folder)
+        if lock is not None:
+            lock.close()
+
+
 def discard_if_empty(directory: str | os.PathLike[str]) -> None:
-    """Removes a journal without a committed layer: no run can resume from it. The run that made it must be over."""
-    if committed_layers(directory) == 0:
-        _remove_files(Path(directory))
-        _remove_folder(Path(directory))
+    """Removes a journal that no run uses and none can resume from: it has no committed layer."""
+    folder = Path(directory)
+    if committed_layers(folder) != 0:
+        return
+    try:
+        lock = _locked(folder)
+    except (JournalError, OSError):  # in use, or not ours to remove
+        return
+    if committed_layers(folder) == 0:
+        _remove_files(folder)
+    if lock is not None:
+        lock.close()
+    if committed_layers(folder) is None:
+        _remove_folder(folder)
+
+
+def _locked(directory: Path) -> Any:
+    """Takes the journal of a folder for this process; see `locked`.
+
+    Raises:
+        JournalError: another process has it.
+    """
+    path = directory / LOCK_NAME
+    try:
+        return locked(path)
+    except BlockingIOError as error:
+        raise JournalError(
+            f"checkpoint_dir {directory} is in use by {holder_of(path)}; wait until that run is done, or name another "
+            "folder. Don't delete this one: that would end the run."
+        ) from error
 
 
 def _remove_files(directory: Path) -> None:

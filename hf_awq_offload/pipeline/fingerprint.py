@@ -1,9 +1,11 @@
-"""Digests of what the result of a quantization depends on: a run resumes only from a journal with the same ones.
+"""What the result of a quantization depends on: a run resumes only from a journal that says the same.
 
-    source   every tensor's name, dtype, shape and file, and 4 KiB from its start, its middle and its end
-    model    class and config
-    recipe   the fields that change a number in the checkpoint; not where and how fast it is made
-    data     token ids and masks of all calibration sequences
+    source   sizes, and a digest: every tensor's name, dtype, shape and file, and 4 KiB from its start, middle and end
+    model    class, dtype and config
+    recipe   the fields that change a number in every layer; not where and how fast the checkpoint is made
+    data     sizes, and a digest of token ids and masks of all calibration sequences
+
+Which linears are quantized, and on which grid, is noted with each layer (layer_choices.py).
 
 Reading all of a large checkpoint would take minutes at every start. A file that was trained further, converted or
 replaced differs in every tensor. An edit of a tensor between the three places goes unnoticed.
@@ -12,7 +14,6 @@ replaced differs in every tensor. An edit of a tensor between the three places g
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib.metadata import version
@@ -33,6 +34,7 @@ HOW_NOT_WHAT = (
     *("execution_device", "batch_tokens", "backend", "offload", "prefetch", "max_memory"),
     *("checkpoint_dir", "report_dir"),
 )
+BY_LAYER = ("modules_to_not_convert", "overrides")
 
 
 def fingerprint(
@@ -41,44 +43,47 @@ def fingerprint(
     calibration: CalibrationSet | None,
     files: Iterable[Path],
     source_format: str | None = None,
-) -> dict[str, str]:
-    """Returns the parts of the fingerprint: name of a part -> digest or text.
+) -> dict[str, Any]:
+    """Returns the parts of the fingerprint: name of a part -> JSON value. Of the data, it holds sizes and a digest.
 
     `source_format` says how the source is quantized, which config.json may decide; None: it is in full precision.
     """
     config = model.config.to_dict()
     for name in ("quantization_config", "transformers_version", "_name_or_path"):
         config.pop(name, None)
-    how = {name: value for name, value in recipe.to_dict().items() if name not in HOW_NOT_WHAT}
+    what = {name: value for name, value in recipe.to_dict().items() if name not in (*HOW_NOT_WHAT, *BY_LAYER)}
     return {
         "package": version("hf_awq_offload"),
-        "source": _source_digest(files) + (f" ({source_format})" if source_format else ""),
-        "model": _text_digest([type(model).__name__, str(model.dtype), config]),
-        "recipe": json.dumps(how, sort_keys=True, default=str),
-        "data": "none" if calibration is None else _data_digest(calibration),
+        "source": {**_source(files), "quantization": source_format},
+        "model": {"class": type(model).__name__, "dtype": str(model.dtype), "config": config},
+        "recipe": what | {"format": recipe.checkpoint_format},  # "auto" depends on the overrides
+        "data": None if calibration is None else _data(calibration),
     }
 
 
-def _source_digest(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
+def _source(files: Iterable[Path]) -> dict[str, Any]:
+    digest, tensors, size_bytes = hashlib.sha256(), 0, 0
     for file in sorted(files, key=lambda path: path.name):
+        size_bytes += file.stat().st_size
         with file.open("rb") as opened:
             for name, place in sorted(tensor_places(file).items()):
+                tensors += 1
                 digest.update(repr((file.name, name, place.dtype, place.shape, place.start, place.end)).encode())
                 middle = (place.start + place.end) // 2
                 for start in (place.start, middle, max(place.start, place.end - SAMPLE_BYTES)):
                     opened.seek(start)
                     digest.update(opened.read(min(SAMPLE_BYTES, place.end - start)))
-    return digest.hexdigest()
+    return {"tensors": tensors, "bytes": size_bytes, "sha256": digest.hexdigest()}
 
 
-def _data_digest(calibration: CalibrationSet) -> str:
+def _data(calibration: CalibrationSet) -> dict[str, Any]:
     """Digests everything in a calibration set except its name."""
     digest = hashlib.sha256()
     for field in fields(calibration):
         if field.name != "name":
             _add(digest, getattr(calibration, field.name))
-    return digest.hexdigest()
+    sizes = {"sequences": len(calibration.sequences), "samples": len(calibration.samples), "tokens": calibration.tokens}
+    return {**sizes, "sha256": digest.hexdigest()}
 
 
 def _add(digest: Any, value: Any) -> None:
@@ -95,7 +100,3 @@ def _add(digest: Any, value: Any) -> None:
             _add(digest, item)
     else:
         digest.update(repr(value).encode())
-
-
-def _text_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

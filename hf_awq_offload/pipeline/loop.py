@@ -37,6 +37,7 @@ from ..offload.journal import LayerCommit
 from ..offload.memory_limit import at_most, is_out_of_memory, large_blocks_apart, release_freed
 from ..report import QuantizationReport
 from .budget import Budget, budget_of
+from .layer_choices import adoptable_commits, layer_choices
 from .layer_context import LayerContext, Undo
 from .layer_quantization import quantize_with_statistics, quantize_without_data
 from .left_out import layers_left_out, not_reached
@@ -90,7 +91,8 @@ def _without_data(run: Run) -> list[LayerCommit]:
         names = layers_that_run(run.model, onloader.run_layer)
     names = [*names, *([] if run.mtp is None else [run.mtp.name])][: run.most_layers]
     record.progress.expect(len(names))
-    commits, adopted = run.storage.commits, []
+    choices = layer_choices(run, names)
+    commits, adopted = adoptable_commits(run.storage.commits, choices), []
     onloader.expect([name for name in names if name not in commits])
     for index, name in enumerate(names):
         if name in commits:
@@ -104,7 +106,7 @@ def _without_data(run: Run) -> list[LayerCommit]:
             report = record.layer_report(name, groups, time.perf_counter() - start)
             record.add(report, {})
             with record.timed("commit", name):
-                run.storage.store_layer(index, report, {})
+                run.storage.store_layer(index, report, {}, choices[name])
         record.progress.finished(report)
     return adopted
 
@@ -155,6 +157,7 @@ class _CalibratedLayers:
         self.longest_tokens = longest_tokens
         self.collectors: dict[str, LayerStatistics] = {}
         """Statistics of layers that have turns left."""
+        self.choices = layer_choices(run, inputs.layer_names)
         self.changed: str | None = None
         """The layer whose weights were changed last: it cannot run again as it was."""
 
@@ -217,7 +220,7 @@ class _CalibratedLayers:
             record.add(report, left_out)
             with record.timed("commit", name):
                 index = self.inputs.layer_names.index(name)
-                run.storage.store_layer(index, report, left_out, self.inputs.batch_tokens, outputs)
+                run.storage.store_layer(index, report, left_out, self.choices[name], self.inputs.batch_tokens, outputs)
         self.inputs.advance(outputs)
         release_freed()
         record.progress.finished(report)
@@ -254,7 +257,7 @@ class _CalibratedLayers:
         The original layers cannot bring back what quantized ones put out. A run that propagates it resumes from the
         last hidden states that the journal has.
         """
-        commits, names = self.run.storage.commits, self.inputs.layer_names
+        commits, names = adoptable_commits(self.run.storage.commits, self.choices), self.inputs.layer_names
         if not self._propagates_quantized:
             return commits
         missing = next((index for index, name in enumerate(names) if name not in commits), len(names))

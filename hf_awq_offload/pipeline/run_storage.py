@@ -85,6 +85,7 @@ class RunStorage:
         index: int,
         report: LayerReport,
         left_out: dict[str, str],
+        choices: str,  # what was chosen for the layer, see layer_choices.py
         batch_tokens: int = 0,  # of the micro-batches that the layer ran on
         hidden: HiddenWriter | None = None,  # what enters the next layer
     ) -> None:
@@ -99,7 +100,7 @@ class RunStorage:
             tensors = {f"{name}.{key}": value.detach().cpu() for key, value in layer.state_dict().items()}
             if self._to_checkpoint is not None:
                 tensors = self._to_checkpoint(tensors)
-            entry = {"layer": asdict(report), "left_out": left_out}
+            entry = {"layer": asdict(report), "left_out": left_out, "choices": choices}
             self.journal.commit(index, name, tensors, batch_tokens, entry, hidden)
         if self._stays_on_disk(name):
             self._put_on_disk(

@@ -10,6 +10,7 @@ from torch import nn
 from ..model.decoder_layers import ProbeCalls, candidate_layers, shared_parameters
 from ..model.fold_probing import discover_structure, without_refuted_folds
 from ..model.folds import LayerStructure, structure_key, without_folds_of
+from ..model.linears import linears_in
 from .layer_context import LayerContext
 from .left_out import reached
 
@@ -61,6 +62,6 @@ class Structures:
             structure = discover_structure(context.layer, calls, self._device, self._seed)
             if kind not in self._discovered or len(reached(structure)) > len(reached(self._discovered[kind][0])):
                 self._discovered[kind] = structure, which
-            if context.quantizable <= reached(structure):
+            if linears_in(context.layer).keys() <= reached(structure):  # whatever the recipe quantizes of this layer
                 break
         return self._discovered[kind]

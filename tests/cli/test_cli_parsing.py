@@ -28,7 +28,7 @@ from hf_awq_offload.recipe_fields import RecipeFields
 BAD_VALUES = {
     "quantize": {
         "--config": (["{folder}/none.yaml"], 2, "can't be read"),
-        "--dtype": (["float99"], 1, "float99"),
+        "--dtype": (["float99"], 2, "--dtype is 'float99'; pass one of auto, bfloat16, float16, float32; the nearest"),
         "--revision": (["no-such-branch"], 1, "nobody/nothing"),
         "--subfolder": (["none"], 1, "none holds no config.json"),
         "--cache-dir": (["{file}"], 1, "nobody/nothing"),
@@ -72,7 +72,7 @@ BAD_VALUES = {
         "--tasks-path": (["{empty}"], 2, "require --tasks"),
         "--limit": (["10"], 2, "require --tasks"),
         "--device-map": (["nowhere"], 1, "nowhere"),
-        "--dtype": (["float99"], 1, "float99"),
+        "--dtype": (["float99"], 2, "--dtype is 'float99'; pass one of"),
         "--revision": (["no-such-branch"], 1, "nobody/nothing"),
         "--subfolder": (["none"], 1, "none holds no config.json"),
         "--cache-dir": (["{file}"], 1, "nobody/nothing"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,17 +100,29 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("what", ["recipe", "data", "source"])
+SHA256 = r'\w+\.sha256 \("[0-9a-f]{64}" in the journal, "[0-9a-f]{64}" now\)'
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "recipe": (
+        {"clip": False, "n_grid": 4},
+        r"recipe\.n_grid \(3 in .*, 4 now\), recipe\.clip \(true in .*, false now\)",
+    ),
+    "data": ({"dataset": token_batch(6, 20, seed=9).tolist()}, SHA256.replace(r"\w+", "data")),
+    "length": ({"max_seq_len": 10}, r"data\.tokens \(120 in the journal, 60 now\), data\.sha256 .*"),
+    "source": ({}, SHA256.replace(r"\w+", "source")),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
 def test_the_journal_of_another_run_is_refused_and_left_alone(what, llama, tmp_path, monkeypatch):
     folder = stopped_run(llama, tmp_path, monkeypatch, commits=2)
     before = contents(folder)
-    changes: dict = {"recipe": {"clip": False}, "data": {"dataset": token_batch(6, 20, seed=9).tolist()}}.get(what, {})
+    changes, named = OTHERS[what]
     if what == "source":
         other = tiny_llama(num_hidden_layers=LAYERS)
         with torch.no_grad():
             other.model.layers[4].mlp.down_proj.weight[0, 0] += 1
         llama = save_model(other, tmp_path / "other")
-    with pytest.raises(JournalError, match=f"another run: these differ: {what}\\. Nothing was changed"):
+    with pytest.raises(JournalError, match=f"another run: these differ: {named}\\. Nothing was changed"):
         quantize(llama, tmp_path / "out", token_recipe(**changes), checkpoint_dir=folder)
     assert contents(folder) == before
 
@@ -123,10 +137,27 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(llama, tmp_path):
 
 def test_two_runs_do_not_share_a_journal(tmp_path):
     first = Journal(tmp_path, PRINT)
-    with pytest.raises(JournalError, match="in use by another process"):
-        Journal(tmp_path, PRINT)
+    for _ in range(2):  # the first attempt does not erase who has it
+        with pytest.raises(JournalError, match=rf"in use by process {os.getpid()} on \S+; wait .* Don't delete"):
+            Journal(tmp_path, PRINT)
     first.close()
     Journal(tmp_path, PRINT).close()
+
+
+def test_a_journal_in_use_is_not_discarded(tmp_path):
+    first = Journal(tmp_path, PRINT)
+    before = contents(tmp_path)
+    journal.discard_if_empty(tmp_path)
+    assert contents(tmp_path) == before
+    first.close()
+    journal.discard_if_empty(tmp_path)
+    assert not tmp_path.exists()
+
+
+def test_the_journal_of_another_release_says_only_so(tmp_path):
+    Journal(tmp_path, PRINT | {"package": "0.1"}).close()
+    with pytest.raises(JournalError, match=r'differ: package \("0.1" in the journal, "0.2" now\)\. Nothing'):
+        Journal(tmp_path, {"source": {"tensors": 3}, "package": "0.2"})
 
 
 def test_an_interrupted_run_says_where_it_goes_on(llama, tmp_path, monkeypatch):

@@ -1,0 +1,51 @@
+"""Notes in the journal what was chosen for each layer: a later run adopts the layers that it would make alike.
+
+modules_to_not_convert and overrides choose linears and grids, layer by layer. With propagate="original", a layer's
+result depends on its own choices alone; with "quantized", on those of the layers before it as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+from ..logs import get_logger
+from ..offload.journal import LayerCommit
+from .run_context import Run
+
+logger = get_logger(__name__)
+
+MOST_NAMED = 4
+
+
+def layer_choices(
+    run: Run,
+    names: Sequence[str],  # of the decoder layers, in the order in which they run
+) -> dict[str, str]:
+    """Returns a digest for each layer: which of its linears are quantized, on which grid; before any is replaced."""
+    digests: dict[str, str] = {}
+    before = ""
+    for name in names:
+        quantizable = sorted(run.context(name).quantizable)
+        chosen = {linear: run.recipe.choice(f"{name}.{linear}") for linear in quantizable}
+        digests[name] = hashlib.sha256(json.dumps([before, chosen]).encode()).hexdigest()
+        if run.recipe.propagate == "quantized":
+            before = digests[name]
+    return digests
+
+
+def adoptable_commits(
+    commits: Mapping[str, LayerCommit],  # of the journal
+    choices: Mapping[str, str],  # of this run
+) -> dict[str, LayerCommit]:
+    """Returns the layers that were quantized as this run would; says which others the journal has."""
+    others = [name for name, choice in choices.items() if name in commits and commits[name].report["choices"] != choice]
+    if others:
+        more = f" and {len(others) - MOST_NAMED} more" if others[MOST_NAMED:] else ""
+        shown = ", ".join(others[:MOST_NAMED]) + more
+        logger.warning(
+            f"modules_to_not_convert or overrides are not what they were for {len(others)} of {len(commits)} layers in "
+            f"the journal, which are quantized again: {shown}."
+        )
+    return {name: commits[name] for name in choices if name in commits and name not in others}
