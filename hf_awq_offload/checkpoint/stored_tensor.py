@@ -13,6 +13,8 @@ from ..errors import CheckpointError
 from ..formats.source import StoredWeight
 from .safetensors import TensorPlace, read_tensor
 
+PIECE_BYTES = 1 << 24
+
 
 @dataclass(frozen=True)
 class DequantizedTensor:
@@ -55,6 +57,28 @@ def read(stored: StoredTensor, pin_memory: bool = False) -> Tensor:
             "by the headers of its files. The checkpoint contradicts itself: get it again."
         )
     return tensor.pin_memory() if pin_memory else tensor
+
+
+def are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) -> bool:
+    """Returns whether two tensors have the same values in `dtype`; bytes in files are compared piece by piece."""
+    if first.shape != second.shape:
+        return False
+    if isinstance(first, TensorPlace) and isinstance(second, TensorPlace) and first.dtype == second.dtype:
+        return _have_same_bytes(first, second)
+    return torch.equal(read(first).to(dtype), read(second).to(dtype))
+
+
+def _have_same_bytes(first: TensorPlace, second: TensorPlace) -> bool:
+    with first.file.open("rb") as one, second.file.open("rb") as other:
+        one.seek(first.start)
+        other.seek(second.start)
+        left = first.end - first.start
+        while left > 0:
+            size = min(left, PIECE_BYTES)
+            if one.read(size) != other.read(size):
+                return False
+            left -= size
+    return True
 
 
 def files_of(stored: StoredTensor) -> list[Path]:
