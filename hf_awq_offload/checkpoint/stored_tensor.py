@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..formats.dtypes import SPELLINGS
 from ..formats.source import StoredWeight
-from .safetensors import TensorPlace, read_tensor
+from .safetensors import TensorPlace, read_tensor, tensor_places, writing
 
 PIECE_BYTES = 1 << 24
 
@@ -57,6 +58,50 @@ def read(stored: StoredTensor, pin_memory: bool = False) -> Tensor:
             "by the headers of its files. The checkpoint contradicts itself: get it again."
         )
     return tensor.pin_memory() if pin_memory else tensor
+
+
+def require_unchanged(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises CheckpointError if a file of a tensor is gone or holds something else where the tensor was."""
+    held: dict[Path, dict[str, TensorPlace]] = {}
+    for name, stored in tensors.items():
+        plain = isinstance(stored, TensorPlace)
+        places = {name: stored} if plain else {stored.weight.parts[part]: at for part, at in stored.places.items()}
+        for stored_name, place in places.items():
+            if place.file not in held:
+                if not place.file.is_file():
+                    raise CheckpointError(
+                        f"{place.file}, which holds {name}, is gone. Put it back, and save the model again."
+                    )
+                held[place.file] = tensor_places(place.file)
+            if held[place.file].get(stored_name) != place:
+                raise CheckpointError(
+                    f"{place.file}, which held {name}, has been changed since the model was loaded. Put the file of "
+                    "that time back, and save the model again."
+                )
+
+
+def write_all(file: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
+    """Writes a safetensors file, one tensor at a time in memory.
+
+    Args:
+        file: where.
+        tensors: by name. What a file holds is copied byte by byte.
+        dtype: of what is dequantized.
+
+    Raises:
+        CheckpointError: a source file has changed.
+        OSError: the file can't be written.
+    """
+    layout = {
+        name: (stored.dtype if isinstance(stored, TensorPlace) else SPELLINGS[dtype], stored.shape)
+        for name, stored in tensors.items()
+    }
+    with writing(file, layout) as opened:
+        for name, stored in tensors.items():
+            if isinstance(stored, TensorPlace):
+                opened.copy(name, stored)
+            else:
+                opened.write(name, read(stored).to(dtype))
 
 
 def are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) -> bool:
