@@ -64,8 +64,10 @@ def require_unchanged(tensors: Mapping[str, StoredTensor]) -> None:
     """Raises CheckpointError if a file of a tensor is gone or holds something else where the tensor was."""
     held: dict[Path, dict[str, TensorPlace]] = {}
     for name, stored in tensors.items():
-        plain = isinstance(stored, TensorPlace)
-        places = {name: stored} if plain else {stored.weight.parts[part]: at for part, at in stored.places.items()}
+        if isinstance(stored, TensorPlace):
+            places = {name: stored}
+        else:
+            places = {stored.weight.parts[part]: place for part, place in stored.places.items()}
         for stored_name, place in places.items():
             if place.file not in held:
                 if not place.file.is_file():

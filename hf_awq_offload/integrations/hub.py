@@ -95,14 +95,22 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, 
     """Saves as transformers does, then adds the card and all other files."""
     is_main_process = args[0] if args else kwargs.get("is_main_process", True)
     is_pushed = args[2] if len(args) > 2 else kwargs.get("push_to_hub", False)
-    if not is_main_process or not _is_quantized(model):
+    if not is_main_process or _saves_adapters_alone(model):
         return type(model).save_pretrained(model, save_directory, *args, **kwargs)
     known: _Companions = cast(Any, model)._awq_companions
     with set_aside(known.carried, Path(save_directory), model.dtype):
         result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
-        if not is_pushed and _is_quantized(model):
-            complete(model, Path(save_directory))
+        if not is_pushed:
+            _complete_any(model, Path(save_directory))
     return result
+
+
+def _complete_any(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -> None:
+    """Completes the folder of a quantized model; one that has been dequantized gets the origin's tensors alone."""
+    if _is_quantized(model):
+        complete(model, folder, repo_id)
+    elif not _saves_adapters_alone(model):
+        add_tensors(folder, cast(Any, model)._awq_companions.carried, model.dtype)
 
 
 def _upload_modified_files(
@@ -113,8 +121,7 @@ def _upload_modified_files(
     Raises:
         HfHubHTTPError, RuntimeError: the hub refused some or all of the files; the message says what to do.
     """
-    if _is_quantized(model):
-        complete(model, Path(working_dir), repo_id)
+    _complete_any(model, Path(working_dir), repo_id)
     try:
         if _has_deep_folders(Path(working_dir)):
             return _upload_all_depths(model, Path(working_dir), repo_id, *args, **kwargs)
@@ -188,7 +195,7 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
     """
     known: _Companions = cast(Any, model)._awq_companions
     try:
-        if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters alone are saved
+        if not _saves_adapters_alone(model):
             add_tensors(folder, known.carried, model.dtype)
     except CheckpointError as error:
         _complete_files(model, known, folder, repo_id)
@@ -250,4 +257,8 @@ def _own_card(origin: Origin) -> Path | None:
 def _is_quantized(model: PreTrainedModel) -> bool:
     """Returns whether what is saved is the quantized model: not dequantized, and not its adapters alone."""
     has_config = getattr(model.config, "quantization_config", None) is not None
-    return has_config and not getattr(model, "_hf_peft_config_loaded", False)
+    return has_config and not _saves_adapters_alone(model)
+
+
+def _saves_adapters_alone(model: PreTrainedModel) -> bool:
+    return getattr(model, "_hf_peft_config_loaded", False)

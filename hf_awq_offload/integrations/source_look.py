@@ -46,7 +46,7 @@ def look_at_folder(call: LoadCall) -> None:
         ModelStructureError: the folder holds adapters, and the weights are to stay on the disk.
     """
     folder = Path(call.source) / str(call.arguments.get("subfolder") or "")
-    if not folder.is_dir() or call.arguments.get("gguf_file"):
+    if not call.source or not folder.is_dir() or call.arguments.get("gguf_file"):
         return
     if (folder / ADAPTER_CONFIG_NAME).exists():
         if call.is_streamed:

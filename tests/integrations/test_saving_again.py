@@ -67,6 +67,16 @@ def test_over_what_was_saved_before(sizes, source, tmp_path):
         assert_whole(tmp_path / "out")
 
 
+def test_a_model_that_is_dequantized_before(source, tmp_path):
+    model = quantized(source)
+    model.dequantize()
+    model.save_pretrained(tmp_path / "dense")
+    tensors = tensors_in(tmp_path / "dense")
+    assert all(torch.equal(tensors[name], value) for name, value in CARRIED.items())
+    assert "model.layers.0.mlp.up_proj.weight" in tensors
+    assert not (tmp_path / "dense" / "README.md").exists()
+
+
 @pytest.mark.parametrize("what_happened", ["gone", "changed"])
 def test_a_source_that_is_no_longer_there(what_happened, source, tmp_path):
     model = quantized(source)
