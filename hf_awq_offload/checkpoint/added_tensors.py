@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..formats.dtypes import SPELLINGS
 from .durable import replacing
-from .safetensors import INDEX_NAME, WEIGHTS_NAME, TensorPlace, tensor_places, writing
-from .stored_tensor import CarriedTensor, HeldTensor, read
+from .safetensors import INDEX_NAME, WEIGHTS_NAME, tensor_places
+from .stored_tensor import CarriedTensor, require_unchanged, write_all
 
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -28,7 +27,7 @@ def add_tensors(folder: Path, tensors: Mapping[str, CarriedTensor], dtype: torch
         dtype: of what is dequantized.
 
     Raises:
-        CheckpointError: `folder` holds no such checkpoint, or a source file has changed.
+        CheckpointError: `folder` holds no such checkpoint, or a source file is gone or has changed.
         OSError: a file can't be written.
     """
     if not tensors:
@@ -37,17 +36,10 @@ def add_tensors(folder: Path, tensors: Mapping[str, CarriedTensor], dtype: torch
     added = {name: stored for name, stored in tensors.items() if name not in weight_map}
     if not added:
         return
+    require_unchanged(added)
     total = len(shards) + 1
     file = folder / f"model-{total:05}-of-{total:05}.safetensors"
-    layout = {name: (_dtype_of(stored, dtype), stored.shape) for name, stored in added.items()}
-    with writing(file, layout) as opened:
-        for name, stored in added.items():
-            if isinstance(stored, TensorPlace):
-                opened.copy(name, stored)
-            elif isinstance(stored, HeldTensor):
-                opened.write(name, stored.value.cpu())
-            else:
-                opened.write(name, read(stored).to(dtype))
+    write_all(file, added, dtype)
     renamed = {shard: f"model-{number:05}-of-{total:05}.safetensors" for number, shard in enumerate(shards, 1)}
     size = sum(place.end - place.start for place in tensor_places(file).values())
     index = {
@@ -60,16 +52,14 @@ def add_tensors(folder: Path, tensors: Mapping[str, CarriedTensor], dtype: torch
         partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _dtype_of(stored: CarriedTensor, dtype: torch.dtype) -> str:
-    """Returns the dtype in which a tensor is written, as safetensors spells it."""
-    if isinstance(stored, TensorPlace):
-        return stored.dtype
-    return SPELLINGS[stored.torch_dtype if isinstance(stored, HeldTensor) else dtype]
+def _is_older(file: Path, other: Path) -> bool:
+    """Whether an index is a leftover: `save_pretrained` leaves it beside the one file that replaces all shards."""
+    return other.is_file() and file.stat().st_mtime_ns < other.stat().st_mtime_ns
 
 
 def _shards_of(folder: Path) -> tuple[list[str], dict[str, str], dict[str, int]]:
     """Returns the names of the files, tensor -> file, and the index's metadata with at least the total size."""
-    if (folder / INDEX_NAME).is_file():
+    if (folder / INDEX_NAME).is_file() and not _is_older(folder / INDEX_NAME, folder / WEIGHTS_NAME):
         index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
         weight_map = dict(index["weight_map"])
         shards = sorted(set(weight_map.values()))

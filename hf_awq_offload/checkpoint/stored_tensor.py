@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..formats.dtypes import SPELLINGS
 from ..formats.source import StoredWeight
-from .safetensors import TensorPlace, read_tensor
+from .safetensors import TensorPlace, read_tensor, tensor_places, writing
+
+PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,84 @@ def read(stored: StoredTensor, pin_memory: bool = False) -> Tensor:
     return tensor.pin_memory() if pin_memory else tensor
 
 
-def files_of(stored: StoredTensor) -> list[Path]:
-    """Returns the files that hold a tensor or its parts."""
+def require_unchanged(tensors: Mapping[str, CarriedTensor]) -> None:
+    """Raises CheckpointError if a file of a tensor is gone or holds something else where the tensor was."""
+    held: dict[Path, dict[str, TensorPlace]] = {}
+    for name, stored in tensors.items():
+        places: dict[str, TensorPlace] = {}
+        if isinstance(stored, TensorPlace):
+            places = {name: stored}
+        elif isinstance(stored, DequantizedTensor):
+            places = {stored.weight.parts[part]: place for part, place in stored.places.items()}
+        for stored_name, place in places.items():
+            if place.file not in held:
+                if not place.file.is_file():
+                    raise CheckpointError(
+                        f"{place.file}, which holds {name}, is gone. Put it back, and save the model again."
+                    )
+                held[place.file] = tensor_places(place.file)
+            if held[place.file].get(stored_name) != place:
+                raise CheckpointError(
+                    f"{place.file}, which held {name}, has been changed since the model was loaded. Put the file of "
+                    "that time back, and save the model again."
+                )
+
+
+def write_all(file: Path, tensors: Mapping[str, CarriedTensor], dtype: torch.dtype) -> None:
+    """Writes a safetensors file, one tensor at a time in memory.
+
+    Args:
+        file: where.
+        tensors: by name. What a file holds is copied byte by byte.
+        dtype: of what is dequantized.
+
+    Raises:
+        CheckpointError: a source file has changed.
+        OSError: the file can't be written.
+    """
+    layout = {name: (_dtype_in_file(stored, dtype), stored.shape) for name, stored in tensors.items()}
+    with writing(file, layout) as opened:
+        for name, stored in tensors.items():
+            if isinstance(stored, TensorPlace):
+                opened.copy(name, stored)
+            elif isinstance(stored, HeldTensor):
+                opened.write(name, stored.value.cpu())
+            else:
+                opened.write(name, read(stored).to(dtype))
+
+
+def _dtype_in_file(stored: CarriedTensor, dtype: torch.dtype) -> str:
+    """Returns the dtype in which a tensor is written, as safetensors spells it; `dtype` is that of dequantized ones."""
+    if isinstance(stored, TensorPlace):
+        return stored.dtype
+    return SPELLINGS[stored.torch_dtype if isinstance(stored, HeldTensor) else dtype]
+
+
+def are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) -> bool:
+    """Returns whether two tensors have the same values in `dtype`; bytes in files are compared piece by piece."""
+    if first.shape != second.shape:
+        return False
+    if isinstance(first, TensorPlace) and isinstance(second, TensorPlace) and first.dtype == second.dtype:
+        return _have_same_bytes(first, second)
+    return torch.equal(read(first).to(dtype), read(second).to(dtype))
+
+
+def _have_same_bytes(first: TensorPlace, second: TensorPlace) -> bool:
+    with first.file.open("rb") as one, second.file.open("rb") as other:
+        one.seek(first.start)
+        other.seek(second.start)
+        left = first.end - first.start
+        while left > 0:
+            size = min(left, PIECE_BYTES)
+            if one.read(size) != other.read(size):
+                return False
+            left -= size
+    return True
+
+
+def files_of(stored: CarriedTensor) -> list[Path]:
+    """Returns the files that hold a tensor or its parts; none if it is in memory."""
+    if isinstance(stored, HeldTensor):
+        return []
     places = [stored] if isinstance(stored, TensorPlace) else list(stored.places.values())
     return list(dict.fromkeys(place.file for place in places))

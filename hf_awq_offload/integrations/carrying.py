@@ -21,7 +21,7 @@ from .source_fit import SourceFit
 
 logger = get_logger(__name__)
 
-RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)$")
+RECOMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|causal_mask|(attn|attention)\.bias)$")
 """Matches buffers that old checkpoints hold and models compute anew."""
 MTP = re.compile(r"(^|[._])(mtp|nextn)([._]|$)", re.IGNORECASE)
 """Matches the names of layers for multi-token prediction, and of the config's fields that count them."""

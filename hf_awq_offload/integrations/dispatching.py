@@ -50,7 +50,7 @@ def dispatch_with_disk(model: nn.Module, weights: StoredWeights, offload: Offloa
 
     Full-precision weights on the meta device are read from the source files that `weights` points to.
     """
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
     named = dict(model.named_parameters(remove_duplicate=False))
     in_ram = {name: value for name, value in named.items() if offload.has(name) and not value.is_meta}
     if in_ram:

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.added_tensors import add_tensors
 from ..checkpoint.config_file import add_older_keys
+from ..checkpoint.set_aside import set_aside
 from ..checkpoint.stored_tensor import CarriedTensor
+from ..errors import CheckpointError
 from ..formats.compressed_tensors_config import META_ATTRIBUTE
 from ..nn.quantized_linear import QuantizedLinear
 from ..report import QuantizationReport
@@ -85,18 +87,30 @@ class _Companions:
         self.proposed_name = proposed_name(origin.source)
         self.report = report
         self.tokenizer = tokenizer
-        self.carried = carried
+        self.carried = dict(carried)
         self.evaluations: dict[str, Evaluation] = {}
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
     """Saves as transformers does, then adds the card and all other files."""
-    result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
     is_main_process = args[0] if args else kwargs.get("is_main_process", True)
     is_pushed = args[2] if len(args) > 2 else kwargs.get("push_to_hub", False)
-    if is_main_process and not is_pushed and _is_quantized(model):
-        complete(model, Path(save_directory))
+    if not is_main_process or _saves_adapters_alone(model):
+        return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    known: _Companions = cast(Any, model)._awq_companions
+    with set_aside(known.carried, Path(save_directory), model.dtype):
+        result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        if not is_pushed:
+            _complete_any(model, Path(save_directory))
     return result
+
+
+def _complete_any(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -> None:
+    """Completes the folder of a quantized model; one that has been dequantized gets the origin's tensors alone."""
+    if _is_quantized(model):
+        complete(model, folder, repo_id)
+    elif not _saves_adapters_alone(model):
+        add_tensors(folder, cast(Any, model)._awq_companions.carried, model.dtype)
 
 
 def _upload_modified_files(
@@ -107,8 +121,7 @@ def _upload_modified_files(
     Raises:
         HfHubHTTPError, RuntimeError: the hub refused some or all of the files; the message says what to do.
     """
-    if _is_quantized(model):
-        complete(model, Path(working_dir), repo_id)
+    _complete_any(model, Path(working_dir), repo_id)
     try:
         if _has_deep_folders(Path(working_dir)):
             return _upload_all_depths(model, Path(working_dir), repo_id, *args, **kwargs)
@@ -176,10 +189,24 @@ def complete(model: PreTrainedModel, folder: Path, repo_id: str | None = None) -
         model: a model that was passed to `accompany`.
         folder: where it has been saved.
         repo_id: the repository it will be in, for the snippets in the card.
+
+    Raises:
+        CheckpointError: the origin's tensors can't be read any more; everything else has been saved.
     """
     known: _Companions = cast(Any, model)._awq_companions
-    if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters alone are saved
-        add_tensors(folder, known.carried, model.dtype)
+    try:
+        if not _saves_adapters_alone(model):
+            add_tensors(folder, known.carried, model.dtype)
+    except CheckpointError as error:
+        _complete_files(model, known, folder, repo_id)
+        raise CheckpointError(
+            f"{error} What {type(model).__name__} itself has is saved in {folder}; tensors that it has no place for, "
+            "such as those for multi-token prediction, are not."
+        ) from error
+    _complete_files(model, known, folder, repo_id)
+
+
+def _complete_files(model: PreTrainedModel, known: _Companions, folder: Path, repo_id: str | None) -> None:
     add_older_keys(folder, type(model.config))
     bring_companions(known.origin, folder)
     if known.tokenizer is not None and not (folder / "tokenizer_config.json").exists():
@@ -230,4 +257,8 @@ def _own_card(origin: Origin) -> Path | None:
 def _is_quantized(model: PreTrainedModel) -> bool:
     """Returns whether what is saved is the quantized model: not dequantized, and not its adapters alone."""
     has_config = getattr(model.config, "quantization_config", None) is not None
-    return has_config and not getattr(model, "_hf_peft_config_loaded", False)
+    return has_config and not _saves_adapters_alone(model)
+
+
+def _saves_adapters_alone(model: PreTrainedModel) -> bool:
+    return getattr(model, "_hf_peft_config_loaded", False)

@@ -14,11 +14,15 @@ from transformers.core_model_loading import build_glob_alternation, revert_weigh
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..checkpoint.source import Source
+from ..checkpoint.stored_tensor import are_equal
 from ..config import AwqOffloadConfig
 from ..errors import CheckpointError
+from ..logs import get_logger
 from ..offload.stored_weights import StoredWeights
 from ..pipeline.run_storage import ToCheckpoint
 from .load_call import only_loading
+
+logger = get_logger(__name__)
 
 
 def load_on_meta(
@@ -58,7 +62,11 @@ def detach_stored_weights(model: PreTrainedModel, source: Source | None) -> Stor
     )
     while hasattr(loader, "dataset"):  # a view of one with a prefix
         loader = loader.dataset
-    missing = [name for name, _ in model.named_parameters() if name not in loader.index]
+    index = dict(loader.index)
+    for target, tied_to in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target in index:
+            index.setdefault(tied_to, index[target])  # transformers ties either way round
+    missing = [name for name, _ in model.named_parameters() if name not in index]
     if missing:
         raise CheckpointError(
             f"The checkpoint holds no {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}; expected "
@@ -73,7 +81,31 @@ def detach_stored_weights(model: PreTrainedModel, source: Source | None) -> Stor
     vars(model).pop("hf_device_map", None)
     _keep_in_fp32(model)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    return StoredWeights(loader.index, dtypes, loader.save_folder, source)
+    weights = StoredWeights(index, dtypes, loader.save_folder, source)
+    _settle_ties(model, weights)
+    return weights
+
+
+def _settle_ties(model: PreTrainedModel, weights: StoredWeights) -> None:
+    """Ties weights of which the files hold both, if they are equal.
+
+    That is what transformers does with weights in memory. Those on the disk it leaves as they are, neither tied nor
+    exempt from `tie_weights`, which would lose one of two that differ.
+    """
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, tied_to in list(ties.items()):
+        if target not in weights.places or tied_to not in weights.places:
+            continue
+        first, second = weights.places[target], weights.places[tied_to]
+        if first == second or are_equal(first, second, weights.dtypes[tied_to]):
+            parent, _, name = target.rpartition(".")
+            setattr(model.get_submodule(parent), name, model.get_parameter_or_buffer(tied_to))
+        else:
+            ties.pop(target)
+            logger.warning(
+                f"config.json says that {target} is {tied_to}, and the checkpoint holds two of different values. Both "
+                "are kept. Set tie_word_embeddings=False in config.json: servers may follow it, and use one for both."
+            )
 
 
 def _keep_in_fp32(model: PreTrainedModel) -> None:

@@ -10,8 +10,10 @@ One class does two jobs, told apart by `pre_quantized`:
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -123,15 +125,15 @@ class AwqOffloadQuantizer(HfQuantizer):
             self.source = prepare_quantized(model, self, self.checkpoint, files, self._skipped(model))
             return
         require_decoder_only(model)
-        self._take_experts_apart(model, all_kinds=False)
         placement = self.placement
-        self.source = look_at_source(model, self, self.recipe, files, lambda: placement.is_lazy)
+        take_apart = partial(self._take_experts_apart, model, False)
+        self.source = look_at_source(model, self, self.recipe, files, lambda: placement.is_lazy, take_apart)
         placement.choose(kwargs.get("device_map"), files, self.source.opened)
         prepare_folder(self.recipe.report_dir)
         self._preparation = Preparation.of(model, self.recipe, self.origin, self.source.names)
 
-    def _take_experts_apart(self, model: PreTrainedModel, all_kinds: bool) -> None:
-        self.fused |= take_experts_apart(model, all_kinds)
+    def _take_experts_apart(self, model: PreTrainedModel, all_kinds: bool, stored: Collection[str] = ()) -> None:
+        self.fused |= take_experts_apart(model, all_kinds, stored)
         if getattr(model, "_weight_conversions", None):
             cast(Any, model)._weight_conversions = self.update_weight_conversions(model._weight_conversions, model)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ..errors import CheckpointError
 
@@ -29,6 +29,8 @@ class SourceFit:
     """Parameters that transformers computes from other tensors, by merging or splitting them."""
     unplaced: list[str] = field(default_factory=list)
     """Tensors of the source that the model has no place for."""
+    contested: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Parameter or buffer of the model -> two tensors that it would be, of which transformers takes one."""
 
 
 def fit(model: PreTrainedModel, names: Iterable[str], conversions: Sequence[Any]) -> SourceFit:
@@ -44,13 +46,15 @@ def fit(model: PreTrainedModel, names: Iterable[str], conversions: Sequence[Any]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     found = SourceFit()
-    for name in names:
+    for name in sorted(names, key=dot_natural_key):  # some renamings apply once another one has been seen
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename_source_key(name, [], [], prefix, state)
         if renamed not in state:
             found.unplaced.append(name)
         elif pattern is None:
+            if renamed in found.placed:
+                found.contested[renamed] = (found.placed[renamed], name)
             found.placed[renamed] = name
         else:
             found.converted |= set(_targets(renamed, by_pattern[pattern]))
@@ -69,9 +73,14 @@ def require_all_weights(model: PreTrainedModel, shapes: Mapping[str, tuple[int, 
     A head that is no part of the language model, such as that of a classifier, may be missing: it is to be trained.
 
     Raises:
-        CheckpointError: the source lacks a weight, or has it in another shape.
+        CheckpointError: the source lacks a weight, has it in another shape, or has two for one.
     """
     state = model.state_dict()
+    for name, (first, second) in found.contested.items():
+        raise CheckpointError(
+            f"The checkpoint holds {first} and {second}, and both are {name} of {type(model).__name__}; expected one. "
+            "Remove the one that is not wanted."
+        )
     missing = [name for name in _missing(model, found) if _is_of_language_model(model, name)]
     if missing:
         raise CheckpointError(

@@ -6,7 +6,7 @@ on the meta device, is at the files that transformers has chosen, and compares t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -52,7 +52,7 @@ def look_at_folder(call: LoadCall) -> None:
     """
     check_dtype(call.arguments.get("dtype", call.arguments.get("torch_dtype")))
     folder = Path(call.source) / str(call.arguments.get("subfolder") or "")
-    if not folder.is_dir() or call.arguments.get("gguf_file"):
+    if not call.source or not folder.is_dir() or call.arguments.get("gguf_file"):
         return
     if (folder / ADAPTER_CONFIG_NAME).exists():
         if call.is_streamed:
@@ -167,6 +167,7 @@ def look_at_source(
     recipe: AwqOffloadConfig,
     checkpoint_files: Sequence[str] | None,
     is_lazy: Callable[[], bool],
+    take_apart: Callable[[Collection[str]], None],
 ) -> ModelSource:
     """Opens the files that transformers has chosen, compares them with the model, and has transformers read them so.
 
@@ -176,6 +177,8 @@ def look_at_source(
         recipe: says what may be quantized, and what becomes of tensors that the model has no place for.
         checkpoint_files: the files.
         is_lazy: whether weights stay on the disk; asked when transformers reads.
+        take_apart: replaces fused experts of the model by those that the checkpoint holds one by one; is given the
+            parameters that the checkpoint holds as the model does.
 
     Raises:
         CheckpointError: a file is damaged, the quantization can't be undone, or weights are missing.
@@ -184,12 +187,22 @@ def look_at_source(
     """
     call = current_call()
     files = [Path(file) for file in checkpoint_files or ()]
-    if not files:
-        return ModelSource()
     key_mapping = None if call is None else call.arguments.get("key_mapping")
-    conversions = get_model_conversion_mapping(model, key_mapping, quantizer)
+
+    def conversions() -> list[Any]:
+        return get_model_conversion_mapping(model, key_mapping, quantizer)
+
+    def fitted(names: Iterable[str]) -> SourceFit:
+        names = list(names)
+        whole = fit(model, names, conversions())
+        take_apart(whole.placed.keys())
+        return fit(model, names, conversions())
+
+    if not files:
+        take_apart(())
+        return ModelSource()
     if any(file.suffix != ".safetensors" for file in files):
-        return _look_at_pickled(model, files, conversions)
+        return _look_at_pickled(model, files, fitted)
     source = _opened(call, files)
     if is_lossy(source.format) and not recipe.from_quantized:
         raise ConfigError(
@@ -197,23 +210,26 @@ def look_at_source(
             "first. Quantize the full-precision checkpoint, or pass from_quantized=True (--from-quantized) if you want "
             "this."
         )
-    found = fit(model, source.tensors, conversions)
+    found = fitted(source.tensors)
     _require_whole_model(model, files[0], found)
     require_all_weights(model, {name: stored.shape for name, stored in source.tensors.items()}, found)
     mtp = None
     if recipe.mtp == "quantize":
-        mtp, found = place_mtp_layer(model, source, found, conversions)
+        mtp, found = place_mtp_layer(model, source, found, conversions())
     _say_what_is_unused(source)
     read_source(source, found, model, is_lazy)
     return ModelSource(source, carried(model, recipe, source, found), mtp)
 
 
-def _look_at_pickled(model: PreTrainedModel, files: Sequence[Path], conversions: Sequence[Any]) -> ModelSource:
+def _look_at_pickled(
+    model: PreTrainedModel, files: Sequence[Path], fitted: Callable[[Iterable[str]], SourceFit]
+) -> ModelSource:
     """Looks at files that PyTorch has pickled; what the model has no place for can't be carried over from them."""
     if any(file.suffix != ".bin" for file in files):
+        fitted(())
         return ModelSource()
     shapes = pickled_shapes(files, fields_beside(files[0]))
-    found = fit(model, shapes, conversions)
+    found = fitted(shapes)
     _require_whole_model(model, files[0], found)
     require_all_weights(model, shapes, found)
     if left := carried_names(found.unplaced):

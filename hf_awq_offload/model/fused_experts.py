@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -119,12 +119,14 @@ def stored_fused(model: nn.Module, taken_apart: Mapping[str, nn.Module]) -> list
     ]
 
 
-def take_experts_apart(model: nn.Module, all_kinds: bool) -> dict[str, nn.Module]:
+def take_experts_apart(model: nn.Module, all_kinds: bool, stored: Collection[str] = ()) -> dict[str, nn.Module]:
     """Replaces fused experts by one linear for each expert and projection, in place; after an error, none is replaced.
 
     Args:
         model: a transformers model, its weights loaded or not.
         all_kinds: take experts apart that the checkpoint holds fused, too, not only those that it holds one by one.
+        stored: parameters of the model that the checkpoint at hand holds. Checkpoints of a type hold experts one by
+            one, as a rule, but `save_pretrained(save_original_format=False)` and some tools write them fused.
 
     Returns:
         The modules that were replaced, by name.
@@ -144,7 +146,8 @@ def take_experts_apart(model: nn.Module, all_kinds: bool) -> dict[str, nn.Module
     replaced: dict[str, nn.Module] = {}
     try:
         for name, experts in fused.items():
-            if all_kinds or experts.is_stored_apart(name, conversions):
+            is_fused = any(f"{name}.{parameter}" in stored for parameter in experts.matrices)
+            if all_kinds or (experts.is_stored_apart(name, conversions) and not is_fused):
                 model.set_submodule(name, experts.unfused(name, conversions))
                 replaced[name] = experts.module
     except BaseException:

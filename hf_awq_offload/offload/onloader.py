@@ -266,7 +266,7 @@ class Onloader:
         for name, parameter in list(self.model.named_parameters()):
             if parameter.is_meta and not except_for(name):
                 set_module_tensor_to_device(self.model, name, "cpu", value=self.weights.read(name))
-        self.model.tie_weights()  # type: ignore[operator]
+        self.model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
 
     def _take(self, name: str) -> Tensors:
         tensors, ready = self._ahead.take(name)
