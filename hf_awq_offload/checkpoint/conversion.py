@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..formats.awq import BITS, COLUMNS_PER_WORD, PackedWeight
 from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.awq_variants import gemv_words, to_gemm, to_gemv
@@ -76,9 +76,11 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: `source` is damaged or not 4-bit, or the other format can't hold it exactly.
-        ConfigError: `out_dir` may not be replaced, see `output_folder`.
+        ConfigError: `to` is no such format, or `out_dir` may not be replaced, see `output_folder`.
         StorageError: a file can't be written.
     """
+    if to not in TARGETS:
+        raise ConfigError(f"to is {to!r}; pass one of {', '.join(map(repr, TARGETS))}.")
     kept = {"the source itself": source}
     target = output_folder(out_dir, overwrite, kept=kept, sources=[source])
     checkpoint = open_checkpoint(source)

@@ -169,6 +169,13 @@ def test_shapes_that_awq_can_not_hold_are_refused(tmp_path):
     refused(tmp_path, tmp_path / "packed", "gemm", "has 100 output channels; the AWQ layouts hold multiples of 8")
 
 
+@pytest.mark.parametrize("to", ["gemv_fast", "llm-awq", "GEMM", ""])
+def test_formats_that_are_only_read_are_refused(to, tmp_path):
+    with pytest.raises(ConfigError, match=f"to is '{to}'; pass one of 'gemm', 'gemv', 'compressed-tensors'"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "out", to)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_format_that_it_has_is_refused(made, tmp_path):
     refused(tmp_path, made["llama", "awq", True], "gemm", "is in the format gemm already")
 
