@@ -7,7 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,12 @@ def locked(path: Path) -> Any:
     opened = path.open("a", encoding="utf-8")  # "w" would erase the holder's name
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        opened.truncate(0)
-        opened.write(f"process {os.getpid()} on {socket.gethostname()}")
-        opened.flush()
     except BaseException:
         opened.close()
         raise
+    with suppress(OSError):  # on a full disk the lock holds all the same, without a name
+        os.ftruncate(opened.fileno(), 0)
+        os.write(opened.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return opened
 
 
