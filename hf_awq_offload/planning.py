@@ -27,6 +27,7 @@ from .config import AwqOffloadConfig, require_recipe
 from .errors import MemoryLimitError
 from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_checkpoint_names
 from .integrations.quantizer import AwqOffloadQuantizer
+from .integrations.registration import register
 from .model.decoder_layers import candidate_layers
 from .model.fused_experts import fused_experts_of
 from .offload.devices import accelerator_bytes
@@ -68,6 +69,7 @@ def plan(
         MemoryLimitError: the run does not fit into memory or on the disk; the message says which fields to change.
         AwqOffloadError: the model can't be quantized, or the data can't be used.
     """
+    register()
     start = time.perf_counter()
     recipe = streamed_recipe(config, max_memory=max_memory)
     recipe.checkpoint_dir = recipe.report_dir = None

@@ -23,6 +23,7 @@ from .errors import ConfigError
 from .integrations.assembly import assemble
 from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_checkpoint_names
 from .integrations.quantizer import AwqOffloadQuantizer
+from .integrations.registration import register
 from .logs import get_logger
 from .planning import estimate, plan, require_fit, streamed_recipe
 from .report import QuantizationReport
@@ -83,6 +84,7 @@ def quantize(
         StorageError: a file can't be written; the journal stays usable.
         AwqOffloadError: the model can't be quantized, or the data can't be used.
     """
+    register()
     recipe = streamed_recipe(config, checkpoint_dir=checkpoint_dir, max_memory=max_memory, prefetch=prefetch)
     _require_size(max_shard_size)
     kept = {

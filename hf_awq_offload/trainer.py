@@ -34,6 +34,7 @@ from .in_memory import quantize_model
 from .integrations.hub import describe_origin
 from .integrations.linear_choice import renaming_of
 from .integrations.module_names import require_known_modules
+from .integrations.registration import register
 from .integrations.saving import meta_of
 from .logs import get_logger
 from .model.fused_experts import has_fused_experts
@@ -261,6 +262,7 @@ def _quantized_copy(
     model: Any, recipe: AwqOffloadConfig, folder: Path, args: Any, processing_class: Any
 ) -> PreTrainedModel:
     """Loads the model in `folder` to the CPU, merges adapters, and quantizes it, in 16 bits if it was trained so."""
+    register()
     base = _base(model)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base.dtype
     if base is model:

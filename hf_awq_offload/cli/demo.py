@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..config import AwqOffloadConfig
 from ..in_memory import quantize_model
+from ..integrations.registration import register
 from ..offload.devices import default_execution_device
 from ..offload.memory_use import peak_memory_bytes
 from ..reporting.evaluation import Evaluation, decoding_tokens_per_second, evaluate, token_windows
@@ -107,6 +108,7 @@ def speed() -> str:
 
 def quantize_and_save(recipe: AwqOffloadConfig, folder: Path) -> float:
     """Quantizes the shipped model with `recipe` into `folder`; returns the seconds that from_pretrained took."""
+    register()
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         SHIPPED_MODEL, dtype="auto", device_map="auto", quantization_config=recipe
