@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from ..logs import get_logger
+from ..messages import shortened
 from .companion_files import (
     TOKENIZER_CONFIG_NAME,
     Companions,
@@ -121,9 +122,8 @@ def tell(source: str, found: Companions, out_of_reach: Mapping[str, str] | None 
             told[path] = reason.value
     told |= out_of_reach or {}
     if told:
-        shown = ", ".join(f"{path} ({reason})" for path, reason in list(told.items())[:MOST_NAMED])
-        more = f" and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
-        logger.warning(f"Not copied from {source}: {shown}{more}. Copy those that the model needs by hand.")
+        shown = shortened([f"{path} ({reason})" for path, reason in told.items()], MOST_NAMED)
+        logger.warning(f"Not copied from {source}: {shown}. Copy those that the model needs by hand.")
 
 
 def read_text(path: Path) -> str:

@@ -136,6 +136,24 @@ def parsed_quantization(config: dict[str, Any]) -> AwqCheckpointConfig | PackedC
     return PackedCheckpointConfig.from_dict(fields) if method == COMPRESSED_TENSORS else None
 
 
+def weight_map(index: Path) -> dict[str, str]:
+    """Returns tensor -> file, as the index of a checkpoint with several files has it.
+
+    Raises:
+        CheckpointError: the file can't be read, or is no such index; or it names a file outside its own folder.
+    """
+    entries = read_json(index).get("weight_map")
+    if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files; get the checkpoint again.")
+    for file in set(entries.values()):
+        if Path(file).name != file:
+            raise CheckpointError(
+                f"{index} names the file {file!r}; expected files beside it. Don't use this checkpoint: it reaches out "
+                "of its folder."
+            )
+    return entries
+
+
 def index_problems(folder: Path) -> Iterator[str]:
     """Contradictions between the index of the shards, if there is one, and the files."""
     path = folder / INDEX_NAME
@@ -145,8 +163,8 @@ def index_problems(folder: Path) -> Iterator[str]:
             yield f"there are {len(files)} safetensors files and no {INDEX_NAME}"
         return
     try:
-        entries = read_json(path)["weight_map"].items()
-    except (CheckpointError, KeyError, AttributeError) as error:
+        entries = weight_map(path).items()
+    except CheckpointError as error:
         yield f"{INDEX_NAME} can't be read ({error})"
         return
     held = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..formats.source import SourceFormat, StoredHeader, source_format
-from .opened import CONFIG_NAME, quantization_fields, read_json
+from .opened import CONFIG_NAME, quantization_fields, read_json, weight_map
 from .safetensors import TensorPlace, read_tensor, tensor_places
 from .stored_tensor import DequantizedTensor, StoredTensor
 
@@ -111,24 +111,6 @@ def _check_index(index: Path, places: Mapping[str, TensorPlace]) -> None:
             f"{places[unnamed[0]].file.name} holds {unnamed[0]}, which {index.name} does not name{_and_more(unnamed)}. "
             "Some readers would load it and others not: get the checkpoint again, or add it to the index."
         )
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Returns tensor -> file, as the index of a checkpoint with several files has it.
-
-    Raises:
-        CheckpointError: the file can't be read, or is no such index; or it names a file outside its own folder.
-    """
-    entries = read_json(index).get("weight_map")
-    if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensors to files; get the checkpoint again.")
-    for file in set(entries.values()):
-        if Path(file).name != file:
-            raise CheckpointError(
-                f"{index} names the file {file!r}; expected files beside it. Don't use this checkpoint: it reaches out "
-                "of its folder."
-            )
-    return entries
 
 
 def fields_beside(file: Path) -> Mapping[str, Any] | None:

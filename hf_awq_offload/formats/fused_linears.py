@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
+from ..messages import shortened
 from .grid_choice import GridChoice
 from .name_patterns import NUMBER
 
@@ -108,7 +109,7 @@ def _described(whole: str, parts: Mapping[str, State], others: int) -> str:
     by_state: defaultdict[State, list[str]] = defaultdict(list)
     for name, state in parts.items():
         by_state[state].append(name.removeprefix(f"{whole.rpartition('.')[0]}."))
-    shown = [f"{_listed(names)} {_text(state)}" for state, names in by_state.items()]
+    shown = [f"{shortened(names, 3)} {_text(state)}" for state, names in by_state.items()]
     like_it = f" (and {others} more)" if others else ""
     return f"{whole}{like_it} has {', '.join(shown)}"
 
@@ -128,7 +129,3 @@ def _remedy(whole: str, parts: Mapping[str, State]) -> str:
         return f"modules_to_not_convert={names}"
     pattern = rf"({'|'.join(together)})$" if together else r"\.experts\."
     return f'overrides={{r"{pattern}": …}}'
-
-
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -54,6 +54,12 @@ def pattern_of_choice(entry: str) -> str:
     return rf"{PREFIX}(.*\.)?({entry})((?<=\.).*|\..*)?$"
 
 
+def ancestors(name: str) -> list[str]:
+    """Every module that a module or tensor is in, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
 def _wildcarded(name: str) -> str:
     """A regular expression for `name` and all names that differ from it only in numbers."""
     parts = [r"\d+" if NUMBER.fullmatch(part) else re.escape(part) for part in name.split(".")]

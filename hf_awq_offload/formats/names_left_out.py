@@ -33,6 +33,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from .fused_linears import complete_modules
+from .name_patterns import ancestors
 
 
 def entries(
@@ -86,19 +87,13 @@ def _is_free(entry: str, taken: str) -> bool:
 
 def _subtrees(dense: Collection[str], quantized: Iterable[str], taken: str) -> set[str]:
     """The largest modules that hold two or more dense modules, nothing quantized, and are free; each with a dot."""
-    free = {module: False for name in quantized for module in _ancestors(name)}
+    free = {module: False for name in quantized for module in ancestors(name)}
     holds: defaultdict[str, int] = defaultdict(int)
     for name in dense:
-        for module in _ancestors(name):
+        for module in ancestors(name):
             if module not in free:
                 free[module] = _is_free(f"{module}.", taken)
             if free[module]:
                 holds[f"{module}."] += 1
                 break
     return {module for module, count in holds.items() if count > 1}
-
-
-def _ancestors(name: str) -> list[str]:
-    """Every module that `name` is in, the outermost first."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint.safetensors import TensorPlace, tensor_places, write_shards
-from ..checkpoint.stored_tensor import CarriedTensor, HeldTensor, read
+from ..checkpoint.stored_tensor import CarriedTensor, write_all
 from ..errors import StorageError
+from ..formats.name_patterns import ancestors
 from ..model.decoder_layers import candidate_layers
 from ..offload.journal import Journal
 from ..offload.stored_weights import StoredWeights
@@ -97,8 +98,7 @@ def _groups_outside(model: PreTrainedModel, done: set[str]) -> Iterator[list[str
 
 
 def _is_in(name: str, modules: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:length]) in modules for length in range(1, len(parts)))
+    return any(module in modules for module in ancestors(name))
 
 
 def _places_unchanged(
@@ -118,15 +118,12 @@ def _places_unchanged(
 def _places_of_carried(
     scratch: Path, carried: Mapping[str, CarriedTensor], dtype: torch.dtype
 ) -> dict[str, TensorPlace]:
-    """Returns where the carried tensors are; those stored in parts are dequantized to files in `scratch`."""
-    places = {}
-    for index, (name, stored) in enumerate(carried.items()):
-        if isinstance(stored, TensorPlace):
-            places[name] = stored
-            continue
-        piece = scratch / f"carried-{index:05}.safetensors"
-        value = stored.value if isinstance(stored, HeldTensor) else read(stored).to(dtype)
-        save_file({name: value}, piece, {"format": "pt"})
+    """Returns where the carried tensors are; those that no file has as they are to be are written to `scratch`."""
+    places = {name: stored for name, stored in carried.items() if isinstance(stored, TensorPlace)}
+    others = {name: stored for name, stored in carried.items() if name not in places}
+    if others:
+        piece = scratch / "carried.safetensors"
+        write_all(piece, others, dtype)
         places |= tensor_places(piece)
     return places
 

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from ..checkpoint.source import Source
 from ..checkpoint.stored_tensor import CarriedTensor, StoredTensor
 from ..config import AwqOffloadConfig
+from ..formats.name_patterns import ancestors
 from ..logs import get_logger
+from ..messages import shortened
 from ..model.decoder_layers import candidate_layers
 from .source_fit import SourceFit
 
@@ -41,12 +43,14 @@ def carried(
     mtp = set(mtp_tensors(model, found))
     if recipe.mtp == "drop" and mtp:
         kept = [name for name in kept if name not in mtp]
-        logger.warning(f"Dropped, as mtp='drop' says: {_listed(sorted(mtp))}, for multi-token prediction.")
+        logger.warning(
+            f"Dropped, as mtp='drop' says: {shortened(sorted(mtp), MOST_NAMED)}, for multi-token prediction."
+        )
         _promise_no_mtp(model)
     if kept:
         logger.warning(
-            f"{type(model).__name__} has no place for {len(kept)} tensors of the checkpoint ({_listed(kept)}). The "
-            "result keeps them as they are, in full precision."
+            f"{type(model).__name__} has no place for {len(kept)} tensors of the checkpoint "
+            f"({shortened(kept, MOST_NAMED)}). The result keeps them as they are, in full precision."
         )
     return {name: source.tensors[name] for name in kept}
 
@@ -73,11 +77,12 @@ def mtp_tensors(model: PreTrainedModel, found: SourceFit) -> list[str]:
 def _last_layers(model: PreTrainedModel, found: SourceFit) -> dict[str, int]:
     """Returns, by its name in the checkpoint, the index of the last layer of each stack of decoder layers."""
     last: dict[str, int] = {}
-    indices = {f"{layer}.": layer.rpartition(".")[2] for layer in candidate_layers(model)}
+    layers = candidate_layers(model)
     for name, stored in found.placed.items():
-        for layer, index in indices.items():
+        for layer in filter(layers.__contains__, ancestors(name)):
+            index = layer.rpartition(".")[2]
             stack, dot, _ = stored.partition(f".{index}.")
-            if index.isdigit() and dot and name.startswith(layer):
+            if index.isdigit() and dot:
                 last[stack] = max(last.get(stack, 0), int(index))
     return last
 
@@ -87,11 +92,6 @@ def _promise_no_mtp(model: PreTrainedModel) -> None:
         for name, value in config.to_dict().items():
             if MTP.search(name) and isinstance(value, int) and not isinstance(value, bool):
                 setattr(config, name, 0)
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:MOST_NAMED])
-    return f"{shown} and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else shown
 
 
 def modules_of(tensors: Mapping[str, CarriedTensor]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, get_token
 
 from ..checkpoint.durable import replacing
+from ..messages import shortened
 from ..report import QuantizationReport
 from ..reporting.charts import has_matplotlib, loss_chart
 
@@ -197,8 +198,7 @@ def _how(facts: CardFacts) -> str:
     quantizer = ", ".join(map(str, meta.get("quantizer", ()))) or "hf_awq_offload"
     kept = facts.quantization_config.get("modules_to_not_convert") or facts.quantization_config.get("ignore")
     if kept:
-        shown = ", ".join(f"`{name}`" for name in kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
-        rows.append(("in full precision", shown))
+        rows.append(("in full precision", shortened([f"`{name}`" for name in kept], 4)))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     heading = f"### How it was quantized\n\nBy {quantizer}."
     return f"{heading}\n\n| | |\n|---|---|\n{table}" if rows else heading

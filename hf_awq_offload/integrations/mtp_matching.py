@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.source import Source
 from ..checkpoint.stored_tensor import StoredTensor
+from ..formats.name_patterns import ancestors
 from ..logs import get_logger
 from ..model.decoder_layers import candidate_layers
 from ..model.linears import linears_in
@@ -120,9 +121,7 @@ def _layouts(model: PreTrainedModel, found: SourceFit) -> Iterator[tuple[str, st
     """
     inside: dict[str, list[str]] = {name: [] for name in reversed(candidate_layers(model))}
     for key in model.state_dict():
-        parts = key.split(".")
-        above = (".".join(parts[:length]) for length in range(1, len(parts)))
-        inside.get(next((name for name in above if name in inside), ""), []).append(key)
+        inside.get(next((name for name in ancestors(key) if name in inside), ""), []).append(key)
     for name, keys in inside.items():
         if any(key not in found.placed for key in keys):
             continue

@@ -20,6 +20,7 @@ from ..config import AwqOffloadConfig
 from ..errors import CalibrationDataError, ModelStructureError
 from ..formats.grid_choice import check_that_all_match
 from ..logs import get_logger
+from ..messages import shortened
 from ..model.fused_experts import has_fused_experts, linears_to_come, stored_fused
 from .dense_share import DenseShare
 from .linear_choice import linears_in_layers, linears_left_out, renaming_of
@@ -184,4 +185,4 @@ def _require_source(origin: Origin, what: str) -> None:
 
 def _listed(left_out: dict[str, str], most: int = 8) -> str:
     shown = [f"{name} ({reason})" for name, reason in list(left_out.items())[:most]]
-    return ", ".join(shown) + (f" and {len(left_out) - most} more" if len(left_out) > most else "")
+    return shortened(shown, most)

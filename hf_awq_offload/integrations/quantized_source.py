@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -45,14 +45,21 @@ def prepare_quantized(
         model.config.quantization_config = config  # as saved, not as the library parses it
     if headers is None:
         return ModelSource()
-    return ModelSource(carried=_carried(model, quantizer, [Path(file) for file in files or ()]))
+    return ModelSource(carried=_carried(model, quantizer, headers, [Path(file) for file in files or ()]))
 
 
-def _carried(model: PreTrainedModel, quantizer: HfQuantizer, files: Sequence[Path]) -> dict[str, TensorPlace]:
-    """Returns the tensors that saving the model again is to keep; none if the model is a part of the checkpoint."""
+def _carried(
+    model: PreTrainedModel, quantizer: HfQuantizer, names: Collection[str], files: Sequence[Path]
+) -> dict[str, TensorPlace]:
+    """Returns those of the checkpoint's tensors, given by name, that saving the model again is to keep.
+
+    None if the model is a part of the checkpoint.
+    """
     config = files[0].parent / CONFIG_NAME
     if not config.is_file() or read_json(config).get("model_type") != model.config.model_type:
         return {}
-    places = {name: place for file in files for name, place in tensor_places(file).items()}
-    found = fit(model, places, get_model_conversion_mapping(model, None, quantizer))
-    return {name: places[name] for name in carried_names(found.unplaced)}
+    if model.state_dict().keys() >= set(names):  # nothing is renamed, and nothing is left
+        return {}
+    kept = carried_names(fit(model, names, get_model_conversion_mapping(model, None, quantizer)).unplaced)
+    places = {name: place for file in files if kept for name, place in tensor_places(file).items()}
+    return {name: places[name] for name in kept}

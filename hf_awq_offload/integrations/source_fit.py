@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ..errors import CheckpointError
+from ..messages import shortened
 
 MOST_NAMED = 6
 
@@ -84,9 +85,9 @@ def require_all_weights(model: PreTrainedModel, shapes: Mapping[str, tuple[int, 
     missing = [name for name in _missing(model, found) if _is_of_language_model(model, name)]
     if missing:
         raise CheckpointError(
-            f"The checkpoint holds no {_listed(missing)}; expected every weight of {type(model).__name__}, which would "
-            "have random numbers there. Get the checkpoint again, or correct its config.json if that describes another "
-            "model."
+            f"The checkpoint holds no {shortened(missing, MOST_NAMED)}; expected every weight of "
+            f"{type(model).__name__}, which would have random numbers there. Get the checkpoint again, or correct its "
+            "config.json if that describes another model."
         )
     for name, stored_name in found.placed.items():
         expected, stored = tuple(state[name].shape), tuple(shapes[stored_name])
@@ -127,8 +128,3 @@ def _is_of_language_model(model: PreTrainedModel, name: str) -> bool:
         return True
     head: Any = model.get_output_embeddings()
     return any(parameter is model.get_parameter(name) for parameter in ([] if head is None else head.parameters()))
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:MOST_NAMED])
-    return f"{shown} and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else shown

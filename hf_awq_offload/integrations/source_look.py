@@ -18,9 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from ..checkpoint.opened import CONFIG_NAME, read_json
+from ..checkpoint.opened import CONFIG_NAME, read_json, weight_map
 from ..checkpoint.pickled import pickled_shapes
-from ..checkpoint.source import ADAPTER_CONFIG_NAME, Source, fields_beside, open_source, weight_map
+from ..checkpoint.source import ADAPTER_CONFIG_NAME, Source, fields_beside, open_source
 from ..checkpoint.stored_tensor import CarriedTensor
 from ..config import AwqOffloadConfig
 from ..dtype_names import wrong_dtype
@@ -273,15 +273,13 @@ def _index_of(files: Sequence[Path]) -> Path | None:
 def _require_whole_model(model: PreTrainedModel, file: Path, found: SourceFit) -> None:
     """Raises ModelStructureError if the model is the text decoder of an image-text model: the rest would be lost."""
     path = file.parent / CONFIG_NAME
-    whole = read_json(path).get("model_type") if path.is_file() else None
-    if found.unplaced and whole is not None and whole != model.config.model_type and _is_part(path, model):
+    if not found.unplaced or not path.is_file():
+        return
+    config, own = read_json(path), model.config.model_type
+    whole, parts = config.get("model_type"), [part for part in config.values() if isinstance(part, dict)]
+    if whole not in (None, own) and any(part.get("model_type") == own for part in parts):
         raise ModelStructureError(
             f"{type(model).__name__} is the text decoder of an image-text model ({whole}): {len(found.unplaced)} "
             f"tensors, such as {found.unplaced[0]}, would be lost. {IMAGE_TEXT}; for the text decoder alone, save it "
             "in full precision first, and quantize that."
         )
-
-
-def _is_part(config_file: Path, model: PreTrainedModel) -> bool:
-    parts: list[Any] = [part for part in read_json(config_file).values() if isinstance(part, dict)]
-    return any(part.get("model_type") == model.config.model_type for part in parts)

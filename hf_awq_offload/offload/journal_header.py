@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..messages import shortened
+
 RELEASE = ("format", "package")
 """Parts that say which release made a journal; other parts of two releases can't be compared."""
 MOST_NAMED = 6
@@ -24,8 +26,7 @@ def differences(
     changed = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     changed = [name for name in changed if name in RELEASE] or changed
     shown = [f"{name} ({_shown(before, name)} in the journal, {_shown(now, name)} now)" for name in changed]
-    more = f" and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
-    return ", ".join(shown[:MOST_NAMED]) + more
+    return shortened(shown, MOST_NAMED)
 
 
 def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

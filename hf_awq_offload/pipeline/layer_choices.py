@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from ..logs import get_logger
+from ..messages import shortened
 from ..offload.journal import LayerCommit
 from .run_context import Run
 
@@ -42,10 +43,8 @@ def adoptable_commits(
     """Returns the layers that were quantized as this run would; says which others the journal has."""
     others = [name for name, choice in choices.items() if name in commits and commits[name].report["choices"] != choice]
     if others:
-        more = f" and {len(others) - MOST_NAMED} more" if others[MOST_NAMED:] else ""
-        shown = ", ".join(others[:MOST_NAMED]) + more
         logger.warning(
             f"modules_to_not_convert or overrides are not what they were for {len(others)} of {len(commits)} layers in "
-            f"the journal, which are quantized again: {shown}."
+            f"the journal, which are quantized again: {shortened(others, MOST_NAMED)}."
         )
     return {name: commits[name] for name in choices if name in commits and name not in others}

@@ -152,7 +152,7 @@ def test_a_dtype_that_is_none_is_an_error_with_the_names_that_are(dtype, llama, 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "half", torch.float32, None])
 def test_other_dtypes_load(dtype, llama):
-    plan(llama, token_recipe(), dtype=dtype, probe=False)
+    assert plan(llama, token_recipe(), dtype=dtype, probe=False).layers == 2
 
 
 # -- the config of another method --------------------------------------------------------------------------------------

@@ -56,6 +56,9 @@ def test_tied_weights_need_not_be_there(tmp_path):
     source = save_model(tiny_qwen2(tie_word_embeddings=True), tmp_path / "source")
     assert "lm_head.weight" not in load_file(source / NAME)
     quantize(source, tmp_path / "out", token_recipe())
+    names = names_in(tmp_path / "out")
+    assert "model.layers.1.mlp.up_proj.qweight" in names
+    assert "lm_head.weight" not in names
 
 
 def test_a_head_that_is_to_be_trained_may_be_missing(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...messages import shortened
 from ..layouts import COMPRESSED_TENSORS
 from .awq import claim_awq
 from .bitsandbytes import claim_bitsandbytes
@@ -208,9 +209,8 @@ def _without_weights(method: str, claims: Claims) -> SourceFormat | None:
 
 def _described(claims: Claims) -> SourceFormat:
     labels = [label for label, _ in Counter(item.label for item in claims.recognized).most_common()]
-    rest = f" and {len(labels) - MAX_LABELS} more" if len(labels) > MAX_LABELS else ""
     return SourceFormat(
-        name=", ".join(labels[:MAX_LABELS]) + rest,
+        name=shortened(labels, MAX_LABELS),
         bits=min(item.bits for item in claims.recognized),
         is_native=all(item.is_native for item in claims.recognized),
         weights=tuple(item.weight for item in claims.recognized),
