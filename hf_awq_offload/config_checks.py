@@ -114,15 +114,21 @@ def checked_memory_limits(limits: Any) -> dict[str, int | str] | None:
     for device, limit in limits.items():
         try:
             if isinstance(device, bool) or not isinstance(device, str | int):
-                raise ValueError(f"a {type(device).__name__} for a device")
+                raise TypeError(f"a {type(device).__name__}")
             name = str(torch.device(device))
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(
+                f"max_memory is {limits!r}: torch does not know the device {device!r} ({str(error).splitlines()[0]}); "
+                "pass devices such as 'cpu' or 'cuda:0'."
+            ) from error
+        try:
             limit_bytes = convert_file_size_to_int(limit)
             if isinstance(limit, bool) or limit_bytes <= 0:
                 raise ValueError("not a positive size")
-        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"max_memory is {limits!r}: {device!r} has {str(error).splitlines()[0]}; pass devices such as 'cpu' or "
-                "'cuda:0' with a number of bytes, or a text such as '8GiB'."
+                f"max_memory is {limits!r}: {limit!r} is no size; pass a positive number of bytes, or a text such as "
+                "'8GiB'."
             ) from error
         checked[name] = int(limit_bytes)
     return checked

@@ -123,7 +123,7 @@ def quantize(
                 max_shard_size,
                 repo_id,
             )
-            move_into_place(assembled, target, work)
+            move_into_place(assembled, target, work, sources)
         except KeyboardInterrupt as interrupt:
             if not keeps_journal:
                 raise

@@ -34,6 +34,7 @@ def tokenizer_of(
         return given
     which = "The checkpoint's own tokenizer" if given is None else f"The tokenizer {os.fspath(given)!r}"
     remedy = "Set `tokenizer` to a tokenizer, its name or path, or pass token ids as `dataset`."
+    _require_there(given, remedy)
     try:
         tokenizer = load_own() if given is None else AutoTokenizer.from_pretrained(given, **(arguments or {}))
     except Exception as error:  # of any kind: files, network, remote code
@@ -44,6 +45,17 @@ def tokenizer_of(
     if tokenizer is None:
         raise CalibrationDataError(f"The calibration data is text, but there is no tokenizer. {remedy}")
     return tokenizer
+
+
+def _require_there(given: str | os.PathLike[str] | None, remedy: str) -> None:
+    """Refuses a path with nothing there, which transformers takes for a name on the hub.
+
+    Raises:
+        CalibrationDataError: `given` looks like a path, and there is nothing.
+    """
+    path = "" if given is None else os.fspath(given)
+    if path.startswith((".", "/", "~")) and not os.path.exists(path):
+        raise CalibrationDataError(f"The tokenizer {path!r} looks like a path, but nothing is there. {remedy}")
 
 
 def processor_of(
@@ -62,6 +74,7 @@ def processor_of(
             raise TypeError(f"`tokenizer` is a {type(given).__name__}, which takes text only")
         if given is None and load_own is None:
             raise TypeError("the model has none")
+        _require_there(given, remedy)
         if given is None and load_own is not None:
             processor = load_own()
         else:

@@ -92,7 +92,7 @@ def convert_checkpoint(
         job.write(assembled)
         copy_all_companions(source, assembled, same_model=True)
         size_bytes = sum(file.stat().st_size for file in assembled.glob("*.safetensors"))
-        move_into_place(assembled, target, work)
+        move_into_place(assembled, target, work, [source])
     return Converted(checkpoint.format, to, len(checkpoint.linears), size_bytes)
 
 
@@ -103,8 +103,8 @@ class _Conversion:
         self.checkpoint, self.to = checkpoint, to
         if not checkpoint.linears:
             raise CheckpointError(
-                f"{checkpoint.folder} is a checkpoint in the format {checkpoint.format!r} without packed linears; "
-                f"expected one of {', '.join(AWQ_FORMATS)}, {COMPRESSED_TENSORS}."
+                f"{checkpoint.folder} is not quantized, or has no packed linears (format: {checkpoint.format}); "
+                f"expected one of the formats {', '.join(AWQ_FORMATS)}, {COMPRESSED_TENSORS}."
             )
         if checkpoint.format == to:
             raise CheckpointError(f"{checkpoint.folder} is in the format {to} already; nothing was written.")

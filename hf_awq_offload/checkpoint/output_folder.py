@@ -1,13 +1,15 @@
 """Decides whether a finished checkpoint may replace a folder; refuses whatever is not clearly a checkpoint.
 
 A folder is replaced as a whole, so everything in it is deleted. It may be replaced only if it holds a checkpoint and
-nothing else: config.json, names that transformers, this package or a server's model repository give their files, and
-copies of files that the source still has.
+nothing else: config.json, names that transformers, this package or a server's model repository give their files,
+weights that the checkpoint's index names, and copies of files that the source still has. An adapter is no part of the
+checkpoint: somebody trained it.
 """
 
 from __future__ import annotations
 
 import filecmp
+import json
 import os
 import pwd
 import re
@@ -20,11 +22,12 @@ from .companion_files import Reason, why_left_out
 PathLike = str | os.PathLike[str]
 
 CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
 CHECKPOINT_NAMES = re.compile(
     r"""
-    .+\.safetensors(\.index\.json)? | pytorch_model.*\.bin(\.index\.json)?
+    (model|consolidated)[-.\w]*\.safetensors(\.index\.json)? | pytorch_model.*\.bin(\.index\.json)?
     | (generation_|preprocessor_|processor_|video_preprocessor_|image_processor_|quantize_|quant_)?config\.json
-    | (adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json
+    | (tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json
     | (merges|vocab)\.txt | vocab\.bpe | normalizer\.json | \w+\.(tiktoken|spm) | chat_template\.jinja
     | (tokenizer|spiece|sentencepiece|spm)\.(bpe\.)?model
     | (configuration|modeling|tokenization|processing|image_processing|video_processing)_\w+\.py
@@ -47,6 +50,7 @@ def foreign_entry(folder: Path, sources: Sequence[Path] = ()) -> Path | None:
         sources: folders whose files come along with the checkpoint: a copy of one, in the same place, is not foreign.
     """
     entries = sorted(folder.iterdir())
+    indexed = _indexed(folder)
     for entry in entries:
         if entry.is_dir() and not entry.is_symlink() and (entry.name in CHECKPOINT_FOLDERS or sources):
             names = CHECKPOINT_FOLDERS.get(entry.name)
@@ -57,13 +61,26 @@ def foreign_entry(folder: Path, sources: Sequence[Path] = ()) -> Path | None:
                     return path
             if not inside and names is None:
                 return entry
-        elif not _is_named(entry, CHECKPOINT_NAMES) and not _came_along(entry, folder, sources):
+        elif not (
+            _is_named(entry, CHECKPOINT_NAMES)
+            or (entry.name in indexed and entry.is_file())
+            or _came_along(entry, folder, sources)
+        ):
             return entry
     return entries[0] if entries and not (folder / CONFIG_NAME).is_file() else None
 
 
 def _is_named(path: Path, names: re.Pattern[str]) -> bool:
     return path.is_file() and names.fullmatch(path.name) is not None
+
+
+def _indexed(folder: Path) -> set[str]:
+    """Returns the names of the weight files that the checkpoint's own index lists."""
+    try:
+        listed = json.loads((folder / INDEX_NAME).read_bytes())["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one that names nothing
+        return set()
+    return {name for name in listed if isinstance(name, str) and name.endswith(".safetensors")}
 
 
 def _came_along(path: Path, folder: Path, sources: Sequence[Path]) -> bool:
@@ -95,14 +112,17 @@ def output_folder(
         sources: see `foreign_entry`.
 
     Raises:
-        ConfigError: `path` is empty, a file, the working directory, a home or a mount point, or above one of these; it
-            holds one of `kept`; it is not empty and may not be replaced. Nothing was changed.
+        ConfigError: `path` is empty, a file or below one, the working directory, a home or a mount point, or above one
+            of these; it holds one of `kept`; it is not empty and may not be replaced. Nothing was changed.
     """
     if not os.fspath(path):
         raise ConfigError(f"{field} is empty; name the folder for the result.")
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{field} {path} is a file; name a folder.")
+    above = next(folder for folder in (target, *target.parents) if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{field} {path} is below {above}, which is a file; name another folder.")
     reason = _why_irreplaceable(target, kept or {})
     if reason is not None:
         raise ConfigError(f"{field} {path} {reason}; nothing was changed. Name a folder of its own for the result.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,7 +41,9 @@ def work_folder(target: Path) -> Iterator[Path]:
             f"{target} is being made by {holder_of(work / LOCK_NAME)}; wait for it, or name another folder."
         ) from error
     except OSError as error:
-        raise StorageError(f"{work} can't be made: {error}. Correct the folder's permissions.") from error
+        raise StorageError(
+            f"{work} can't be made: {error}. Name another folder, or correct its permissions."
+        ) from error
     try:
         _clear(work, target)
         yield work
@@ -52,17 +54,23 @@ def work_folder(target: Path) -> Iterator[Path]:
             lock.close()
 
 
-def move_into_place(assembled: Path, target: Path, work: Path) -> None:
+def move_into_place(assembled: Path, target: Path, work: Path, sources: Sequence[Path] = ()) -> None:
     """Renames the finished checkpoint to `target`; first moves what is there into `work`, which is removed later.
 
     What is no checkpoint came while the run was at work. It is not removed but kept beside `target`, with a warning.
+
+    Args:
+        assembled: the finished checkpoint.
+        target: where it goes.
+        work: the run's work folder.
+        sources: folders whose files come along with the checkpoint, see `foreign_entry`.
 
     Raises:
         StorageError: it cannot be moved; what was there is back in its place.
     """
     aside = work / REPLACED_NAME
     try:
-        if target.is_dir() and foreign_entry(target) is not None:
+        if target.is_dir() and foreign_entry(target, sources) is not None:
             aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.replaced-", dir=target.parent)) / target.name
             logger.warning("%s holds files that are no part of a checkpoint; they are kept in %s.", target, aside)
         if target.is_dir():

@@ -18,15 +18,22 @@ from .outcome import CommandError
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Adds the checkpoint's name to errors from the hub, because it may be a mistyped folder.
+    """Explains errors in which transformers does not name the checkpoint as the user did, or not the option to pass.
 
     Raises:
-        CommandError: `name` is not a folder and could not be downloaded.
+        CommandError: `name` is not a folder and could not be downloaded; or it holds code, which may not run.
     """
     try:
         yield
     except AwqOffloadError:
         raise
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise CommandError(
+            f"{name} comes with code of its own, which runs only if you allow it. Read the code, then pass "
+            "--trust-remote-code."
+        ) from error
     except OSError as error:  # the base class of all hub errors
         if Path(name).is_dir():
             raise

@@ -24,8 +24,10 @@ def run(options: argparse.Namespace) -> Outcome:
 
         return run_tasks(options)
     stride = options.stride or max(1, options.window // 2)
-    if stride > options.window or options.window < 2:
-        raise UsageError(f"--stride is {stride} and --window {options.window}; expected 1 <= stride <= window >= 2.")
+    if options.window < 2:
+        raise UsageError(f"--window is {options.window}; a window needs at least 2 tokens.")
+    if stride > options.window:
+        raise UsageError(f"--stride is {stride}, more than --window ({options.window}): tokens would be skipped.")
     tokenizer = load_tokenizer(options.tokenizer or options.model, options)
     token_ids = evaluation_tokens(options.dataset, tokenizer, options.tokens, options.text_column)
     if len(token_ids) < 2:

@@ -47,8 +47,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
     if not word.startswith("-"):
         return f"unexpected argument: {word}"
-    names = [name for action in parser._actions for name in action.option_strings]
-    near = difflib.get_close_matches(word.partition("=")[0], names, n=3)
+    names = {name.lstrip("-"): name for action in parser._actions for name in action.option_strings}
+    near = [names[found] for found in difflib.get_close_matches(word.partition("=")[0].lstrip("-"), names, n=3)]
     return f"unknown option: {word}" + (f" (near misses: {', '.join(near)})" if near else "")
 
 

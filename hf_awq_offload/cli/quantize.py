@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> Outcome:
     recipe.checkpoint_dir = journal
     _refuse_journal(journal, options)
     if options.push_to_hub:
-        HfApi().whoami()  # fails now if there is no valid token, not after hours
+        _require_login()  # now, not after hours
     try:
         with named(options.source):
             report = quantize(
@@ -178,6 +179,23 @@ def _text(options: argparse.Namespace, report: QuantizationReport, url: str | No
 
 def _size_bytes(folder: str) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def _require_login() -> None:
+    """Checks the token that pushing needs.
+
+    Raises:
+        CommandError: there is none, or the hub does not accept it.
+    """
+    try:
+        HfApi().whoami()
+    except LocalTokenNotFoundError as error:
+        raise CommandError("--push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN.") from error
+    except OSError as error:  # the base class of all hub errors
+        raise CommandError(
+            f"--push-to-hub needs a login, which the hub did not confirm: {error} Run `hf auth login`, or correct "
+            "HF_TOKEN."
+        ) from error
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------

@@ -6,15 +6,20 @@ on the meta device, is at the files that transformers has chosen, and compares t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
+import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -120,15 +125,30 @@ def files_in(folder: Path, variant: str | None, use_safetensors: bool | None) ->
 
 
 def explain_auto_class(call: LoadCall, error: ValueError) -> None:
-    """Raises ModelStructureError if an Auto class does not know an image-text model; transformers lists 200 classes."""
+    """Raises ModelStructureError if transformers or its Auto class does not know the model's type.
+
+    Its own messages list 200 classes, or advise a release that does not exist.
+    """
+    unknown = re.search(r"has model type `(.+?)` but Transformers does not recognize", str(error))
+    if unknown is not None:
+        raise ModelStructureError(
+            f"{call.source} is of the type {unknown[1]!r}, which transformers {transformers.__version__} does not "
+            "know. Upgrade transformers; if the checkpoint comes with code of its own, read the code, then pass "
+            "trust_remote_code=True (--trust-remote-code)."
+        ) from error
     if not str(error).startswith("Unrecognized configuration class"):
         return
     config = AutoConfig.from_pretrained(call.source, **call.hub_arguments)
+    found = f"{call.source} is of the type {config.model_type}"
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ModelStructureError(
-            f"{call.source} is an image-text model ({config.model_type}), which the class for text models does not "
-            f"load. {IMAGE_TEXT}."
-        ) from error
+        why = f", an image-text model, which the class for text models does not load. {IMAGE_TEXT}."
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        why = ", a text model, which this class does not load. Use AutoModelForCausalLM (leave out --image-text)."
+    elif getattr(config, "is_encoder_decoder", False):
+        why = ", an encoder-decoder model; expected a decoder-only model, such as Llama."
+    else:
+        why = ", which has no class that generates text; expected a decoder-only model, such as Llama."
+    raise ModelStructureError(found + why) from error
 
 
 # -- once the model stands on the meta device --------------------------------------------------------------------------

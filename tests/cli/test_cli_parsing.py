@@ -65,7 +65,7 @@ BAD_VALUES = {
         "--text-column": (["body"], 1, "body"),
         "--tokenizer": (["{empty}"], 1, "{empty}"),
         "--window": (["0"], 2, "not a positive integer"),
-        "--stride": (["513"], 2, "--stride is 513 and --window 512"),
+        "--stride": (["513"], 2, "--stride is 513, more than --window (512)"),
         "--tokens": (["some"], 2, "not a positive integer"),
         "--new-tokens": (["-1"], 2, "not an integer of 0 or more"),
         "--tasks": (["a,,b"], 2, "empty name"),
