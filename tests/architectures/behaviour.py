@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from shrink import text_ids
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig
 from hf_awq_offload.integrations import quantizer
@@ -50,7 +50,7 @@ def logits(model: PreTrainedModel, inputs: list[Inputs]) -> Tensor:
     return torch.cat([model(**each, use_cache=False).logits.flatten(0, -2) for each in inputs])
 
 
-def load(model_class: type[PreTrainedModel], path: Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load(model_class: Any, path: Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Loads the model in fp32; also returns what transformers says of missing, unexpected and mismatched weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -113,7 +113,9 @@ def check(
     """
     inputs = inputs or [TEXT]
     changes = {} if dataset is None else {"dataset": dataset}
-    model_class = type(model)
+    model_class: Any = type(model)
+    if not isinstance(model.config, model_class.config_class):  # of another type; only an Auto class keeps the config's
+        model_class = AutoModelForCausalLM
     original = logits(model, inputs)
     source = save(model, folder / "original")
     del model
