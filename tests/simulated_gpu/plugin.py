@@ -1,11 +1,10 @@
-"""Lets pytest run on the simulated GPU: a test fails for what streams did wrong meanwhile, and a summary tells counts."""
+"""Lets pytest run on the simulated GPU: a test fails for what streams did wrong meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from . import observed, triton_stand_ins
 
@@ -25,11 +24,3 @@ class SimulatedGpuPlugin:
         if found and item.get_closest_marker("expects_findings") is None:
             pytest.fail("Streams did not wait for each other:\n" + "\n".join(found), pytrace=False)
         return result
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        totals = observed.counters()
-        if not terminalreporter.config.option.collectonly:
-            terminalreporter.write_line(
-                f"simulated GPUs: {torch.cuda.device_count()}, kernels: {totals['launches']}, "
-                f"waits: {totals['synchronizations']}, bytes to the device: {totals['host_to_device_bytes']}"
-            )

@@ -20,10 +20,12 @@ inline bool takes_cpu_indices(const std::string& name) {
                                                      "aten::_index_put_impl_", "aten::_unsafe_index", "aten::_unsafe_index_put"};
   return names.count(name);
 }
+// torch tags most elementwise operators; the names are those that it does not tag.
 inline bool takes_cpu_numbers(const c10::OperatorHandle& op, const std::string& name) {
-  static const std::unordered_set<std::string> others{"aten::masked_fill", "aten::masked_fill_", "aten::fill_",
-                                                      "aten::index_fill", "aten::index_fill_"};
-  return op.hasTag(at::Tag::pointwise) || takes_cpu_indices(name) || others.count(name) ||
+  static const std::unordered_set<std::string> untagged{
+      "aten::fill",        "aten::fill_",        "aten::masked_fill", "aten::masked_fill_", "aten::index_fill",
+      "aten::index_fill_", "aten::floor_divide", "aten::floor_divide_", "aten::where"};
+  return op.hasTag(at::Tag::pointwise) || takes_cpu_indices(name) || untagged.count(name) ||
          name.compare(0, 15, "aten::_foreach_") == 0;
 }
 
@@ -108,7 +110,7 @@ class FallbackCall {
   }
 
   void check_cpu_argument(const at::Tensor& tensor) {
-    const bool is_number = tensor.dim() == 0 && takes_cpu_numbers(op_, name_);
+    const bool is_number = tensor.dim() == 0 && (tensor.unsafeGetTensorImpl()->is_wrapped_number() || takes_cpu_numbers(op_, name_));
     TORCH_CHECK(is_number || takes_cpu_indices(name_),
                 "Expected all tensors to be on the same device, but found at least two devices, cuda and ", tensor.device(),
                 "! (when checking the arguments of ", name_, ")");
