@@ -25,7 +25,6 @@ import os
 import sys
 from pathlib import Path
 
-
 MOST_DEVICES = 4  # kMostDevices of device/clocks.h
 
 
@@ -62,5 +61,3 @@ def add_project_to_path() -> None:
     """Lets scripts import the project's package and the helpers of its tests, wherever they are started."""
     tests = Path(__file__).resolve().parents[1]
     sys.path[:0] = [str(folder) for folder in (tests.parent, tests) if str(folder) not in sys.path]
-
-

@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "device"
-TORCH_VERSION = "2.13"
-"""The C++ part overrides interfaces of torch that change from release to release."""
+OLDEST_TORCH = (2, 13)
+"""The C++ part overrides interfaces of torch that earlier releases do not have. A later one that changes them fails."""
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
 
 
@@ -43,8 +43,8 @@ def why_not() -> str | None:
         return f"the simulated GPU has been built on Linux only, this is {sys.platform}"
     if cuda is not None:
         return f"the simulated GPU needs a CPU build of torch; {version} has CUDA of its own"
-    if not version.startswith(f"{TORCH_VERSION}."):
-        return f"the simulated GPU is written for torch {TORCH_VERSION}, this is {version}"
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
+        return f"the simulated GPU is written for torch {'.'.join(map(str, OLDEST_TORCH))} and later, this is {version}"
     if _compiler() is None:
         return "the simulated GPU needs a C++ compiler (g++, or another in the environment variable CXX)"
     return None

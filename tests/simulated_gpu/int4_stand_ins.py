@@ -1,5 +1,6 @@
-"""Stand-ins for torch's int4 product on CUDA, which a CPU build lacks: `_convert_weight_to_int4pack`, `_weight_int4pack_mm`.
+"""Stand-ins for torch's int4 product on CUDA, which a CPU build lacks.
 
+`_convert_weight_to_int4pack` packs the weight, `_weight_int4pack_mm` multiplies by it.
 On a card the words have an order that only the product can read. Here they are in plain order, with the same shape.
 """
 

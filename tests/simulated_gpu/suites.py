@@ -16,7 +16,11 @@ class Suite:
 
 INSIDE = "tests/simulated_gpu/inside"
 SUITES = [
-    Suite("the simulation", 2, tuple(f"{INSIDE}/test_simulated_{part}.py" for part in ("memory", "streams", "operators", "devices"))),
+    Suite(
+        "the simulation",
+        2,
+        tuple(f"{INSIDE}/test_simulated_{part}.py" for part in ("memory", "streams", "operators", "devices")),
+    ),
     Suite("the product on one device", 1, (f"{INSIDE}/test_product_on_cuda.py",)),
     Suite("the product on two devices", 2, (f"{INSIDE}/test_product_on_cuda.py",)),
 ]

@@ -1,4 +1,4 @@
-"""Runs the suites of suites.py on a simulated GPU, each in a process of its own, because it changes torch for all of it.
+"""Runs the suites of suites.py on a simulated GPU, each in a process of its own, because that changes torch for good.
 
 What a run prints at its end is shown in the summary of this one; a failure inside fails here, with its output.
 """
@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import simulated_gpu
+from simulated_gpu import build
 from simulated_gpu.build import why_not
 from simulated_gpu.suites import SUITES, Suite
 
@@ -61,3 +65,19 @@ def test_wrong():
     assert code == 1
     assert "aten::add on the default stream of cuda:0 reads what stream 1 of cuda:0 wrote" in output
     assert "1 failed" in output
+
+
+def test_it_says_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(build, "torch_versions", lambda: ("2.13.0+cu130", "13.0"))
+    assert build.why_not() == "the simulated GPU needs a CPU build of torch; 2.13.0+cu130 has CUDA of its own"
+    monkeypatch.setattr(build, "torch_versions", lambda: ("2.11.0", None))
+    assert build.why_not() == "the simulated GPU is written for torch 2.13 and later, this is 2.11.0"
+    monkeypatch.setattr(build, "torch_versions", lambda: ("2.13.0", None))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert str(build.why_not()).startswith("the simulated GPU needs a C++ compiler (g++")
+
+
+def test_this_process_has_none():
+    assert not simulated_gpu.is_active()
+    assert not hasattr(torch.ops.simulated_gpu, "totals")

@@ -1,4 +1,4 @@
-"""Puts in place what torch.cuda expects of the C extension of a CUDA build; torch.cuda's own Python runs on top of it."""
+"""Puts in place what torch.cuda expects of the C extension of a CUDA build. Its own Python runs on top of that."""
 
 from __future__ import annotations
 

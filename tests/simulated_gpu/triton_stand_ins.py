@@ -1,4 +1,4 @@
-"""Stand-ins for the product's Triton kernels: their launches, checked as Triton checks them, computed by torch on the CPU.
+"""Stand-ins for the product's Triton kernels: launched and checked as those are, computed by torch on the CPU.
 
 Only the kernels are replaced. What launches them is the product's own code, with its grids, strides and scratch memory.
 `tests/ops` and `tests/search` compare the kernels themselves with references, in Triton's interpreter.
@@ -63,7 +63,7 @@ def _leaf(grid, remaining, errors, squares, scale, zero, group_of_channel, coupl
     from hf_awq_offload.search.rounding import _round_leaf
 
     assert grid[0] * BLOCK >= rows
-    assert LEAF >= channels
+    assert channels <= LEAF
     total, groups = remaining.shape[0], scale.shape[0]
     state = FeedbackState(
         _as_the_kernel_sees(remaining, total, rows), _as_the_kernel_sees(errors, total, rows), squares,

@@ -25,7 +25,8 @@ class Aliases {
   }
 
   static at::Tensor like(const at::Tensor& tensor, c10::Storage storage, c10::DispatchKey key) {
-    auto result = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), tensor.dtype());
+    auto result =
+        at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), tensor.dtype());
     auto* impl = result.unsafeGetTensorImpl();
     impl->set_storage_offset(tensor.storage_offset());
     impl->set_sizes_and_strides(tensor.sizes(), tensor.strides());

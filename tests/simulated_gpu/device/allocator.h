@@ -117,7 +117,8 @@ class DeviceMemory {
  private:
   struct SmallestFirst {
     bool operator()(const Block* a, const Block* b) const {
-      return std::tie(a->stream, a->bytes, a->segment, a->offset) < std::tie(b->stream, b->bytes, b->segment, b->offset);
+      return std::tie(a->stream, a->bytes, a->segment, a->offset) <
+             std::tie(b->stream, b->bytes, b->segment, b->offset);
     }
   };
   using Pool = std::set<Block*, SmallestFirst>;
@@ -131,8 +132,8 @@ class DeviceMemory {
 
   Block* take_cached(int stream, size_t bytes, bool is_small) {
     Pool& pool = is_small ? small_ : large_;
-    const Block smallest(0, stream, bytes);
-    auto at = pool.lower_bound(const_cast<Block*>(&smallest));
+    Block smallest(0, stream, bytes);
+    auto at = pool.lower_bound(&smallest);
     if (at == pool.end() || (*at)->stream != stream) return nullptr;
     Block* block = *at;
     pool.erase(at);
@@ -219,15 +220,17 @@ class DeviceMemory {
     auto readable = [](size_t bytes) {
       std::ostringstream text;
       text << std::fixed << std::setprecision(2);
-      if (bytes >= size_t(1) << 30) text << static_cast<double>(bytes) / (size_t(1) << 30) << " GiB";
-      else text << static_cast<double>(bytes) / kMiB << " MiB";
+      if (bytes >= size_t(1) << 30)
+        text << static_cast<double>(bytes) / (size_t(1) << 30) << " GiB";
+      else
+        text << static_cast<double>(bytes) / kMiB << " MiB";
       return text.str();
     };
     const size_t allocated = static_cast<size_t>(stats.allocated_bytes[0].current);
     std::ostringstream text;
     text << "CUDA out of memory. Tried to allocate " << readable(requested_bytes) << ". GPU " << device
-         << " has a total capacity of " << readable(total_bytes) << " of which " << readable(total_bytes - reserved_bytes())
-         << " is free. ";
+         << " has a total capacity of " << readable(total_bytes) << " of which "
+         << readable(total_bytes - reserved_bytes()) << " is free. ";
     if (allowed < total_bytes) text << readable(allowed) << " allowed; ";
     text << readable(allocated) << " is allocated by PyTorch, and " << readable(reserved_bytes() - allocated)
          << " is reserved by PyTorch but unallocated. (simulated GPU)";

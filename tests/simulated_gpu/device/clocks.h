@@ -81,7 +81,8 @@ class Timeline {
   void let_stream_wait(int stream, const Clock& clock) { merge(streams_[stream], clock); }
   void let_host_wait(const Clock& clock) { merge(host_, clock); }
   void let_host_wait_for_device(int device) {
-    for (int within = 0; within < kStreamsPerDevice; within++) merge(host_, streams_[device * kStreamsPerDevice + within]);
+    for (int within = 0; within < kStreamsPerDevice; within++)
+      merge(host_, streams_[device * kStreamsPerDevice + within]);
   }
 
  private:

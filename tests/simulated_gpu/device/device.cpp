@@ -61,9 +61,10 @@ struct Registration {
   Registration() {
     c10::SetAllocator(c10::DeviceType::CUDA, &allocator(), /*priority=*/255);
     static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard());
-    at::CUDAHooksRegistry()->Register("CUDAHooks", [](at::CUDAHooksArgs arguments) -> std::unique_ptr<at::CUDAHooksInterface> {
-      return std::make_unique<Hooks>(arguments);
-    });
+    at::CUDAHooksRegistry()->Register("CUDAHooks",
+                                      [](at::CUDAHooksArgs arguments) -> std::unique_ptr<at::CUDAHooksInterface> {
+                                        return std::make_unique<Hooks>(arguments);
+                                      });
     at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose_attention);
   }
 } registration;

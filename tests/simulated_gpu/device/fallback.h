@@ -16,14 +16,15 @@ namespace simulated_gpu {
 
 // Operators that take CPU tensors beside the device's: indices, and values of one element.
 inline bool takes_cpu_indices(const std::string& name) {
-  static const std::unordered_set<std::string> names{"aten::index",      "aten::index_put",        "aten::index_put_",
-                                                     "aten::_index_put_impl_", "aten::_unsafe_index", "aten::_unsafe_index_put"};
+  static const std::unordered_set<std::string> names{"aten::index",         "aten::index_put",
+                                                     "aten::index_put_",    "aten::_index_put_impl_",
+                                                     "aten::_unsafe_index", "aten::_unsafe_index_put"};
   return names.count(name);
 }
 // torch tags most elementwise operators; the names are those that it does not tag.
 inline bool takes_cpu_numbers(const c10::OperatorHandle& op, const std::string& name) {
   static const std::unordered_set<std::string> untagged{
-      "aten::fill",        "aten::fill_",        "aten::masked_fill", "aten::masked_fill_", "aten::index_fill",
+      "aten::fill",        "aten::fill_",        "aten::masked_fill",   "aten::masked_fill_", "aten::index_fill",
       "aten::index_fill_", "aten::floor_divide", "aten::floor_divide_", "aten::where"};
   return op.hasTag(at::Tag::pointwise) || takes_cpu_indices(name) || untagged.count(name) ||
          name.compare(0, 15, "aten::_foreach_") == 0;
@@ -37,8 +38,9 @@ inline bool waits_for_values(const c10::OperatorHandle& op, const std::string& n
 
 // Floating-point operations of a product of matrices; 0 for everything else.
 inline int64_t flops_of(const std::string& name, const std::vector<at::Tensor>& inputs) {
-  static const std::unordered_map<std::string, size_t> first_factor{
-      {"aten::mm", 0}, {"aten::bmm", 0}, {"aten::addmm", 1}, {"aten::addmm_", 1}, {"aten::baddbmm", 1}, {"aten::baddbmm_", 1}};
+  static const std::unordered_map<std::string, size_t> first_factor{{"aten::mm", 0},      {"aten::bmm", 0},
+                                                                    {"aten::addmm", 1},   {"aten::addmm_", 1},
+                                                                    {"aten::baddbmm", 1}, {"aten::baddbmm_", 1}};
   auto found = first_factor.find(name);
   if (found == first_factor.end() || inputs.size() < found->second + 2) return 0;
   return 2 * inputs[found->second].numel() * inputs[found->second + 1].size(-1);
@@ -105,15 +107,16 @@ class FallbackCall {
 
   void check_device(c10::Device device) {
     if (!device_.has_index()) device_ = device;
-    TORCH_CHECK(device == device_, "Expected all tensors to be on the same device, but found at least two devices, ", device_,
-                " and ", device, "! (when checking the arguments of ", name_, ")");
+    TORCH_CHECK(device == device_, "Expected all tensors to be on the same device, but found at least two devices, ",
+                device_, " and ", device, "! (when checking the arguments of ", name_, ")");
   }
 
   void check_cpu_argument(const at::Tensor& tensor) {
-    const bool is_number = tensor.dim() == 0 && (tensor.unsafeGetTensorImpl()->is_wrapped_number() || takes_cpu_numbers(op_, name_));
+    const bool is_number =
+        tensor.dim() == 0 && (tensor.unsafeGetTensorImpl()->is_wrapped_number() || takes_cpu_numbers(op_, name_));
     TORCH_CHECK(is_number || takes_cpu_indices(name_),
-                "Expected all tensors to be on the same device, but found at least two devices, cuda and ", tensor.device(),
-                "! (when checking the arguments of ", name_, ")");
+                "Expected all tensors to be on the same device, but found at least two devices, cuda and ",
+                tensor.device(), "! (when checking the arguments of ", name_, ")");
     if (is_number) return;
     Lock lock(mutex());
     count_copy_to_device(static_cast<int64_t>(tensor.nbytes()), /*is_pinned=*/false);

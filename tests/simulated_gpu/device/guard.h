@@ -1,4 +1,5 @@
-// What torch asks of a device type: devices, streams, events (DeviceGuardImplInterface), and what only CUDA has (hooks).
+// What torch asks of a device type: devices, streams, events (DeviceGuardImplInterface), and what only CUDA has
+// (hooks).
 #pragma once
 
 #include "launches.h"
@@ -20,7 +21,8 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     return {c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(this_thread().device)};
   }
   void setDevice(c10::Device device) const override {
-    TORCH_CHECK(device.index() < device_count(), "CUDA error: invalid device ordinal: ", device, " of ", device_count());
+    TORCH_CHECK(device.index() < device_count(), "CUDA error: invalid device ordinal: ", device, " of ",
+                device_count());
     uncheckedSetDevice(device);
   }
   void uncheckedSetDevice(c10::Device device) const noexcept override {
@@ -32,7 +34,9 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     return before;
   }
 
-  c10::Stream getStream(c10::Device device) const override { return stream_at(this_thread().stream[or_current(device)]); }
+  c10::Stream getStream(c10::Device device) const override {
+    return stream_at(this_thread().stream[or_current(device)]);
+  }
   c10::Stream getDefaultStream(c10::Device device) const override {
     return stream_at(or_current(device) * kStreamsPerDevice);
   }
@@ -86,7 +90,9 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     counters().synchronization("event");
     if (event) timeline().let_host_wait(static_cast<RecordedEvent*>(event)->clock);
   }
-  void destroyEvent(void* event, c10::DeviceIndex) const noexcept override { delete static_cast<RecordedEvent*>(event); }
+  void destroyEvent(void* event, c10::DeviceIndex) const noexcept override {
+    delete static_cast<RecordedEvent*>(event);
+  }
   double elapsedTime(void*, void*, c10::DeviceIndex) const override { return 0.0; }
 
   void recordDataPtrOnStream(const c10::DataPtr& pointer, const c10::Stream& stream) const override {

@@ -34,9 +34,9 @@ inline Findings& findings() {
 }
 
 struct Access {
-  uint64_t time = 0;     // the kernel's number in its stream
+  uint64_t time = 0;  // the kernel's number in its stream
   std::string operation;
-  uint64_t tenant = 0;   // which tensor's, counted by the allocator
+  uint64_t tenant = 0;  // which tensor's, counted by the allocator
 };
 
 class Accesses {
@@ -59,8 +59,8 @@ class Accesses {
         bool is_ordered = stream == owner || timeline().of_host()[stream] >= access.time ||
                           timeline().of_stream(owner)[stream] >= access.time;
         if (access.tenant != tenant || is_ordered || recorded.count(stream)) continue;
-        findings().add("memory of " + stream_name(owner) + " is freed while " + stream_name(stream) + " may still use it (" +
-                       access.operation + "): record_stream was not called");
+        findings().add("memory of " + stream_name(owner) + " is freed while " + stream_name(stream) +
+                       " may still use it (" + access.operation + "): record_stream was not called");
       }
   }
   void merge(const Accesses& other) {
@@ -77,7 +77,8 @@ class Accesses {
     for (const auto& [other, access] : earlier) {
       if (other == stream || now[other] >= access.time) continue;
       findings().add(operation + " on " + stream_name(stream) + " " + does + " what " + stream_name(other) + " " + did +
-                     " (" + access.operation + (access.tenant == tenant ? "" : ", for an earlier tensor in the same memory") +
+                     " (" + access.operation +
+                     (access.tenant == tenant ? "" : ", for an earlier tensor in the same memory") +
                      "), without waiting for it");
     }
   }

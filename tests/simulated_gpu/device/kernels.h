@@ -19,7 +19,8 @@ namespace simulated_gpu {
 inline const c10::DispatchKeySet kCudaKey(c10::DispatchKey::CUDA);
 
 inline at::Tensor empty(at::IntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                        std::optional<c10::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+                        std::optional<c10::Device> device, std::optional<bool>,
+                        std::optional<at::MemoryFormat> format) {
   OnDevice on(device.value_or(guard().getDevice()));
   return at::detail::empty_generic(sizes, &allocator(), kCudaKey, at::dtype_or_default(dtype), format);
 }
@@ -32,7 +33,8 @@ inline at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, 
 
 // One block of bytes that needs neither a cast nor another order: what a copy between host and device can move.
 inline bool moves_as_bytes(const at::Tensor& to, const at::Tensor& from) {
-  if (to.scalar_type() != from.scalar_type() || to.is_conj() != from.is_conj() || to.is_neg() != from.is_neg()) return false;
+  if (to.scalar_type() != from.scalar_type() || to.is_conj() != from.is_conj() || to.is_neg() != from.is_neg())
+    return false;
   if (to.is_contiguous() && from.is_contiguous()) return true;
   return to.sizes() == from.sizes() && to.strides() == from.strides() && to.is_non_overlapping_and_dense();
 }
@@ -88,8 +90,10 @@ inline at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocki
   Aliases aliases;
   if (moves_as_bytes(to, from)) {
     to.is_cuda() ? copy_from_host(to, from, non_blocking) : copy_to_host(to, from, non_blocking);
-    if (to.is_cuda()) aliases.of(to).copy_(from);
-    else to.copy_(aliases.of(from));
+    if (to.is_cuda())
+      aliases.of(to).copy_(from);
+    else
+      to.copy_(aliases.of(from));
     return to;
   }
   auto cast = from.to(to.scalar_type()).expand_as(to).contiguous().resolve_conj().resolve_neg();
@@ -131,8 +135,8 @@ inline int64_t choose_attention(const at::Tensor& query, const at::Tensor& key, 
   return static_cast<int64_t>(has_gradient ? at::SDPBackend::math : at::SDPBackend::overrideable);
 }
 
-using AttentionResult =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, c10::SymInt, c10::SymInt, at::Tensor, at::Tensor, at::Tensor>;
+using AttentionResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, c10::SymInt, c10::SymInt, at::Tensor,
+                                   at::Tensor, at::Tensor>;
 inline AttentionResult attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                  const std::optional<at::Tensor>& mask, double dropout, bool is_causal, bool,
                                  std::optional<double> scale) {
@@ -140,13 +144,14 @@ inline AttentionResult attention(const at::Tensor& query, const at::Tensor& key,
   std::vector<at::Tensor> inputs{query, key, value};
   if (has_mask) inputs.push_back(*mask);
   for (const auto& input : inputs)
-    TORCH_CHECK(input.device() == query.device(), "Expected all tensors to be on the same device, but found at least two devices, ",
-                query.device(), " and ", input.device(), "! (when checking the arguments of scaled_dot_product_attention)");
+    TORCH_CHECK(input.device() == query.device(),
+                "Expected all tensors to be on the same device, but found at least two devices, ", query.device(),
+                " and ", input.device(), "! (when checking the arguments of scaled_dot_product_attention)");
   OnDevice on(query.device());
   Aliases aliases;
-  auto output = at::scaled_dot_product_attention(
-      aliases.of(query), aliases.of(key), aliases.of(value), has_mask ? std::optional(aliases.of(*mask)) : std::nullopt, dropout,
-      is_causal, scale, /*enable_gqa=*/query.size(1) != key.size(1));
+  auto output = at::scaled_dot_product_attention(aliases.of(query), aliases.of(key), aliases.of(value),
+                                                 has_mask ? std::optional(aliases.of(*mask)) : std::nullopt, dropout,
+                                                 is_causal, scale, /*enable_gqa=*/query.size(1) != key.size(1));
   auto result = adopted(output, query.device().index());
   auto unused = at::empty({0}, query.options());
   Lock lock(mutex());

@@ -7,7 +7,9 @@ import torch
 from simulated_gpu import observed
 from simulated_gpu.triton_stand_ins import KernelStandIn
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this run has one device; the run with two has it")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="this run has one device; the run with two has it"
+)
 
 
 def test_devices_have_memory_of_their_own():
@@ -23,6 +25,9 @@ def test_the_current_device_is_a_threads_own_and_comes_back():
         assert torch.cuda.current_device() == 1
         assert torch.ones(1, device="cuda").device.index == 1
         assert torch.cuda.current_stream().device.index == 1
+    assert torch.cuda.current_device() == 0
+    with torch.cuda.stream(torch.cuda.Stream(1)):
+        assert torch.cuda.current_device() == 1, "a stream brings its device"
     assert torch.cuda.current_device() == 0
     torch.cuda.set_device(1)
     try:
@@ -44,7 +49,9 @@ def test_there_is_no_third_device():
         torch.cuda.get_device_properties(2)
 
 
-@pytest.mark.parametrize("operation", [torch.add, torch.matmul, lambda a, b: torch.cat([a, b]), lambda a, b: a.copy_(a) + b])
+@pytest.mark.parametrize(
+    "operation", [torch.add, torch.matmul, lambda a, b: torch.cat([a, b]), lambda a, b: a.copy_(a) + b]
+)
 def test_mixing_them_is_an_error(operation):
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         operation(torch.ones(2, 2, device="cuda:0"), torch.ones(2, 2, device="cuda:1"))

@@ -88,7 +88,9 @@ MIXED = {
 
 @pytest.mark.parametrize("what", MIXED)
 def test_mixing_devices_is_an_error(what):
-    with pytest.raises((RuntimeError, ValueError), match=r"same device|device type|indices should be either on|devices"):
+    with pytest.raises(
+        (RuntimeError, ValueError), match=r"same device|device type|indices should be either on|devices"
+    ):
         MIXED[what](torch.ones(4, 4, device="cuda"))
 
 
@@ -113,7 +115,13 @@ def test_kernels_waits_and_copies_are_counted():
     assert counted(lambda: x.add_(1))["launches"] == 1
     assert counted(lambda: x @ x)["flops"] == 2 * 8**3
     assert counted(lambda: x @ x)["synchronizations"] == 0
-    for wait in (lambda: x[0, 0].item(), lambda: bool(x[0, 0]), lambda: x.nonzero(), lambda: x[x > 1], torch.cuda.synchronize):
+    for wait in (
+        lambda: x[0, 0].item(),
+        lambda: bool(x[0, 0]),
+        lambda: x.nonzero(),
+        lambda: x[x > 1],
+        torch.cuda.synchronize,
+    ):
         assert counted(wait)["synchronizations"] >= 1
     down = counted(x.cpu)
     assert (down["device_to_host_copies"], down["device_to_host_bytes"], down["synchronizations"]) == (1, 256, 1)

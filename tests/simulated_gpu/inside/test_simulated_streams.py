@@ -47,7 +47,9 @@ def test_freeing_what_another_stream_uses_is_found(side):
     tensor.sum()
     del tensor
     (finding,) = observed.findings()
-    assert finding.startswith(f"memory of stream {side.stream_id} of cuda:0 is freed while the default stream of cuda:0")
+    assert finding.startswith(
+        f"memory of stream {side.stream_id} of cuda:0 is freed while the default stream of cuda:0"
+    )
 
 
 @pytest.mark.expects_findings
