@@ -23,3 +23,13 @@ settings.load_profile("repeatable")
 def tiny_llama_dir() -> Path:
     """The trained tiny Llama that comes with the package, with its tokenizer."""
     return Path(hf_awq_offload.__file__).parent / "assets" / "tiny_llama"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows what the runs on the simulated GPU said at their end (simulated_gpu/test_on_simulated_gpu.py)."""
+    reports = terminalreporter.stats.get("passed", [])
+    said = [value for report in reports for name, value in report.user_properties if name == "simulated GPU"]
+    if said:
+        terminalreporter.section("on a simulated GPU")
+    for line in said:
+        terminalreporter.write_line(line)

@@ -35,8 +35,9 @@ def at_most(limits: Mapping[torch.device, int | None]) -> Iterator[None]:
                 continue
             if device.type == "cuda":
                 total = torch.cuda.get_device_properties(device).total_memory
-                torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
-                stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, device)
+                earlier = torch.cuda.get_per_process_memory_fraction(device)  # the caller may have set a limit, too
+                torch.cuda.set_per_process_memory_fraction(min(earlier, limit_bytes / total), device)
+                stack.callback(torch.cuda.set_per_process_memory_fraction, earlier, device)
             elif device.type == "cpu" and hasattr(resource, "RLIMIT_DATA"):
                 _limit_private_memory(limit_bytes, stack)
         yield

@@ -58,7 +58,7 @@ class TritonBackend(WordsBackend):
         weight = torch.empty(out_features, in_features, dtype=dtype, device=packed.qweight.device)
         block_k = block_k_for(group_size)
         grid = (in_features // block_k, triton.cdiv(out_features, BLOCK_N))
-        with _on_device(weight):
+        with torch.cuda.device_of(weight):  # on which Triton launches
             dequantize_kernel[grid](
                 *_contiguous(packed), weight, in_features, out_features,
                 K_GROUP=group_size, BLOCK_K=block_k, BLOCK_N=BLOCK_N,
@@ -93,7 +93,7 @@ def _fused(
     partial = torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
     columns = triton.cdiv(out_features, BLOCK_N)
     blocks = {"K_GROUP": group_size, "TILES": tiles, "BLOCK_K": block_k, "BLOCK_N": BLOCK_N}
-    with _on_device(x):
+    with torch.cuda.device_of(x):  # on which Triton launches
         if rows == 1:
             gemv_kernel[(columns, splits)](
                 x, *packed, partial, in_features, out_features, x.stride(1), **blocks
@@ -122,8 +122,3 @@ def interpreting() -> bool:
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _on_device(tensor: Tensor):
-    """Makes the tensor's device the current one, on which Triton launches kernels."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()

@@ -7,6 +7,7 @@ the channels after it. Without this kernel an accelerator launches about ten ker
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -61,7 +62,8 @@ def round_leaf(
 ) -> None:
     """Rounds channels start … stop in place."""
     rows = state.remaining.shape[1]
-    leaf_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
-        *state, start, stop - start, rows, state.coupling.stride(0), float(levels),
-        LEAF=triton.next_power_of_2(stop - start), BLOCK=BLOCK_ROWS,
-    )  # fmt: skip
+    with torch.cuda.device_of(state.remaining):  # Triton launches on the current device, whatever the tensors are on
+        leaf_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
+            *state, start, stop - start, rows, state.coupling.stride(0), float(levels),
+            LEAF=triton.next_power_of_2(stop - start), BLOCK=BLOCK_ROWS,
+        )  # fmt: skip
