@@ -112,7 +112,8 @@ class TestMistakes:
             AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=recipe)
 
     def test_checking_names_against_none(self):
-        with pytest.raises(ConfigError, match="found in no linear's name"):
+        words = r"'x'\] is found in no linear's name\. Names are full ones; correct the pattern or leave it out\."
+        with pytest.raises(ConfigError, match=words):
             check_that_all_match({"x": {"bits": 8}}, [], {})
         assert checked_overrides(None, BASE) == {}
 
