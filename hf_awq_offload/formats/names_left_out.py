@@ -3,8 +3,8 @@
 How a reader looks up a linear in the list:
 
     vLLM, SGLang, TGI, transformers 4   entry in name                                  anywhere, within words too
-    transformers 5.17                   re.match(entry, name), name.endswith(entry)
-    transformers 5.23                   the same, but a match has to end where a part of the name ends
+    transformers 5.17 to 5.20           re.match(entry, name), name.endswith(entry)
+    transformers 5.21 to 5.24           the same, but a match has to end where a part of the name ends
 
 A full name without a dot at its end is found by all of these only in names that contain it, so it is safe if no
 quantized linear's name contains it. A short name ("gate", "lm_head.0") rarely is; all entries are therefore full

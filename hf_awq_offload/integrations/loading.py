@@ -125,7 +125,7 @@ def to_gemm_converter(version: str, quantizer: Any) -> WeightConverter:
     except ValueError as error:
         raise CheckpointError(
             f"The checkpoint's AWQ version is {version!r}, which transformers {transformers_version} can't convert "
-            "while it loads; expected 'gemm', or transformers 5.23, which can. Upgrade transformers."
+            "while it loads; expected 'gemm', or transformers 5.23 or later, which can. Upgrade transformers."
         ) from error
 
 

@@ -53,45 +53,48 @@ def random_weight(
     return quantize(weight, parameters, grid), parameters, grid
 
 
-class TestStreams:
-    @given(bits=st.integers(1, 8), rows=st.integers(1, 4), columns=st.integers(1, 100), seed=st.integers(0, 2**32))
-    def test_bits_are_where_the_format_says(self, bits, rows, columns, seed):
-        codes = random_codes(rows, columns, bits, seed)
-        words = pack_stream(codes, bits)
-        assert words.shape == (rows, words_for(columns, bits))
-        assert words.dtype == torch.int32
-        assert words.is_contiguous()
-        unsigned = (words.long() & 0xFFFFFFFF).tolist()
-        assert unsigned == [stream_by_bits(row, bits) for row in codes.tolist()]
+@given(bits=st.integers(1, 8), rows=st.integers(1, 4), columns=st.integers(1, 100), seed=st.integers(0, 2**32))
+def test_bits_are_where_the_format_says(bits, rows, columns, seed):
+    codes = random_codes(rows, columns, bits, seed)
+    words = pack_stream(codes, bits)
+    assert words.shape == (rows, words_for(columns, bits))
+    assert words.dtype == torch.int32
+    assert words.is_contiguous()
+    unsigned = (words.long() & 0xFFFFFFFF).tolist()
+    assert unsigned == [stream_by_bits(row, bits) for row in codes.tolist()]
 
-    @given(bits=st.integers(1, 8), rows=st.integers(1, 4), columns=st.integers(1, 100), seed=st.integers(0, 2**32))
-    def test_unpacking_is_the_inverse(self, bits, rows, columns, seed):
-        codes = random_codes(rows, columns, bits, seed)
-        again = unpack_stream(pack_stream(codes, bits), columns, bits)
-        assert again.dtype == torch.uint8
-        assert torch.equal(again.long(), codes)
 
-    @given(bits=st.integers(1, 8), rows=st.integers(1, 70), columns=st.integers(1, 70), along=st.integers(0, 1))
-    def test_compressed_tensors_packs_and_unpacks_the_same(self, bits, rows, columns, along):
-        codes = random_codes(rows, columns, bits)
-        signed = (codes - 2 ** (bits - 1)).to(torch.int8)
-        theirs = pack_to_int32(signed, bits, packed_dim=along)
-        ours = pack_stream(codes, bits) if along else pack_stream(codes.t(), bits).t()
-        assert torch.equal(ours, theirs)
-        assert torch.equal(unpack_from_int32(ours, bits, codes.shape, packed_dim=along), signed)
+@given(bits=st.integers(1, 8), rows=st.integers(1, 4), columns=st.integers(1, 100), seed=st.integers(0, 2**32))
+def test_unpacking_is_the_inverse(bits, rows, columns, seed):
+    codes = random_codes(rows, columns, bits, seed)
+    again = unpack_stream(pack_stream(codes, bits), columns, bits)
+    assert again.dtype == torch.uint8
+    assert torch.equal(again.long(), codes)
 
-    @BITS
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int64], ids=str)
-    def test_codes_of_any_dtype(self, bits, dtype):
-        codes = random_codes(3, 37, bits)
-        assert torch.equal(pack_stream(codes.to(dtype), bits), pack_stream(codes, bits))
 
-    @BITS
-    def test_rows_that_are_not_contiguous(self, bits):
-        codes = random_codes(37, 3, bits)
-        assert torch.equal(pack_stream(codes.t(), bits), pack_stream(codes.t().contiguous(), bits))
-        words = pack_stream(codes.t(), bits).t().contiguous().t()
-        assert torch.equal(unpack_stream(words, 37, bits).long(), codes.t())
+@given(bits=st.integers(1, 8), rows=st.integers(1, 70), columns=st.integers(1, 70), along=st.integers(0, 1))
+def test_compressed_tensors_packs_and_unpacks_the_same(bits, rows, columns, along):
+    codes = random_codes(rows, columns, bits)
+    signed = (codes - 2 ** (bits - 1)).to(torch.int8)
+    theirs = pack_to_int32(signed, bits, packed_dim=along)
+    ours = pack_stream(codes, bits) if along else pack_stream(codes.t(), bits).t()
+    assert torch.equal(ours, theirs)
+    assert torch.equal(unpack_from_int32(ours, bits, codes.shape, packed_dim=along), signed)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int64], ids=str)
+def test_codes_of_any_dtype(bits, dtype):
+    codes = random_codes(3, 37, bits)
+    assert torch.equal(pack_stream(codes.to(dtype), bits), pack_stream(codes, bits))
+
+
+@BITS
+def test_rows_that_are_not_contiguous(bits):
+    codes = random_codes(37, 3, bits)
+    assert torch.equal(pack_stream(codes.t(), bits), pack_stream(codes.t().contiguous(), bits))
+    words = pack_stream(codes.t(), bits).t().contiguous().t()
+    assert torch.equal(unpack_stream(words, 37, bits).long(), codes.t())
 
 
 @BITS

@@ -14,6 +14,9 @@ from references.awq_reader import read_state_dict
 from safetensors.torch import load_file
 
 from hf_awq_offload.errors import CheckpointError
+from hf_awq_offload.formats.awq import pack_weight
+from hf_awq_offload.formats.awq_variants import to_gemv
+from hf_awq_offload.formats.grid import Grid, dequantize, group_parameters, group_range, quantize
 
 CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 GEMM_OF = {
@@ -76,6 +79,38 @@ def test_an_awq_config_that_can_not_be_read_is_refused(changes, named):
     tensors, fields = awq_checkpoint("autoawq-gemm")
     with pytest.raises(CheckpointError, match=named):
         recognize(tensors, fields | changes)
+
+
+def gemv(group_size: int) -> tuple[dict, torch.Tensor]:
+    """A linear of 256 input channels in GEMV, whose padding hides the number of groups, and its weight."""
+    grid = Grid(4, group_size, True)
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(group_size))
+    parameters = group_parameters(group_range(weight, grid), grid)
+    codes = quantize(weight, parameters, grid)
+    packed = to_gemv(pack_weight(codes, parameters))
+    return {f"a.{name}": part for name, part in packed._asdict().items()}, dequantize(codes, parameters, grid)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "fields"),
+    [
+        (128, {}),  # what AutoAWQ and llm-awq take if the config does not say
+        (64, {"group_size": 64}),
+        (64, {"q_group_size": 64, "w_bit": 4}),  # llm-awq's names
+        (32, {"group_size": 32, "q_group_size": 64, "bits": 4, "w_bit": 8}),
+        (256, {"group_size": -1}),
+    ],
+)
+def test_the_group_size_of_padded_formats_is_that_of_the_config(group_size, fields):
+    tensors, weight = gemv(group_size)
+    result = dequantized(tensors, {"quant_method": "awq", "version": "GEMV", **fields})
+    assert same_bits(result["a.weight"], weight)
+
+
+def test_awq_of_other_bits_under_llm_awqs_name_is_refused():
+    tensors, _ = gemv(128)
+    with pytest.raises(CheckpointError, match="AWQ weights of 8 bits, not 4"):
+        recognize(tensors, {"quant_method": "awq", "version": "gemv", "w_bit": 8})
 
 
 def test_awq_without_its_config_is_refused():
@@ -212,9 +247,9 @@ def test_a_gptq_config_that_can_not_be_read_is_refused(changes):
         recognize(linear.tensors, linear.fields | changes)
 
 
-@pytest.mark.parametrize("group", [-1, 4])
-def test_g_idx_that_names_no_group_is_refused(group):
+@pytest.mark.parametrize(("group", "named"), [(-1, "-1 … 3"), (4, "0 … 4")])
+def test_g_idx_that_names_no_group_is_refused(group, named):
     linear = GptqLinear()
     linear.tensors["a.g_idx"][5] = group
-    with pytest.raises(CheckpointError, match=r"a\.g_idx"):
+    with pytest.raises(CheckpointError, match=rf"a\.g_idx names the groups {named}; expected 0 … 3"):
         dequantized(linear.tensors, linear.fields)

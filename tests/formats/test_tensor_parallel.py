@@ -57,3 +57,16 @@ def test_no_group_size_is_proposed_that_does_not_help():
     assert "With group_size" not in advice([Shape("x", 3 * 32, 64, 32)], 8)  # the smallest
     assert "With group_size" not in advice([Shape("x", 3 * 16, 64, 16)], 8)  # smaller still
     assert "With group_size" not in advice([Shape("x", 96, 64, 96)], 1)  # 64 does not divide 96, 32 gives 3 groups
+
+
+def test_only_larger_groups_are_made_smaller():
+    # 12 groups of 128, of which 8 devices would need 24 groups of 64; 8 groups of 32, of which 64 would leave 4.
+    linears = [Shape("a", 12 * 128, 64, 128), Shape("b", 8 * 32, 64, 32)]
+    assert parallel_degrees(linears, 8) == (2, 4)
+    assert advice(linears, 8).endswith("With group_size=64 they could split it over 2, 4 or 8.")
+
+
+def test_words_are_not_named_where_a_word_is_one_channel():
+    assert advice([Shape("x", HIDDEN, 30, 128)], 1).endswith(
+        "over 2 devices, not over 4 or 8, since x has 30 output channels."
+    )

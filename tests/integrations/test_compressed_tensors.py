@@ -35,7 +35,6 @@ from hf_awq_offload import (
     quantize_model,
     use_for_compressed_tensors,
 )
-from hf_awq_offload.formats.compressed_tensors_config import PackedCheckpointConfig
 from hf_awq_offload.formats.grid_choice import GridChoice
 from hf_awq_offload.formats.pack_quantized import PackQuantizedWeight
 
@@ -303,29 +302,6 @@ class TestConfig:
         stock = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert not packed_linears(stock)
         assert torch.equal(logits(stock), logits(model))
-
-    @pytest.mark.parametrize(
-        ("change", "words"),
-        [
-            ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
-            ({"quantization_status": "frozen"}, "quantization_status is 'frozen'"),
-            ({"config_groups": {}}, "names no target"),
-            ({"config_groups": {"W4A16": ["Linear"]}}, "expected a dict"),
-            ({"weights": {"num_bits": 16}}, "16 bits"),
-            ({"weights": {"type": "float"}}, "type 'float'"),
-            ({"weights": {"strategy": "tensor", "group_size": None}}, "strategy 'tensor'"),
-            ({"weights": {"actorder": "group"}}, "order of their own"),
-            ({"group": {"format": "int-quantized"}}, "int-quantized"),
-            ({"group": {"input_activations": {"num_bits": 8}}}, "input_activations"),
-        ],
-        ids=str,
-    )
-    def test_other_kinds_of_checkpoints_are_refused_with_a_remedy(self, change, words):
-        fields = PackedCheckpointConfig(grids={"Linear": GridChoice(4, 32, True)}).to_dict()
-        fields["config_groups"]["group_0"]["weights"] |= change.pop("weights", {})
-        fields["config_groups"]["group_0"] |= change.pop("group", {})
-        with pytest.raises(CheckpointError, match=rf"(?s){words}.*Install compressed-tensors"):
-            PackedCheckpointConfig.from_dict(fields | change)
 
 
 def grids(model: nn.Module) -> dict[str, GridChoice]:

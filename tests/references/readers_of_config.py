@@ -28,12 +28,12 @@ def part_of_every_fused_name(name: str, entries: Sequence[str]) -> bool:
 
 
 def start_or_end_of_a_name(name: str, entries: Sequence[str]) -> bool:
-    """transformers 5.17."""
+    """transformers 5.17 to 5.20."""
     return any(re.match(entry, name) is not None or name.endswith(entry) for entry in entries)
 
 
 def whole_parts_of_a_name(name: str, entries: Sequence[str]) -> bool:
-    """transformers 5.23: a match from the start has to end before or behind a dot, or with the name."""
+    """transformers 5.21 to 5.24: a match from the start has to end before or behind a dot, or with the name."""
     for entry in entries:
         for end in [place for place, letter in enumerate(name) if letter == "."] + [len(name)]:
             if re.fullmatch(entry, name[:end]) or re.fullmatch(entry, name[: end + 1]):
@@ -50,8 +50,8 @@ SERVERS: dict[str, Rule] = {"parts of names": part_of_a_name, "vLLM": part_of_ev
 """Readers that fuse linears and use the names in the files, or names made from them."""
 TRANSFORMERS: dict[str, Rule] = {
     "transformers 4": part_of_a_name,
-    "transformers 5.17": start_or_end_of_a_name,
-    "transformers 5.23": whole_parts_of_a_name,
+    "transformers 5.17 to 5.20": start_or_end_of_a_name,
+    "transformers 5.21 to 5.24": whole_parts_of_a_name,
 }
 """Readers that use the names in the model."""
 
