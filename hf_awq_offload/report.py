@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+FEW_TOKENS = "measured on fewer tokens than channels: not a measure of quality"
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -24,6 +26,13 @@ class GroupReport:
     rows_nearest: int = 0  # rows rounded to nearest, since neither clipping nor error feedback improved them
     clip_counts: tuple[int, ...] = ()
     """Number of weight groups that kept 1 - i/20 of their range, i = 0 … 9; empty where clipping was not searched."""
+    tokens: int | None = None  # fewest calibration tokens behind the statistics of one of its linears; None: no data
+    channels: int | None = None  # input channels; None in journals of earlier releases
+
+    @property
+    def has_few_tokens(self) -> bool:
+        """Whether its losses were measured on fewer tokens than input channels, and so are no measure of quality."""
+        return self.tokens is not None and self.channels is not None and self.tokens < self.channels
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,15 @@ class QuantizationReport:
     tokens: int = 0  # calibration tokens that entered the statistics
     phase_seconds: dict[str, float] = field(default_factory=dict)  # where the time went, in this process
     tensor_parallel: str | None = None  # over how many devices servers can't split the model; None: 2, 4 and 8 are fine
+
+    @property
+    def loss_caveat(self) -> str | None:
+        """What to say beside every loss of the run; None if all were measured on enough tokens."""
+        groups = [group for layer in self.layers for group in layer.groups if group.tokens is not None]
+        few = sum(group.has_few_tokens for group in groups)
+        if not few:
+            return None
+        return FEW_TOKENS if few == len(groups) else f"{few} of {len(groups)} groups {FEW_TOKENS}"
 
 
 @dataclass(frozen=True)

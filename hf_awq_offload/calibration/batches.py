@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ class Batches:
     """For each batch of `data`, which tokens enter the statistics, (batch, tokens) bool; None if all do."""
     tokens: int
     """The most tokens of a micro-batch, unless a single sequence is longer."""
+    numbers: Sequence[Sequence[int]] = ()
+    """For each batch of `data`, the numbers of its sequences: their places in the calibration set, samples last."""
 
     def __iter__(self) -> Iterator[ModelInputs]:
         yield from self.probes
@@ -37,6 +39,10 @@ class Batches:
     def sequences(self) -> list[int]:
         """Number of sequences of each batch of `data`."""
         return [len(token_ids_of(batch)) for batch in self.data]
+
+    def numbers_of(self, index: int) -> Sequence[int]:
+        """Returns the numbers of the sequences in a batch of `data`; none if they are not known."""
+        return self.numbers[index] if self.numbers else ()
 
     @property
     def samples(self) -> list[int]:
@@ -65,11 +71,13 @@ def batches_of(calibration: CalibrationSet, probes: Probes, batch_tokens: int) -
     texts = [torch.stack([calibration.sequences[i] for i in batch]) for batch in indices]
     counted = [_stack_counted(calibration, batch) for batch in indices]
     samples = calibration.samples
+    after_text = len(calibration.sequences)
     return Batches(
         probes,
         data=[*texts, *(sample.inputs for sample in samples)],
         counted=[*counted, *(sample.counted for sample in samples)],
         tokens=batch_tokens,
+        numbers=[*indices, *([after_text + index] for index in range(len(samples)))],
     )
 
 

@@ -96,7 +96,7 @@ class ChainInputs:
             batches = zip(self._hidden.batches, self._counted(), strict=True)
             for index, (hidden, counted) in enumerate(batches, start=first):
                 if collector is not None:
-                    collector.set_counted_tokens(counted)
+                    collector.set_counted_tokens(counted, self._batches.numbers_of(index - first))
                 call = calls.get(index)  # None: this batch passes the layer by
                 self._run_batch(runner, call, hidden, into)
 

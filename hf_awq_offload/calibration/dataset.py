@@ -61,6 +61,14 @@ class CalibrationSet:
         """The number of tokens in all sequences and samples, counted or not, without padding."""
         return sum(len(sequence) for sequence in [*self.sequences, *(sample.token_ids for sample in self.samples)])
 
+    @property
+    def counted_tokens(self) -> int:
+        """The number of tokens that enter the statistics."""
+        uncounted = sum(int((~mask).sum()) for mask in self.counted if mask is not None)
+        for sample in self.samples:
+            uncounted += 0 if sample.counted is None else len(sample.token_ids) - int(sample.counted.sum())
+        return self.tokens - uncounted
+
     def __len__(self) -> int:
         return len(self.sequences) + len(self.samples)
 
@@ -378,10 +386,6 @@ def _report(config: AwqOffloadConfig, reading: _Reading, pieces: list[_Piece], c
     if len(pieces) > len(calibration):
         unused = len(pieces) - len(calibration)
         left_over.insert(0, f"{unused} sequences not chosen ({piece_tokens - calibration.tokens} tokens)")
-    uncounted = [mask for mask in calibration.counted if mask is not None]
-    counted_tokens = calibration.tokens - sum(int((~mask).sum()) for mask in uncounted)
-    for sample in calibration.samples:
-        counted_tokens -= 0 if sample.counted is None else len(sample.token_ids) - int(sample.counted.sum())
     logger.info(
         "Calibration data %s: read %d documents, %d tokens%s; using %d sequences of at most %d tokens, %d "
         "tokens in all, %d of them counted. Left over: %s.",
@@ -392,7 +396,7 @@ def _report(config: AwqOffloadConfig, reading: _Reading, pieces: list[_Piece], c
         len(calibration),
         config.max_seq_len,
         calibration.tokens,
-        counted_tokens,
+        calibration.counted_tokens,
         ", ".join(left_over) or "nothing",
     )
     if reading.short_tokens or reading.uncounted_tokens:

@@ -6,7 +6,7 @@ common decoders do. `PausedInputs` pauses forward passes of the whole model wher
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,8 +33,11 @@ class Collector(Protocol):
         """Watches every forward pass inside the context."""
         ...
 
-    def set_counted_tokens(self, counted: Tensor | None) -> None:
-        """Says before each batch which of its tokens count, (batch, tokens) bool; None means all."""
+    def set_counted_tokens(self, counted: Tensor | None, sequences: Sequence[int] = ()) -> None:
+        """Says before each batch which of its tokens count, (batch, tokens) bool; None means all.
+
+        `sequences` has the number of each of its sequences, for errors.
+        """
         ...
 
 

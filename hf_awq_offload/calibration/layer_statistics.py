@@ -8,7 +8,7 @@ lacks: G = (n·G_own + (m - n)·G_pool) / m for n < m tokens.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -63,9 +63,10 @@ class LayerStatistics:
     def set_counted_tokens(
         self,
         counted: Tensor | None,  # (batch, tokens) bool
+        sequences: Sequence[int] = (),  # number of each of the batch's sequences
     ) -> None:
         """Says which tokens of the next batch enter the statistics; None means all of them."""
-        self.collector.set_counted_tokens(counted)
+        self.collector.set_counted_tokens(counted, sequences)
 
     def gathered(self, layer_name: str, min_expert_tokens: int) -> GatheredStatistics:
         """Returns what was collected; `layer_name` is for errors only.
@@ -120,9 +121,19 @@ class GatheredStatistics:
         leader = self.leader_of[name]
         if leader not in self.parts:
             return self.own[leader]
+        return blended(self.own[leader], self._pool(group, leader), self.min_expert_tokens)
+
+    def tokens_behind(self, group: InputGroup, name: str) -> int:
+        """Returns how many tokens the statistics of a linear rest on: those of the pool if that fills them up."""
+        own = self.own[self.leader_of[name]].tokens
+        if self.leader_of[name] not in self.parts or own >= self.min_expert_tokens:
+            return own
+        return max(own, self._pool(group, self.leader_of[name]).tokens)
+
+    def _pool(self, group: InputGroup, leader: str) -> InputStatistics:
+        """Returns what fills up the statistics of an expert."""
         outside = [other for other in group.consumers if other not in self.parts]
-        pool = self.own[self.leader_of[outside[0]]] if outside else self._pools[self.parts[leader].family]
-        return blended(self.own[leader], pool, self.min_expert_tokens)
+        return self.own[self.leader_of[outside[0]]] if outside else self._pools[self.parts[leader].family]
 
     def starved(self) -> dict[str, int]:
         """Returns the experts that saw fewer tokens than the minimum -> how many they saw."""

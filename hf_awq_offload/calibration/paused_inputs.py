@@ -78,7 +78,7 @@ class PausedInputs:
         with nullcontext() if collector is None else collector.collecting():
             for index, counted in enumerate(self._batches.counted, start=n_probes):
                 if collector is not None:
-                    collector.set_counted_tokens(counted)
+                    collector.set_counted_tokens(counted, self._batches.numbers_of(index - n_probes))
                 self._run_batch(runner, index)
 
     def _run_batch(self, runner: LayerRunner, index: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NumericalError
+from ..messages import shortened
 from ..search.statistics import InputStatistics
+from .non_finite import FirstNonFinite
 
 BLOCK_CHANNELS = 512
 
@@ -34,6 +36,7 @@ class StatisticsCollector:
         }
         self.tokens = dict.fromkeys(inputs, 0)
         self.counted: Tensor | None = None
+        self._bad = FirstNonFinite()
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -48,9 +51,14 @@ class StatisticsCollector:
     def set_counted_tokens(
         self,
         counted: Tensor | None,  # (batch, tokens) bool
+        sequences: Sequence[int] = (),
     ) -> None:
-        """Says which tokens of the next batch enter the statistics; None means all of them."""
+        """Says which tokens of the next batch enter the statistics; None means all of them.
+
+        `sequences` has the number of each of the batch's sequences, for errors.
+        """
         self.counted = counted
+        self._bad.begin_batch(counted, sequences)
 
     def take(self, name: str, layer_name: str, may_be_empty: bool = False) -> InputStatistics:
         """Returns the statistics of one input, zeros if no token reached it, and frees its sums.
@@ -58,7 +66,8 @@ class StatisticsCollector:
         `layer_name` is for the error only.
 
         Raises:
-            NumericalError: activations were NaN or infinite, or no token reached an input that may not be empty.
+            NumericalError: activations were NaN, infinite or too large to square in fp32 (beyond 1.8e19), or no token
+                reached an input that may not be empty.
         """
         tokens = self.tokens[name]
         gram, abs_sum = self.sums.pop(name)
@@ -68,11 +77,22 @@ class StatisticsCollector:
             raise NumericalError(f"No calibration token reached {layer_name}.{name}; give more calibration data.")
         if not bool(torch.isfinite(gram.diagonal()).all()):
             raise NumericalError(
-                f"The input of {layer_name}.{name} holds NaN or infinite values on the calibration data. Load the "
-                "model in a wider dtype (dtype=torch.bfloat16 or torch.float32), or check its weights."
+                f"The input of {layer_name}.{name} holds NaN or infinite values, or some whose squares are infinite in "
+                f"fp32, {self._where(name)}. Load the model in a wider dtype (dtype=torch.bfloat16 or torch.float32), "
+                "leave this data out, or check the weights of the layers before."
             )
         mirror_upper(gram)
         return InputStatistics(gram.div_(tokens), abs_sum.div_(tokens), tokens)
+
+    def _where(self, name: str) -> str:
+        """Says on which of the calibration sequences an input was not finite."""
+        numbers = self._bad.sequences(name)
+        if not numbers:
+            return "on the calibration data"
+        if len(numbers) == 1:
+            return f"first on calibration sequence {numbers[0]} (counted from 0, of those that were chosen)"
+        shown = shortened([str(number) for number in numbers], 8)
+        return f"first on one of the calibration sequences {shown} (counted from 0, of those that were chosen)"
 
     def _hook(self, name: str):
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -86,6 +106,7 @@ class StatisticsCollector:
                     product = torch.zeros_like(gram, device=rows.device)
                     add_gram(product, rows)
                     gram.add_(product.to(gram.device))
+            self._bad.watch(name, args[0], rows)
             abs_sum.add_(rows.abs().sum(dim=0).to(abs_sum.device))
             self.tokens[name] += rows.shape[0]
 

@@ -157,6 +157,7 @@ def _document(options: argparse.Namespace, report: QuantizationReport, url: str 
         "out": options.out,
         "size_bytes": _size_bytes(options.out),
         "calibration_tokens": report.tokens,
+        "loss_caveat": report.loss_caveat,
         "layers": layers,
         "left_out": report.left_out,
         "tensor_parallel": report.tensor_parallel,
@@ -169,7 +170,8 @@ def _text(options: argparse.Namespace, report: QuantizationReport, url: str | No
     loss, nearest = sum(layer.loss for layer in report.layers), sum(layer.loss_nearest for layer in report.layers)
     lines = [f"{options.out}: {_layers(len(report.layers))} quantized, {_size_bytes(options.out) / 1e6:.1f} MB"]
     if nearest:
-        lines.append(f"loss on the calibration data: {loss / nearest:.3f} times that of rounding to nearest")
+        caveat = f" ({report.loss_caveat})" if report.loss_caveat else ""
+        lines.append(f"loss on the calibration data: {loss / nearest:.3f} times that of rounding to nearest{caveat}")
     if report.tensor_parallel is not None:
         lines.append(report.tensor_parallel)
     if url:

@@ -84,15 +84,20 @@ def group_range(
 
 def group_parameters(ranges: GroupRange, grid: Grid) -> GroupParameters:
     """The scale and zero point that map `ranges` onto the integers; see the module's formulas."""
+    scale = stored_scale(exact_scale(ranges, grid), grid)
+    if grid.zero_point:
+        zero = (-torch.round(ranges.low / scale)).clamp(0, grid.levels)
+    else:
+        zero = torch.full_like(scale, grid.levels // 2 + 1)
+    return GroupParameters(scale, zero)
+
+
+def exact_scale(ranges: GroupRange, grid: Grid) -> Tensor:
+    """The scale of `ranges` before it is rounded as the format stores it, (out, n)."""
     low, high = ranges
     if grid.zero_point:
-        scale = stored_scale((high - low).clamp(min=MIN_RANGE) / grid.levels, grid)
-        zero = (-torch.round(low / scale)).clamp(0, grid.levels)
-    else:
-        half = grid.levels // 2
-        scale = stored_scale(torch.maximum(-low, high).clamp(min=MIN_RANGE) / half, grid)
-        zero = torch.full_like(scale, half + 1)
-    return GroupParameters(scale, zero)
+        return (high - low).clamp(min=MIN_RANGE) / grid.levels
+    return torch.maximum(-low, high).clamp(min=MIN_RANGE) / (grid.levels // 2)
 
 
 def quantize(
@@ -134,6 +139,10 @@ def quantize_dequantize(
 def stored_scale(scale: Tensor, grid: Grid) -> Tensor:
     """Rounds a positive scale as the format stores it: at least the smallest fp16 step, at most the largest finite."""
     info = torch.finfo(SCALE_DTYPE)
-    largest = info.max if grid.scale_dtype == SCALE_DTYPE else LARGEST_BF16_SCALE
-    rounded = scale.clamp(max=largest).to(grid.scale_dtype).to(SCALE_DTYPE).to(scale.dtype)
+    rounded = scale.clamp(max=largest_scale(grid)).to(grid.scale_dtype).to(SCALE_DTYPE).to(scale.dtype)
     return rounded.clamp(info.smallest_normal * info.eps)
+
+
+def largest_scale(grid: Grid) -> float:
+    """The largest scale that the format can store; `stored_scale` cuts off what is larger."""
+    return torch.finfo(SCALE_DTYPE).max if grid.scale_dtype == SCALE_DTYPE else LARGEST_BF16_SCALE

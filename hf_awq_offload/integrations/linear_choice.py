@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from .module_names import is_named
 NAMED = "named in modules_to_not_convert"
 ROUTER = "chooses experts"
 OUTSIDE = "outside the decoder layers"
+IN_SEVERAL_LAYERS = "one module of several decoder layers, whose inputs differ"
 KEPT_BY_MODEL = "tied, last, or kept in fp32 by the model"
 ON_PURPOSE = (NAMED, ROUTER, OUTSIDE, KEPT_BY_MODEL)
 """Reasons of linears that nobody expects to be quantized."""
@@ -69,9 +71,16 @@ def linears_left_out(model: PreTrainedModel, recipe: AwqOffloadConfig) -> dict[s
             left_out[name] = KEPT_BY_MODEL
         elif unpackable is not None:
             left_out[name] = unpackable
+    left_out |= dict.fromkeys(_in_several_layers(in_layers), IN_SEVERAL_LAYERS)
     if recipe.checkpoint_format == "awq":
         _leave_out_clashing(model, renaming, in_layers.keys(), left_out)
     return left_out
+
+
+def _in_several_layers(linears: Mapping[str, nn.Linear]) -> set[str]:
+    """Returns the names of linears that are the same module as one of another name."""
+    uses = Counter(map(id, linears.values()))
+    return {name for name, linear in linears.items() if uses[id(linear)] > 1}
 
 
 def _leave_out_clashing(

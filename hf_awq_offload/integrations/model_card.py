@@ -222,7 +222,7 @@ def _measured(facts: CardFacts) -> str:
             loss = sum(layer.loss for layer in facts.report.layers)
             parts.append(
                 f"Squared output error of the linears on the calibration data, relative to rounding to nearest: "
-                f"{loss / nearest:.2f}."
+                f"{loss / nearest:.2f}{f' ({caveat})' if (caveat := facts.report.loss_caveat) else ''}."
             )
     return "\n\n".join(parts)
 

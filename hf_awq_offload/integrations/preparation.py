@@ -16,6 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from ..calibration.dataset import CalibrationSet, load_calibration_set
 from ..calibration.forward_pass import forward_arguments, placeholder_ids
 from ..calibration.positions import require_positions
+from ..calibration.sufficiency import token_shortage
 from ..config import AwqOffloadConfig
 from ..errors import CalibrationDataError, ModelStructureError
 from ..formats.grid_choice import check_that_all_match
@@ -72,6 +73,9 @@ class Preparation:
             return chosen
         calibration = _calibration_set(model, recipe, origin)
         require_positions(calibration, model.config.get_text_config(decoder=True))
+        shortage = token_shortage(model, calibration, chosen.quantizable)
+        if shortage is not None:
+            logger.warning(f"{shortage}")
         return replace(chosen, calibration=calibration)
 
     def rechosen(self, model: PreTrainedModel) -> Preparation:

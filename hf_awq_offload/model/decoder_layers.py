@@ -124,22 +124,33 @@ def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def shared_parameters(model: nn.Module) -> dict[str, set[str]]:
-    """Maps every decoder layer to the names, within it, of parameters that other parts of the model also use."""
-    users: dict[int, set[str]] = defaultdict(set)
+    """Maps every decoder layer to the names, within it, of parameters that another module of the model also uses.
+
+    Two Parameters of one memory are one here, since a change of either is a change of both.
+    """
+    users: dict[object, set[tuple[str, int]]] = defaultdict(set)  # memory -> (layer, its owner in there)
     named: dict[str, dict[str, nn.Parameter]] = {}
     inside: set[str] = set()
     for layer_name, layer in candidate_layers(model).items():
         named[layer_name] = dict(layer.named_parameters(remove_duplicate=False))
-        inside.update(f"{layer_name}.{name}" for name in named[layer_name])
-        for parameter in named[layer_name].values():
-            users[id(parameter)].add(layer_name)
+        for name, parameter in named[layer_name].items():
+            inside.add(f"{layer_name}.{name}")
+            owner = layer.get_submodule(name.rpartition(".")[0])
+            users[_memory_of(parameter)].add((layer_name, id(owner)))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in inside:
-            users[id(parameter)].add("")
+            users[_memory_of(parameter)].add(("", 0))
     return {
-        layer_name: {name for name, parameter in parameters.items() if len(users[id(parameter)]) > 1}
+        layer_name: {name for name, parameter in parameters.items() if len(users[_memory_of(parameter)]) > 1}
         for layer_name, parameters in named.items()
     }
+
+
+def _memory_of(parameter: nn.Parameter) -> object:
+    """Returns a key that Parameters share if a change of one changes the other."""
+    if parameter.is_meta or not parameter.numel():
+        return id(parameter)
+    return parameter.device, parameter.data_ptr()
 
 
 def _has_conv1d(model: nn.Module) -> bool:
@@ -231,7 +242,9 @@ class LayerRunner:
         """Returns the layer's output for bound arguments."""
         args, kwargs = bound
         if self.tensors or overrides:
-            return torch.func.functional_call(self.layer, {**self.tensors, **(overrides or {})}, args, kwargs)
+            return torch.func.functional_call(
+                self.layer, {**self.tensors, **(overrides or {})}, args, kwargs, tie_weights=False
+            )
         return self.layer(*args, **kwargs)
 
     def _run_inside(self, forward: Callable[..., Any], bound: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:

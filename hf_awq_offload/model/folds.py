@@ -13,7 +13,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-SHARED = "its parameters, or those of what feeds it, are shared with another layer"
+SHARED = "its parameters, or those of what feeds it, are shared with another module"
 NOT_EXACT = "a scale would change what this layer yields: the proof failed"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.layer_statistics import GatheredStatistics
+from ..errors import NumericalError
 from ..model.folds import InputGroup, LayerStructure
 from ..nn.registry import linear_class
 from ..report import GroupReport, LayerReport
@@ -40,7 +41,20 @@ def quantize_with_statistics(
     statistics: GatheredStatistics,
     rounder: Rounder = round_and_pack,
 ) -> list[GroupReport]:
-    """Finds and folds scales for every group, then clips, rounds, packs and replaces every linear."""
+    """Finds and folds scales for every group, then clips, rounds, packs and replaces every linear.
+
+    Raises:
+        NumericalError: statistics of the layer, which it names, are out of the range that can be computed with.
+    """
+    try:
+        return _quantize_groups(context, structure, statistics, rounder)
+    except NumericalError as error:
+        raise NumericalError(f"{context.name}: {error}") from error
+
+
+def _quantize_groups(
+    context: LayerContext, structure: LayerStructure, statistics: GatheredStatistics, rounder: Rounder
+) -> list[GroupReport]:
     device = next(context.layer.parameters()).device  # statistics may be elsewhere, see budget.py
     searched = [
         (group, group_statistics, search_group_scale(context, group, group_statistics.to(device)))
@@ -69,7 +83,8 @@ def quantize_with_statistics(
                 nearest_mse=nearest_mse if own is group_statistics else {},
             )
             outcomes += [_quantize_stack(context, stack, scales, data, rounder) for stack in stacks(context, sharing)]
-        reports.append(_group_report(context, group, search, loss_nearest, outcomes))
+        tokens = min(statistics.tokens_behind(group, name) for name in names)
+        reports.append(_group_report(context, group, search, loss_nearest, outcomes, tokens))
     return reports
 
 
@@ -135,6 +150,7 @@ def _group_report(
     search: ScaleSearch,
     loss_nearest: float,
     outcomes: Sequence[StackOutcome],
+    tokens: int,
 ) -> GroupReport:
     clip_counts = [outcome.clip_counts for outcome in outcomes if outcome.clip_counts is not None]
     return GroupReport(
@@ -148,4 +164,6 @@ def _group_report(
         rows=sum(outcome.rows for outcome in outcomes),
         rows_nearest=sum(outcome.rows_nearest for outcome in outcomes),
         clip_counts=tuple(torch.stack(clip_counts).sum(dim=0).tolist()) if clip_counts else (),
+        tokens=tokens,
+        channels=context.linear(context.quantizable_of(group)[0]).in_features,
     )

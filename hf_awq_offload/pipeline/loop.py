@@ -46,6 +46,7 @@ from .run_record import RunRecord
 from .run_storage import RunStorage
 from .stack_rounding import Rounder, round_and_pack
 from .structures import Structures
+from .weight_checks import require_sound_weights
 
 logger = get_logger(__name__)
 
@@ -101,6 +102,7 @@ def _without_data(run: Run) -> list[LayerCommit]:
             continue
         start = time.perf_counter()
         with run.onloaded(name):
+            require_sound_weights(run.context(name))
             with record.timed("search", name):
                 groups = quantize_without_data(run.context(name))
             report = record.layer_report(name, groups, time.perf_counter() - start)
@@ -201,6 +203,7 @@ class _CalibratedLayers:
         context, outputs = run.context(name), None
         with run.onloaded(name) as layer, ExitStack() as closing_outputs:
             with record.timed("structure", name):
+                require_sound_weights(context)
                 structure = self.structures.of(context, self.inputs.probe_calls(name))
             with record.timed("forward", name):
                 outputs = self.inputs.next_writer()

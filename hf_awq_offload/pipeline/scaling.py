@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from ..model.folds import InputGroup, ProducerKind, absorb, storable_scale
 from ..search.scale import ScaleSearch, search_scale, without_scale
 from ..search.statistics import InputStatistics
 from .layer_context import LayerContext
+from .weight_checks import scalable_magnitude
 
 NO_PRODUCER = "no norm or linear was found that can absorb a scale of this input"
 NO_BETTER = "no scale is better than none"
@@ -34,18 +34,30 @@ def search_group_scale(context: LayerContext, group: InputGroup, statistics: Inp
     names = context.quantizable_of(group)
     weights = [context.weight(name) for name in names]
     grids = [context.grid(name) for name in names]
-    if group.fold is None or context.recipe.n_grid == 0:
+    fold = group.fold
+    if fold is None or context.recipe.n_grid == 0:
         return without_scale(weights, grids, statistics.gram, rows=weights[0].shape[1])
+    magnitudes = [weight.abs().amax(dim=0).float() for weight in weights]  # (in,) each
+    limits = [scalable_magnitude(grid, weight.dtype) for grid, weight in zip(grids, weights, strict=True)]
+
+    def storable(row_scale: Tensor) -> Tensor | None:
+        effective = storable_scale(context.layer, fold, row_scale)
+        if effective is None:
+            return None
+        scale = fold.channel_scale(effective)
+        largest = [float((magnitude * scale).max()) for magnitude in magnitudes]
+        return effective if all(most <= limit for most, limit in zip(largest, limits, strict=True)) else None
+
     return search_scale(
         weights,
         statistics,
         grids,
         n_grid=context.recipe.n_grid,
         duo_scaling=context.recipe.duo_scaling,
-        row_of_channel=group.fold.row_of_channel,
-        rows=group.fold.rows,
+        row_of_channel=fold.row_of_channel,
+        rows=fold.rows,
         with_feedback=context.recipe.rounding == "error_feedback",
-        storable=partial(storable_scale, context.layer, group.fold),
+        storable=storable,
     )
 
 

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import NumericalError
 from ..formats.grid import Grid, GroupParameters, GroupRange, group_parameters, group_range, quantize
 from ..nn.registry import linear_class
 from ..search.clip import STEP, STEPS, search_clip
 from ..search.rounding import FeedbackOrder, RoundedWeight, round_weight
 from .layer_context import LayerContext
 from .scaling import UNSCALED, LinearScales
+from .weight_checks import require_finite_result
 
 STACK_ELEMENTS = 2**26
 """Weights of several linears that are rounded together: 256 MiB for each fp32 temporary."""
@@ -74,18 +74,9 @@ def stacks(context: LayerContext, names: Sequence[str]) -> list[list[str]]:
 
 
 def scaled_linear(context: LayerContext, name: str, scales: LinearScales = UNSCALED) -> ScaledLinear:
-    """Returns a linear with its scales applied.
-
-    Raises:
-        NumericalError: the weight holds NaN or infinite values.
-    """
+    """Returns a linear with its scales applied."""
     linear = context.linear(name)
     weight = linear.weight.detach().float()
-    if not bool(torch.isfinite(weight).all()):
-        raise NumericalError(
-            f"The weight of {context.name}.{name} holds NaN or infinite values; expected finite ones. Repair the "
-            "checkpoint, or name the module in modules_to_not_convert."
-        )
     bias = None if linear.bias is None else linear.bias.detach()
     if scales.channels is not None:
         weight = weight * scales.channels
@@ -150,12 +141,12 @@ def _packed(
     rows = _rows(stack)
     linear_type = linear_class(context.recipe.checkpoint_format)
     parts = zip(stack, codes.split(rows), *(tensor.split(rows) for tensor in parameters), strict=True)
-    return [
-        linear_type.from_codes(
-            own_codes, GroupParameters(*own), linear.bias, grid, context.linear(linear.name).weight.dtype
-        )
-        for linear, own_codes, *own in parts
-    ]
+    packed: list[nn.Linear] = []
+    for linear, own_codes, *own in parts:
+        own_parameters, dtype = GroupParameters(*own), context.linear(linear.name).weight.dtype
+        require_finite_result(context, linear.name, own_codes, own_parameters, grid)
+        packed.append(linear_type.from_codes(own_codes, own_parameters, linear.bias, grid, dtype))
+    return packed
 
 
 def _rows(stack: Stack) -> list[int]:

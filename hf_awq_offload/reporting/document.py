@@ -86,6 +86,8 @@ def summary_of(report: QuantizationReport) -> dict[str, Any]:
         "loss_scaled": everything.loss_scaled,
         "loss": everything.loss,
         "loss_ratio": _share(everything.loss, everything.loss_nearest),
+        "loss_caveat": report.loss_caveat,
+        "few_token_groups": sum(group.has_few_tokens for group in everything.groups),
         "identity_groups": identity,
         "identity_share": _share(identity, len(everything.groups)),
         "identity_reasons": everything.reasons,

@@ -74,6 +74,7 @@ def page_of(report: QuantizationReport, document: Mapping[str, Any], charts: Seq
         f"<p>{escape(document['quantizer'])}, {escape(document['created'])}, on {escape(document['device'])}</p>",
         _figures(document),
         *([] if document["summary"]["loss_nearest"] else [NO_LOSSES]),
+        _caveat(document["summary"]),
         *(_figure(chart) for chart in charts),
         _reasons(document["summary"]),
         _layers(report),
@@ -93,6 +94,11 @@ def page_of(report: QuantizationReport, document: Mapping[str, Any], charts: Seq
 
 
 NO_LOSSES = "<p>Quantized without calibration data: there are no losses to show.</p>"
+
+
+def _caveat(summary: Mapping[str, Any]) -> str:
+    caveat = summary["loss_caveat"]
+    return "" if caveat is None else f'<p id="loss-caveat"><strong>Losses: {escape(caveat)}.</strong></p>'
 
 
 def _colours() -> str:

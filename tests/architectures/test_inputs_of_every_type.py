@@ -6,7 +6,7 @@ features that are added between layers, cross-attention to the image.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,7 +64,7 @@ class Watcher:
         for handle in handles:
             handle.remove()
 
-    def set_counted_tokens(self, counted: Tensor | None) -> None:
+    def set_counted_tokens(self, counted: Tensor | None, sequences: Sequence[int] = ()) -> None:
         self.seen.append([])
 
     def _hook(self, name: str):

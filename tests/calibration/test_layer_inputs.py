@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -125,7 +125,7 @@ class Watcher:
         for handle in handles:
             handle.remove()
 
-    def set_counted_tokens(self, counted: Tensor | None) -> None:
+    def set_counted_tokens(self, counted: Tensor | None, sequences: Sequence[int] = ()) -> None:
         assert counted is None
         self.seen.append([])
 

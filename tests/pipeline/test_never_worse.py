@@ -137,6 +137,9 @@ INPUTS: dict[str, Callable[[], Tensor]] = {
     "opposite channels": lambda: random(TOKENS, 1) * torch.tensor([1.0, -1.0]).repeat(IN // 2),
     "small": lambda: random(TOKENS, IN) * 1e-4,
     "large": lambda: random(TOKENS, IN) * 1e4,
+    "denormal": lambda: random(TOKENS, IN) * 1e-40,
+    "squares that are denormal": lambda: random(TOKENS, IN) * 1e-21,
+    "squares near the end of fp32": lambda: random(TOKENS, IN) * 1e17,
     "one outlying token": lambda: torch.cat([random(TOKENS, IN), random(1, IN, seed=1) * 1e3]),
 }
 WEIGHTS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
@@ -147,6 +150,8 @@ WEIGHTS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "constant": lambda: (torch.full((OUT, IN), 0.3), torch.full((OUT, IN), -0.3)),
     "one huge column": lambda: (random(OUT, IN, seed=2) * 0.1, with_channels(random(OUT, IN, seed=3) * 0.1, 50.0, 9)),
     "tiny": lambda: (random(OUT, IN, seed=2) * 1e-5, random(OUT, IN, seed=3) * 1e-5),
+    "denormal": lambda: (random(OUT, IN, seed=2) * 1e-40, random(OUT, IN, seed=3)),
+    "single outliers": lambda: (with_channels(random(OUT, IN, seed=2), 1e4, 9), random(OUT, IN, seed=3) * 1e-4),
     "far from zero": lambda: (random(OUT, IN, seed=2) * 0.01 + 3, random(OUT, IN, seed=3)),
 }
 
