@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.durable import remove_link
 from ..checkpoint.safetensors import bytes_of
 from ..errors import ModelStructureError, StorageError
 
@@ -68,6 +69,8 @@ class HiddenWriter:
         self.dtype: torch.dtype | None = None
         self._batches: list[Tensor] = []
         self._digest = hashlib.sha256()
+        if file is not None:
+            remove_link(file)
         self._opened = None if file is None else file.open("wb")
 
     def append(self, batch: Tensor) -> None:
