@@ -14,8 +14,11 @@ MAX_DEPTH = 64
 """Brackets within brackets. Files of checkpoints have about six; functions that recurse get on with this many."""
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, strict: bool = False) -> Any:
     """Returns the value of a JSON text, UTF-8 if it is bytes.
+
+    `strict` refuses what is no JSON, and Python takes for it: NaN and Infinity, which config files of transformers have,
+    and halves of a UTF-16 pair.
 
     Raises:
         json.JSONDecodeError (a ValueError): it is no JSON.
@@ -25,10 +28,14 @@ def parse_json(text: str | bytes) -> Any:
     if isinstance(text, bytes | bytearray):
         text = text.decode("utf-8")
     try:
-        value = json.loads(text, object_pairs_hook=_without_doubles)
+        value = json.loads(
+            text, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant if strict else float
+        )
     except RecursionError:
         raise _too_deep() from None
     _require_shallow(value)
+    if strict and "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
 
 
@@ -39,6 +46,10 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"an object has the key {twice[:80]!r} twice")
     return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _require_shallow(value: Any) -> None:

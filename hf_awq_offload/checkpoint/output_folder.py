@@ -104,7 +104,11 @@ def output_folder(
     """
     if not os.fspath(path):
         raise ConfigError(f"{field} is empty; name the folder for the result.")
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+        target.exists()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{field} is {os.fspath(path)[:200]!r}, which can't be a folder ({error}).") from error
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{field} {path} is a file; name a folder.")
     reason = _why_irreplaceable(target, kept or {})

@@ -82,7 +82,7 @@ def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
             size = os.fstat(opened.fileno()).st_size
             if size < 8 + length:
                 raise ValueError(f"{size} bytes, where its header alone takes {length}")
-            header = parse_json(opened.read(length))
+            header = parse_json(opened.read(length), strict=True)
         places = _places(path, header, 8 + length, size)
     except CheckpointError:
         raise
@@ -95,6 +95,9 @@ def _places(path: Path, header: Any, first: int, size: int) -> dict[str, TensorP
     """Returns the places of a file of `size` bytes whose tensors begin at byte `first`; ValueError if that can't be."""
     if not isinstance(header, dict):
         raise ValueError(f"its header is a {type(header).__name__}")
+    metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no texts by name")
     places = {name: _place(path, name, entry, first) for name, entry in header.items() if name != "__metadata__"}
     end = first
     for name, place in sorted(places.items(), key=lambda entry: entry[1][3:]):

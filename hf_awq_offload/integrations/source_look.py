@@ -29,6 +29,7 @@ from ..formats.source import SourceFormat
 from ..logs import get_logger
 from ..model.mtp_layer import MtpLayer
 from .carrying import carried, carried_names
+from .config_look import require_readable_config
 from .load_call import LoadCall, current_call
 from .mtp_matching import place_mtp_layer
 from .source_fit import SourceFit, fit, require_all_weights
@@ -64,6 +65,8 @@ def look_at_folder(call: LoadCall) -> None:
     files, index = files_in(folder, call.arguments.get("variant"), call.arguments.get("use_safetensors"))
     if files and files[0].suffix == ".safetensors":
         call.opened = open_source(files, fields_beside(files[0]), index)
+        if not call.arguments.get("trust_remote_code") and "config" not in call.arguments:
+            require_readable_config(folder, len(call.opened.tensors))
 
 
 def check_dtype(dtype: Any) -> None:
@@ -186,6 +189,8 @@ def look_at_source(
         ModelStructureError: the class loads a part of the checkpoint only.
     """
     call = current_call()
+    if call is not None:
+        call.is_built = True
     files = [Path(file) for file in checkpoint_files or ()]
     key_mapping = None if call is None else call.arguments.get("key_mapping")
 
