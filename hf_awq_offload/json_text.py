@@ -17,8 +17,8 @@ MAX_DEPTH = 64
 def parse_json(text: str | bytes, strict: bool = False) -> Any:
     """Returns the value of a JSON text, UTF-8 if it is bytes.
 
-    `strict` refuses what is no JSON, and Python takes for it: NaN and Infinity, which config files of transformers have,
-    and halves of a UTF-16 pair.
+    `strict` refuses what is no JSON, and Python takes for it: NaN and Infinity, which config files of transformers
+    have, and halves of a UTF-16 pair.
 
     Raises:
         json.JSONDecodeError (a ValueError): it is no JSON.

@@ -124,7 +124,7 @@ def _remembered(
     @functools.wraps(method)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         has_recipe = isinstance(kwargs.get("quantization_config"), AwqOffloadConfig)
-        if has_recipe and kwargs.get("trust_remote_code") is None and not _can_be_asked():
+        if has_recipe and kwargs.get("trust_remote_code") is None and not can_be_asked():
             kwargs["trust_remote_code"] = False  # transformers would wait for an answer
         bound = signature.bind_partial(cls, *args, **kwargs).arguments
         named = {name: value for name, value in bound.items() if name not in ("cls", "model_args", "kwargs")}
@@ -156,7 +156,7 @@ def _bounded(call: LoadCall) -> AbstractContextManager[None]:
     return building(len(call.opened.tensors), lambda: call.is_built)
 
 
-def _can_be_asked() -> bool:
+def can_be_asked() -> bool:
     """Whether there is a terminal at which a user can answer."""
     try:
         return sys.stdin is not None and sys.stdin.isatty()
