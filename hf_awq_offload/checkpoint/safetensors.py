@@ -213,10 +213,14 @@ class TensorFile:
         self._ranges = {name: tuple(first + at for at in header[name]["data_offsets"]) for name in self.names}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes a tensor with the dtype and shape that were announced."""
+        """Writes a tensor with the dtype and shape that were announced; CheckpointError if it has another size."""
         start, end = self._ranges[name]
         data = bytes_of(tensor.contiguous())
-        assert len(data) == end - start, name
+        if len(data) != end - start:
+            raise CheckpointError(
+                f"{name} has {len(data)} bytes, and {end - start} were announced for it: the checkpoint contradicts "
+                "itself. Get it again."
+            )
         self._opened.seek(start)
         self._opened.write(data)
 

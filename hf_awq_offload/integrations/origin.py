@@ -128,7 +128,7 @@ def _answered(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def require_files_inside(model: PreTrainedModel, files: Iterable[str | os.PathLike[str]]) -> None:
+def _require_files_inside(model: PreTrainedModel, files: Iterable[str | os.PathLike[str]]) -> None:
     """Checks that the files that transformers has chosen lie in the folder that the model is loaded from.
 
     transformers follows the names in an index wherever they lead. Links in the folder are followed: its owner made
@@ -156,14 +156,19 @@ def origin_of(model: PreTrainedModel, checkpoint_files: Iterable[str | os.PathLi
         model: its config says from which folder or repository.
         checkpoint_files: the files of its weights, if they are known. Their place in the hub's cache tells the commit
             where nothing else does.
+
+    Raises:
+        CheckpointError: one of these files is not in the folder that the model is loaded from.
     """
+    files = list(checkpoint_files or ())
+    _require_files_inside(model, files)
     source = str(model.config.name_or_path or "")
     call = enclosing_call()
     if call is None and model in _origins:
         known = _origins[model]
         return known if known.source == source else Origin(source)
     arguments = {} if call is None else call.hub_arguments
-    file = next((Path(path).absolute().as_posix() for path in checkpoint_files or ()), "")
+    file = next((Path(path).absolute().as_posix() for path in files), "")
     in_cache = None if os.path.isdir(source) else IN_CACHE.fullmatch(file)
     revision = arguments.get("revision")
     commit = getattr(revision, "resolved", None) or getattr(model.config, "_commit_hash", None)

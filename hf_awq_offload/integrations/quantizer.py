@@ -48,7 +48,7 @@ from .linear_choice import modules_not_converted, renaming_of
 from .load_call import is_only_loading
 from .loading import keep_gemm, to_gemm_converter
 from .mtp_results import without_mtp
-from .origin import Origin, origin_of, require_files_inside
+from .origin import Origin, origin_of
 from .placement import Placement
 from .preparation import Preparation, require_decoder_only
 from .quantized_source import prepare_quantized
@@ -118,7 +118,6 @@ class AwqOffloadQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.model, files = model, kwargs.get("checkpoint_files")
-        require_files_inside(model, files or ())
         self.origin = origin_of(model, files)
         peft.register()
         if self.placement is None:

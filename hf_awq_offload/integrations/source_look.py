@@ -48,7 +48,8 @@ def look_at_folder(call: LoadCall) -> None:
 
     Raises:
         ConfigError: the dtype is none.
-        CheckpointError: there are no weights, a file is missing or damaged, or the quantization can't be undone.
+        CheckpointError: there are no weights, a file is missing or damaged, config.json says nonsense, or the
+            quantization can't be undone.
         ModelStructureError: the folder holds adapters, and the weights are to stay on the disk.
     """
     check_dtype(call.arguments.get("dtype", call.arguments.get("torch_dtype")))
@@ -60,7 +61,11 @@ def look_at_folder(call: LoadCall) -> None:
             refuse_adapters(call.source)
         if not (folder / CONFIG_NAME).exists():
             return  # transformers loads the model that they adapt
-    if not (folder / CONFIG_NAME).exists() or "transformers_weights" in read_json(folder / CONFIG_NAME):
+    if not (folder / CONFIG_NAME).exists():
+        if "config" in call.arguments:
+            return
+        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}; expected the folder of a checkpoint.")
+    if "transformers_weights" in read_json(folder / CONFIG_NAME):
         return
     files, index = files_in(folder, call.arguments.get("variant"), call.arguments.get("use_safetensors"))
     if files and files[0].suffix == ".safetensors":
