@@ -194,7 +194,8 @@ def companions(
         same_model: the checkpoint only changes its format, so that its card, pictures and other tools' quantization
             configs stay valid.
     """
-    modules = module_folders(read_text(MODULES_NAME)) if MODULES_NAME in sizes else frozenset()
+    is_read = MODULES_NAME in sizes and (sizes[MODULES_NAME] or 0) <= MOST_TEXT_BYTES
+    modules = module_folders(read_text(MODULES_NAME)) if is_read else frozenset()
     reasons = {path: why_left_out(path, size_bytes, modules) for path, size_bytes in sizes.items()}
     if same_model:
         reasons = {path: None if reason in _OF_THE_SAME_MODEL else reason for path, reason in reasons.items()}

@@ -50,8 +50,8 @@ class HiddenStates:
         sequences = [sequence for batch in self.batches for sequence in batch.unbind(0)]
         if sum(sizes) != len(sequences):
             raise JournalError(
-                f"There are hidden states of {len(sequences)} sequences; expected {sum(sizes)}. The journal was changed "
-                "after the run: delete its folder to quantize from the start."
+                f"There are hidden states of {len(sequences)} sequences; expected {sum(sizes)}. The journal was "
+                "changed after the run: delete its folder to quantize from the start."
             )
         groups = torch.arange(len(sequences)).split(list(sizes))
         if self.file is not None:

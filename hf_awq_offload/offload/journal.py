@@ -30,10 +30,9 @@ from torch import Tensor
 from ..checkpoint.durable import PARTIAL_SUFFIX, file_digest, flush_directory, holder_of, locked, replacing
 from ..checkpoint.safetensors import read_tensor, tensor_places
 from ..errors import JournalError, StorageError
-from ..json_text import parse_json
 from ..logs import get_logger
 from .hidden_states import HiddenStates, HiddenWriter
-from .journal_commits import hidden_name, layer_name, sealed, unsealed
+from .journal_commits import hidden_name, layer_name, parse_regular, sealed, unsealed
 from .journal_header import differences
 
 logger = get_logger(__name__)
@@ -112,7 +111,7 @@ class Journal:
 
     def _compare(self, path: Path, header: Mapping[str, Any]) -> None:
         try:
-            existing = parse_json(path.read_bytes())
+            existing = parse_regular(path)
             if not isinstance(existing, dict):
                 raise ValueError("no JSON object")
         except ValueError as error:

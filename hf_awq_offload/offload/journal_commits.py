@@ -46,7 +46,7 @@ def unsealed(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it was changed, or says what no run writes.
     """
-    outer = _object("the file", parse_json(path.read_bytes()))
+    outer = _object("the file", parse_regular(path))
     text = outer.get("commit")
     if not isinstance(text, str):
         raise ValueError("it has no commit")
@@ -63,6 +63,13 @@ def unsealed(path: Path) -> dict[str, Any]:
         _check_hidden(_object("hidden", entry["hidden"]), hidden_name(index + 1))
     _check_report(_object("report", entry.get("report")), entry["name"])
     return entry
+
+
+def parse_regular(path: Path) -> Any:
+    """Returns the JSON value in a file of the journal; raises ValueError if it is none, or a link or pipe."""
+    if path.is_symlink() or not path.is_file():
+        raise ValueError("it is no regular file")
+    return parse_json(path.read_bytes())
 
 
 def _check_file(entry: Mapping[str, Any], name: str) -> None:

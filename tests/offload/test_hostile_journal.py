@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -100,9 +101,10 @@ def test_a_forged_commit_is_left_out_and_the_layer_quantized_again(what, folder,
     assert "layer-00001.json can't be read" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "text", ["[" * 50_000, "[]", '{"commit": 3}', '{"commit": "{}", "sha256": 5}', "\xff"], ids=range(5)
-)
+NO_COMMITS = ["[" * 50_000, "[]", '{"commit": 3}', '{"commit": "{}", "sha256": 5}', "\xff"]
+
+
+@pytest.mark.parametrize("text", NO_COMMITS, ids=range(5))
 def test_a_commit_that_is_none_is_left_out(text, folder):
     (folder / "layer-00001.json").write_text(text, encoding="latin-1")
     assert found(folder) == ["layers.0"]
@@ -126,9 +128,17 @@ def test_a_link_in_the_place_of_the_lock_is_not_written_through(folder, tmp_path
     assert mine.read_text() == "mine"
 
 
-def test_a_pipe_in_the_place_of_the_lock_is_not_waited_for(folder):
-    import os
+def test_pipes_in_the_place_of_files_are_not_waited_for(folder):
+    (folder / "layer-00001.json").unlink()
+    os.mkfifo(folder / "layer-00001.json")
+    assert found(folder) == ["layers.0"]
+    (folder / "journal.json").unlink()
+    os.mkfifo(folder / "journal.json")
+    with pytest.raises(JournalError, match="no regular file"):
+        found(folder)
 
+
+def test_a_pipe_in_the_place_of_the_lock_is_not_waited_for(folder):
     (folder / "journal.lock").unlink()
     os.mkfifo(folder / "journal.lock")
     with pytest.raises(StorageError, match="regular file"):
