@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint docs package clean
+.PHONY: demo test test-optimized fuzz lint docs package clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hf_awq_offload demo
@@ -14,6 +14,16 @@ demo: $(INSTALLED)
 # One thread to a process: OpenMP threads of several processes on few cores wait for each other at full load.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+
+# The package as `python -O` runs it, without its asserts (tests/optimized.py).
+test-optimized: $(INSTALLED)
+	TEST_OPTIMIZED=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup tests/cli tests/formats \
+	    tests/checkpoint tests/fuzz tests/integrations/test_typos.py tests/offload/test_hostile_journal.py \
+	    tests/test_config.py tests/test_optimized.py
+
+# A million inputs take half an hour; `make test` runs a few thousand.
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

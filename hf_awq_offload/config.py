@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -62,6 +63,8 @@ class AwqOffloadConfig(RecipeFields, QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         """Like the base class, but check `quant_method`, which a serialized config carries, and drop it first."""
+        if not isinstance(config_dict, Mapping) or not all(isinstance(name, str) for name in config_dict):
+            raise ConfigError(f"The recipe is a {type(config_dict).__name__}; expected a dict of fields and values.")
         config_dict = dict(config_dict)
         method = config_dict.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:

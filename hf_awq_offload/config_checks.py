@@ -7,7 +7,6 @@ what to pass; `checked_...` functions return the value in the form in which the 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +14,12 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 
 from .errors import ConfigError
+from .formats.name_patterns import fault_in
 
 
 def check_is_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """ConfigError unless `value` is in `allowed`."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ConfigError(f"{name} is {value!r}; pass one of {', '.join(map(repr, allowed))}.")
 
 
@@ -50,6 +50,12 @@ def check_folder(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is {value!r}; pass the path of a folder, or None.")
     if not os.fspath(value):
         raise ConfigError(f"{name} is an empty string; pass the path of a folder, or None.")
+    try:
+        is_path = b"\0" not in os.fsencode(value)
+    except UnicodeError:
+        is_path = False
+    if not is_path:
+        raise ConfigError(f"{name} is {value!r}, which no file system has; pass the path of a folder, or None.")
 
 
 def check_dataset(dataset: Any) -> None:
@@ -92,13 +98,12 @@ def checked_module_names(names: Any) -> list[str] | None:
             f"modules_to_not_convert is {checked!r}; every entry must be a non-empty string, such as 'lm_head'."
         )
     for name in checked:
-        try:
-            re.compile(name)
-        except re.error as error:
+        fault = fault_in(name)
+        if fault is not None:
             raise ConfigError(
-                f"modules_to_not_convert has the entry {name!r}, which is no regular expression ({error}); pass names "
-                "of modules, with a backslash before characters such as brackets."
-            ) from error
+                f"modules_to_not_convert has the entry {name[:200]!r}, which is no regular expression ({fault}); pass "
+                "names of modules, with a backslash before characters such as brackets."
+            )
     return checked
 
 
@@ -125,7 +130,7 @@ def checked_memory_limits(limits: Any) -> dict[str, int | str] | None:
             limit_bytes = convert_file_size_to_int(limit)
             if isinstance(limit, bool) or limit_bytes <= 0:
                 raise ValueError("not a positive size")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise ConfigError(
                 f"max_memory is {limits!r}: {limit!r} is no size; pass a positive number of bytes, or a text such as "
                 "'8GiB'."
@@ -142,7 +147,7 @@ def checked_device(device: Any) -> str | None:
         if not isinstance(device, str | int | torch.device):
             raise TypeError(f"a {type(device).__name__}")
         parsed = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"execution_device is {device!r}, which torch does not know ({str(error).splitlines()[0]}); pass "
             "'cuda', 'cuda:1', 'xpu', 'mps', 'cpu', or None for the accelerator if there is one."

@@ -12,8 +12,9 @@ if __name__ == "__main__" and sys.argv[1:]:
     PACKAGE = Path(sys.argv[1]).resolve()
 
 LEVELS: list[list[str]] = [
-    ["dtype_names", "errors", "logs", "messages", "report"],
-    ["config_checks", "formats", "recipe_fields"],
+    ["dtype_names", "errors", "json_text", "logs", "messages", "report"],
+    ["formats", "recipe_fields"],
+    ["config_checks"],
     ["checkpoint", "ops", "search"],
     ["config"],
     ["nn"],

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import AwqOffloadConfig
 from ..errors import CalibrationDataError
+from ..json_text import parse_json
 from .documents import names_of, require_one_form, type_name
 
 OPTIMUM_NAMES = ("wikitext2", "c4", "c4-new")
@@ -162,7 +163,7 @@ def _read_json(path: Path) -> list[Any]:
     """Reads a list, a single object, or one value per line (which often has this suffix by mistake)."""
     text = path.read_text(encoding="utf-8-sig")
     try:
-        parsed = json.loads(text)
+        parsed = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise CalibrationDataError(_json_message(path, error.lineno, error)) from error
@@ -179,9 +180,13 @@ def _parse_lines(path: Path, lines: Iterable[str]) -> Iterator[Any]:
     for line_number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield json.loads(line)
+                yield parse_json(line)
             except json.JSONDecodeError as error:
                 raise CalibrationDataError(_json_message(path, line_number, error)) from error
+            except ValueError as error:
+                raise CalibrationDataError(
+                    f"{path}, line {line_number}: {error}. Correct or remove that line."
+                ) from error
 
 
 def _json_message(path: Path, line_number: int, error: json.JSONDecodeError) -> str:

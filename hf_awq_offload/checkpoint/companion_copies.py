@@ -88,6 +88,9 @@ def copy_companions(source: Path, chosen: Iterable[str], target: Path, *, is_sec
         copy = target / path
         if os.path.lexists(copy):
             continue
+        if not copy.parent.resolve().is_relative_to(target.resolve()):
+            logger.warning(f"Not copied to {target}: {path}. {copy.parent} is a link out of this folder.")
+            continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, copy)
         copied.append(path)
@@ -129,6 +132,11 @@ def tell(source: str, found: Companions, out_of_reach: Mapping[str, str] | None 
 def read_text(path: Path) -> str:
     """Returns a file's text, "" if there is no such file; what is no UTF-8 in it is replaced."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def is_reachable(path: Path, folder: Path) -> bool:
+    """Whether a file is in a checkpoint's folder, and no link out of it; see `listed`."""
+    return path.is_file() and path.resolve().is_relative_to(_reachable_from(folder))
 
 
 def _reachable_from(folder: Path) -> Path:

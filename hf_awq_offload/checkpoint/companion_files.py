@@ -17,13 +17,14 @@ Pictures, sounds and tensors are kept all the same if code or a config that come
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
+
+from ..json_text import parse_json
 
 MOST_BYTES = 50_000_000
 """Size up to which a file of an unknown kind comes along."""
@@ -193,7 +194,8 @@ def companions(
         same_model: the checkpoint only changes its format, so that its card, pictures and other tools' quantization
             configs stay valid.
     """
-    modules = module_folders(read_text(MODULES_NAME)) if MODULES_NAME in sizes else frozenset()
+    is_read = MODULES_NAME in sizes and (sizes[MODULES_NAME] or 0) <= MOST_TEXT_BYTES
+    modules = module_folders(read_text(MODULES_NAME)) if is_read else frozenset()
     reasons = {path: why_left_out(path, size_bytes, modules) for path, size_bytes in sizes.items()}
     if same_model:
         reasons = {path: None if reason in _OF_THE_SAME_MODEL else reason for path, reason in reasons.items()}
@@ -215,7 +217,7 @@ def module_folders(modules_json: str) -> frozenset[str]:
     Their weights, such as those of a Dense module, are part of the model. An unreadable file names none.
     """
     try:
-        entries = [(str(entry["path"]).strip("/"), str(entry["type"])) for entry in json.loads(modules_json)]
+        entries = [(str(entry["path"]).strip("/"), str(entry["type"])) for entry in parse_json(modules_json)]
     except (ValueError, TypeError, KeyError):
         return frozenset()
     return frozenset(path for path, kind in entries if path and kind.rpartition(".")[2] != "Transformer")

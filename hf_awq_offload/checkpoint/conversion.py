@@ -36,7 +36,7 @@ from .config_file import completed, text_of
 from .dense_modules import DenseModules, dense_modules
 from .inspection import inspect_checkpoint
 from .layout_checks import FLOAT_DTYPES
-from .opened import CONFIG_NAME, Checkpoint, open_checkpoint
+from .opened import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from .output_folder import output_folder
 from .renaming import Renaming
 from .safetensors import INDEX_NAME, tensor_places, writing
@@ -200,11 +200,12 @@ class _Conversion:
         path = self.checkpoint.folder / INDEX_NAME
         if not path.exists():
             return
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         sizes = (
             place.end - place.start for file in folder.glob("*.safetensors") for place in tensor_places(file).values()
         )
-        index["metadata"] = {**index.get("metadata", {}), "total_size": sum(sizes)}
+        metadata = index.get("metadata")
+        index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": sum(sizes)}
         index["weight_map"] = weight_map
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / INDEX_NAME).write_text(text, encoding="utf-8")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
     After an error inside, `path` is unchanged and the other file is gone.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    remove_link(partial)
     try:
         yield partial
         with partial.open("rb") as opened:
@@ -33,6 +36,12 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     flush_directory(path.parent)
+
+
+def remove_link(path: Path) -> None:
+    """Removes a link that stands where a file is to be written, so that what it leads to is not overwritten."""
+    if path.is_symlink():
+        path.unlink()
 
 
 def flush_directory(directory: Path) -> None:
@@ -56,13 +65,17 @@ def locked(path: Path) -> Any:
 
     Raises:
         BlockingIOError: another process holds the lock; `holder_of` says which.
+        OSError: the file can't be opened, or is a link: what it leads to would be overwritten.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    opened = path.open("a", encoding="utf-8")  # "w" would erase the holder's name
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    opened = os.fdopen(descriptor, "a", encoding="utf-8")  # not truncated: that would erase the holder's name
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "a lock has to be a regular file", str(path))
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:
         opened.close()

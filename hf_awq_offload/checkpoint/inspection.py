@@ -145,7 +145,7 @@ def _layer_bytes(places: dict[str, TensorPlace]) -> dict[str, int]:
         match = LAYER.match(name)
         layer = match[1] if match else "outside"
         sizes[layer] = sizes.get(layer, 0) + place.end - place.start
-    return dict(sorted(sizes.items(), key=lambda entry: [int(p) if p.isdigit() else 0 for p in entry[0].split(".")]))
+    return dict(sorted(sizes.items(), key=lambda entry: [int(p) if p.isdecimal() else 0 for p in entry[0].split(".")]))
 
 
 # -- packed linears ----------------------------------------------------------------------------------------------------
@@ -178,11 +178,17 @@ def _features(checkpoint: Checkpoint, linear: str) -> tuple[int, int]:
         name = f"{linear}.weight_shape"
         if name not in checkpoint.places:
             raise CheckpointError(f"{name} is missing")
+        if checkpoint.places[name].shape != (2,) or checkpoint.places[name].dtype not in ("I64", "I32"):
+            raise CheckpointError(f"{name} is {checkpoint.headers[name]}; expected two integers, out and in")
         out_features, in_features = checkpoint.read(name).tolist()
+        if min(out_features, in_features) < 1:
+            raise CheckpointError(f"{name} says {out_features} × {in_features}; expected positive numbers")
         return in_features, out_features
     shape = checkpoint.places[f"{linear}.qweight"].shape
     if len(shape) != 2:
         raise CheckpointError(f"{linear}.qweight has the shape {shape}; expected two dimensions")
+    if 0 in shape:
+        raise CheckpointError(f"{linear}.qweight has the shape {shape}; expected positive sizes")
     return features_of(config.version, (shape[0], shape[1]))
 
 

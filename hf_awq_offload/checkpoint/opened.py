@@ -5,7 +5,7 @@ No model is built. Names are those in the checkpoint.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +21,16 @@ from ..formats.compressed_tensors_config import PackedCheckpointConfig
 from ..formats.dtypes import DTYPES
 from ..formats.grid_choice import GridChoice
 from ..formats.layouts import COMPRESSED_TENSORS, find_tensors, names_in
+from ..json_text import parse_json
 from .layout_checks import TensorHeader, packed_prefixes
 from .safetensors import INDEX_NAME, TensorPlace, read_tensor, tensor_places
 
 CONFIG_NAME = "config.json"
 AWQ = "awq"
+MAX_JSON_BYTES = 100_000_000
+"""An index of a million tensors is smaller."""
+FILE_NAME = re.compile(r"(?!\.)[^/\\:]{1,255}")
+"""Matches the name of a file in the index's own folder, on any system."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,13 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file can't be read, or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no regular file")
+        with path.open("rb") as opened:
+            text = opened.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"it is longer than {MAX_JSON_BYTES} bytes")
+        value = parse_json(text)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read ({error}); get the checkpoint again.") from error
     if not isinstance(value, dict):
@@ -119,6 +130,15 @@ def quantization_fields(config: dict[str, Any]) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
+def require_fields(config: dict[str, Any]) -> None:
+    """Raises CheckpointError if config.json has a quantization config that is no JSON object, and so says nothing."""
+    for name in ("quantization_config", "compression_config"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise CheckpointError(
+                f"{name} in config.json is {str(config[name])[:200]!r}; expected a JSON object. Correct config.json."
+            )
+
+
 def parsed_quantization(config: dict[str, Any]) -> AwqCheckpointConfig | PackedCheckpointConfig | None:
     """The quantization config; None if the checkpoint is in full precision or quantized by another method.
 
@@ -126,11 +146,12 @@ def parsed_quantization(config: dict[str, Any]) -> AwqCheckpointConfig | PackedC
         CheckpointError: the method is known, but this package can't read the rest.
     """
     fields = quantization_fields(config) or {}
+    require_fields(config)
     method = fields.get("quant_method")
     if method == AWQ:
         try:
             parsed = AwqConfig.from_dict({name: value for name, value in fields.items() if name != "quant_method"})
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # of any kind: transformers does not check what the fields hold
             raise CheckpointError(f"transformers refuses quantization_config: {error}. Correct config.json.") from error
         return AwqCheckpointConfig.from_awq_config(parsed)
     return PackedCheckpointConfig.from_dict(fields) if method == COMPRESSED_TENSORS else None
@@ -146,10 +167,10 @@ def weight_map(index: Path) -> dict[str, str]:
     if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files; get the checkpoint again.")
     for file in set(entries.values()):
-        if Path(file).name != file:
+        if not FILE_NAME.fullmatch(file) or not file.isprintable() or len(file.encode()) > 255:
             raise CheckpointError(
-                f"{index} names the file {file!r}; expected files beside it. Don't use this checkpoint: it reaches out "
-                "of its folder."
+                f"{index} names the file {file[:300]!r}; expected names of files beside it. Don't use this checkpoint: "
+                "it reaches out of its folder."
             )
     return entries
 

@@ -35,6 +35,10 @@ CHECKPOINT_NAMES = re.compile(
     """,
     re.VERBOSE,
 )
+WRITTEN_NAMES = re.compile(
+    r".+\.safetensors(\.index\.json)?|(generation_)?config\.json|README\.md|awq_losses\.png|.+\.partial"
+)
+"""What saving a model overwrites; other files that are there stay."""
 NEVER_COPIED = frozenset([Reason.HIDDEN, Reason.TRAINING, Reason.DATA, Reason.PRIVATE])
 CHECKPOINT_FOLDERS = {"additional_chat_templates": re.compile(r".+\.jinja")}
 """Folder inside a checkpoint -> names of the files in it."""
@@ -117,7 +121,11 @@ def output_folder(
     """
     if not os.fspath(path):
         raise ConfigError(f"{field} is empty; name the folder for the result.")
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+        target.exists()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{field} is {os.fspath(path)[:200]!r}, which can't be a folder ({error}).") from error
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{field} {path} is a file; name a folder.")
     above = next(folder for folder in (target, *target.parents) if folder.exists())
@@ -139,6 +147,20 @@ def output_folder(
                 "would be deleted. Nothing was changed. Name another folder, or move that file elsewhere."
             )
     return target
+
+
+def require_no_links(folder: Path) -> None:
+    """Checks that saving a model to an existing folder overwrites no file elsewhere, such as those of the hub's cache.
+
+    Raises:
+        ConfigError: a file that would be written is a link. Nothing was changed.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_symlink() and WRITTEN_NAMES.fullmatch(path.name):
+            raise ConfigError(
+                f"{folder} holds {path.name}, a link to {os.readlink(path)}, which would be overwritten; nothing was "
+                "changed. Save to another folder, or remove the link."
+            )
 
 
 def _why_irreplaceable(target: Path, kept: Mapping[str, PathLike | None]) -> str | None:

@@ -10,6 +10,7 @@ holds the interpreter's lock while it copies, so reading ahead in a thread would
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,13 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..formats.dtypes import DTYPES, shape_in_torch, size_bytes
+from ..json_text import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's limit, too; a longer header means that this is another kind of file."""
+MAX_SIZE = 2**63 - 1
+"""The largest size of a dimension and offset that torch and the system take."""
+MAX_NAME_CHARACTERS = 1000
 LFS_POINTER = b"version https://git-lfs"
 """What the text begins with that stands in the place of a file that git-lfs keeps."""
 COPY_BYTES = 1 << 22
@@ -54,11 +59,16 @@ class TensorPlace(NamedTuple):
 def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
     """Name -> place of every tensor in a safetensors file.
 
+    What the library refuses is refused here, too: tensors that share bytes, gaps between them, and bytes after the last
+    one. Readers would disagree about such files, and a small one could ask for any amount of memory.
+
     Raises:
-        CheckpointError: the file is not a safetensors file, or is shorter than its header says.
+        CheckpointError: the file can't be read, is not a safetensors file, or has another size than its header says.
     """
     path = Path(file)
     try:
+        if not path.is_file():  # a folder, or a pipe, which would be waited for
+            raise ValueError("there is no regular file of this name")
         with path.open("rb") as opened:
             first_bytes = opened.read(8)
             if first_bytes == LFS_POINTER[:8]:
@@ -69,24 +79,46 @@ def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
             length = int.from_bytes(first_bytes, "little")
             if length > MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
-            header = json.loads(opened.read(length))
-        first, size = 8 + length, path.stat().st_size
-        places = {name: _place(path, name, entry, first) for name, entry in header.items() if name != "__metadata__"}
-        needed = max([first, *(place.end for place in places.values())])
-        if size < needed:
-            raise ValueError(f"{size} bytes, where the header says {needed}")
+            size = os.fstat(opened.fileno()).st_size
+            if size < 8 + length:
+                raise ValueError(f"{size} bytes, where its header alone takes {length}")
+            header = parse_json(opened.read(length), strict=True)
+        places = _places(path, header, 8 + length, size)
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); get it again.") from error
+    return places
+
+
+def _places(path: Path, header: Any, first: int, size: int) -> dict[str, TensorPlace]:
+    """Returns the places of a file of `size` bytes whose tensors begin at byte `first`; ValueError if that can't be."""
+    if not isinstance(header, dict):
+        raise ValueError(f"its header is a {type(header).__name__}")
+    metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no texts by name")
+    places = {name: _place(path, name, entry, first) for name, entry in header.items() if name != "__metadata__"}
+    end = first
+    for name, place in sorted(places.items(), key=lambda entry: entry[1][3:]):
+        if place.start != end:
+            raise ValueError(f"{name} begins at byte {place.start}, and the tensor before it ends at {end}")
+        end = place.end
+    if size != end:
+        raise ValueError(f"{size} bytes, where the header says {end}")
     return places
 
 
 def _place(path: Path, name: str, entry: Mapping[str, Any], first: int) -> TensorPlace:
     """Returns the place of a tensor whose offsets count from byte `first`; ValueError if its entry is impossible."""
+    if not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:  # it would be printed, and written to the result
+        raise ValueError(f"a tensor is called {name[:80]!r}")
     (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
-    if not all(type(number) is int and number >= 0 for number in (start, end, *shape)) or not isinstance(dtype, str):
-        raise ValueError(f"{name} has the entry {entry}")
+    numbers = (start, end, *shape)
+    if not all(type(number) is int and 0 <= number <= MAX_SIZE for number in numbers) or not isinstance(dtype, str):
+        raise ValueError(f"{name} has the entry {str(entry)[:200]}")
+    if math.prod(max(size, 1) for size in shape) > MAX_SIZE:  # with a dimension of 0, any size would fit
+        raise ValueError(f"{name} has the shape {list(shape)}")
     if start > end or (dtype in DTYPES and size_bytes(dtype, shape) != end - start):
         raise ValueError(f"{name} is {dtype} of the shape {list(shape)}, but has {end - start} bytes")
     return TensorPlace(path, dtype, shape, first + start, first + end)
@@ -96,21 +128,24 @@ def read_tensor(place: TensorPlace, pin_memory: bool = False) -> Tensor:
     """Reads a tensor into memory of its own, without mapping the file or holding the interpreter's lock.
 
     Raises:
-        CheckpointError: the file has become shorter, or torch lacks the tensor's dtype.
+        CheckpointError: the file is gone or has become shorter, or torch lacks the tensor's dtype.
     """
     if place.dtype not in DTYPES:
         raise CheckpointError(f"{place.file} holds a tensor of dtype {place.dtype}, which this package can't read.")
     shape = shape_in_torch(place.dtype, place.shape)
     tensor = torch.empty(shape, dtype=place.torch_dtype, pin_memory=pin_memory)
     view = bytes_of(tensor)
-    with place.file.open("rb", buffering=0) as opened:
-        opened.seek(place.start)
-        done = 0
-        while done < len(view):
-            count = opened.readinto(view[done:])
-            if not count:
-                raise CheckpointError(f"{place.file} ends within a tensor; get it again.")
-            done += count
+    try:
+        with place.file.open("rb", buffering=0) as opened:
+            opened.seek(place.start)
+            done = 0
+            while done < len(view):
+                count = opened.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(f"{place.file} ends within a tensor; get it again.")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{place.file} can't be read any more ({error}); put it back.") from error
     return tensor
 
 
@@ -178,10 +213,14 @@ class TensorFile:
         self._ranges = {name: tuple(first + at for at in header[name]["data_offsets"]) for name in self.names}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes a tensor with the dtype and shape that were announced."""
+        """Writes a tensor with the dtype and shape that were announced; CheckpointError if it has another size."""
         start, end = self._ranges[name]
         data = bytes_of(tensor.contiguous())
-        assert len(data) == end - start, name
+        if len(data) != end - start:
+            raise CheckpointError(
+                f"{name} has {len(data)} bytes, and {end - start} were announced for it: the checkpoint contradicts "
+                "itself. Get it again."
+            )
         self._opened.seek(start)
         self._opened.write(data)
 
@@ -213,4 +252,4 @@ def writing(
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """A sort key that puts layer 2 before layer 10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..formats.source import SourceFormat, StoredHeader, source_format
-from .opened import CONFIG_NAME, quantization_fields, read_json, weight_map
+from .opened import CONFIG_NAME, quantization_fields, read_json, require_fields, weight_map
 from .safetensors import TensorPlace, read_tensor, tensor_places
 from .stored_tensor import DequantizedTensor, StoredTensor
 
@@ -120,6 +120,8 @@ def fields_beside(file: Path) -> Mapping[str, Any] | None:
         return None
     config = read_json(path)
     text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        require_fields(part)
     return quantization_fields(config) or (quantization_fields(text) if isinstance(text, dict) else None)
 
 

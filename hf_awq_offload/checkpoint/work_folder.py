@@ -33,6 +33,8 @@ def work_folder(target: Path) -> Iterator[Path]:
         StorageError: the folder can't be made.
     """
     work = target.with_name(f".{target.name}.work")
+    if work.is_symlink():
+        raise StorageError(f"{work} is a link, and what it leads to would be emptied. Remove the link.")
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = locked(work / LOCK_NAME)

@@ -88,7 +88,7 @@ def _print(outcome: Outcome, options: argparse.Namespace) -> None:
     document = {"command": options.command, **outcome.document}
     text = _as_json(document) if options.json else outcome.text
     if text:
-        print(text, flush=True)
+        print(_printable(text), flush=True)
 
 
 def _fail(error: BaseException, code: int, as_json: bool, command: str | None, debug: bool = False) -> int:
@@ -98,16 +98,26 @@ def _fail(error: BaseException, code: int, as_json: bool, command: str | None, d
     if code == INTERRUPTED:
         print(message, file=sys.stderr, flush=True)
     else:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {_printable(message)}", file=sys.stderr, flush=True)
     if as_json:
         kind = type(error).__name__
         failure = {"type": kind, "message": message, "exit_code": code}
-        print(_as_json({"command": command, "error": failure}), flush=True)
+        print(_printable(_as_json({"command": command, "error": failure})), flush=True)
     return code
 
 
 def _as_json(value: Any) -> str:
     return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _printable(text: str) -> str:
+    """Escapes what a terminal would obey, or can't show: texts may quote names from a checkpoint."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -55,10 +56,10 @@ def check(options: argparse.Namespace) -> None:
 
 def _check_source(source: str, subfolder: str) -> None:
     folder = Path(source)
-    if folder.is_dir():
-        if not any((folder / subfolder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if os.path.isdir(source):
+        if not any(os.path.isfile(folder / subfolder / name) for name in ("config.json", "adapter_config.json")):
             raise CommandError(f"{folder / subfolder} holds no config.json; expected a checkpoint folder.")
-    elif folder.exists():
+    elif os.path.exists(source):
         raise CommandError(f"{source} is a file; expected a checkpoint folder, or a name on the hub.")
     elif not HUB_NAME.fullmatch(source) or source.startswith("."):
         raise CommandError(f"There is no folder {source}; expected a checkpoint folder, or a name on the hub.")
@@ -71,7 +72,7 @@ def _check_out(options: argparse.Namespace) -> None:
         CommandError: the result cannot go there; see `output_folder`.
     """
     source, overwrite = getattr(options, "source", None), getattr(options, "overwrite", None)
-    kept = {"the source itself": source if source is not None and Path(source).exists() else None}
+    kept = {"the source itself": source if source is not None and os.path.exists(source) else None}
     sources = []
     if overwrite and source is not None:
         sources = places_of_files(source, options.revision, options.cache_dir, options.subfolder)

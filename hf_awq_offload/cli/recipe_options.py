@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ..json_text import parse_json
 from ..recipe_fields import RecipeFields
 
 
@@ -103,9 +104,11 @@ def _pairs(text: str) -> dict[str, str]:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error.msg}, column {error.colno})") from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} is refused: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r} is no JSON object; expected {{"name": ...}}')
     return value

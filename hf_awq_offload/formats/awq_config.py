@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from ..errors import CheckpointError
 from .grid_choice import GridChoice
 from .layouts import AWQ_FORMATS
+from .name_patterns import fault_in
 
 
 @dataclass(kw_only=True)
@@ -41,20 +42,25 @@ class AwqCheckpointConfig(QuantizationConfigMixin):
                 f"The checkpoint's AWQ version is {version!r}; supported: {', '.join(AWQ_FORMATS)}. "
                 "Load it with the tool that made it, or correct config.json."
             )
-        if config.bits != 4:
-            raise CheckpointError(f"The checkpoint says bits={config.bits}; the AWQ format stores 4.")
+        if type(config.bits) is not int or config.bits != 4:
+            raise CheckpointError(f"The checkpoint says bits={config.bits!r}; the AWQ format stores 4.")
+        if not isinstance(config.zero_point, bool):
+            raise CheckpointError(f"The checkpoint says zero_point={config.zero_point!r}; expected true or false.")
         group_size = config.group_size
         if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size == 0 or group_size < -1:
             raise CheckpointError(
                 f"The checkpoint says group_size={group_size!r}; expected a positive number of input channels or -1."
             )
+        meta = getattr(config, "meta", None) or {}
+        if not isinstance(meta, dict):
+            raise CheckpointError(f"The checkpoint's meta is a {type(meta).__name__}; expected a JSON object.")
         return cls(
             bits=config.bits,
             group_size=group_size,
-            zero_point=bool(config.zero_point),
+            zero_point=config.zero_point,
             version=version,
-            modules_to_not_convert=config.modules_to_not_convert,
-            meta=config.meta or {},
+            modules_to_not_convert=_checked_names(config.modules_to_not_convert),
+            meta=meta,
         )
 
     @property
@@ -86,3 +92,22 @@ class AwqCheckpointConfig(QuantizationConfigMixin):
             "lm_head": False,
             "meta": copy.deepcopy(self.meta),
         }
+
+
+def _checked_names(names: Any) -> list[str] | None:
+    """`modules_to_not_convert` as a list of its own."""
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise CheckpointError(
+            f"The checkpoint's modules_to_not_convert is {names!r}; expected a list of names of modules. Correct "
+            "config.json."
+        )
+    for name in names:
+        fault = fault_in(name)
+        if fault is not None:
+            raise CheckpointError(
+                f"The checkpoint's modules_to_not_convert has the entry {name[:200]!r}, which is no regular expression "
+                f"({fault}). Correct config.json."
+            )
+    return list(names)

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from .fused_linears import complete_modules, looked_up
 from .grid_choice import GridChoice
 from .layouts import COMPRESSED_TENSORS
-from .name_patterns import exact, matches, pattern_of_choice, patterns_for
+from .name_patterns import PREFIX, exact, fault_in, matches, pattern_of_choice, patterns_for
 
 PACK_QUANTIZED = "pack-quantized"
 LINEAR = "Linear"
@@ -123,6 +123,8 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: this package can't load such a checkpoint.
         """
+        if not isinstance(config_dict, Mapping):
+            raise _unsupported(f"it is a {type(config_dict).__name__}", "a dict")
         grids: dict[str, GridChoice] = {}
         for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
             if config_dict.get(key):
@@ -130,7 +132,10 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
         status = config_dict.get("quantization_status", "compressed")
         if status != "compressed":
             raise _unsupported(f"quantization_status is {status!r}", "'compressed'")
-        for name, group in (config_dict.get("config_groups") or {}).items():
+        config_groups = config_dict.get("config_groups") or {}
+        if not isinstance(config_groups, Mapping):
+            raise _unsupported(f"config_groups is {config_groups!r}", "a dict of groups")
+        for name, group in config_groups.items():
             if not isinstance(group, Mapping):
                 raise _unsupported(f"config_groups[{name!r}] is {group!r}", "a dict with targets and weights")
             layout = group.get("format") or config_dict.get("format")
@@ -139,10 +144,11 @@ class PackedCheckpointConfig(QuantizationConfigMixin):
             for key in ("input_activations", "output_activations"):
                 if group.get(key):
                     raise _unsupported(f"{name} has {key}", "quantized weights only")
-            grids |= dict.fromkeys(group.get("targets") or (), _grid_of(name, group.get("weights")))
+            targets = _patterns(f"the targets of {name}", group.get("targets"))
+            grids |= dict.fromkeys(targets, _grid_of(name, group.get("weights")))
         if not grids:
             raise _unsupported("config_groups names no target", "at least one")
-        config = cls(grids=grids, ignore=list(config_dict.get("ignore") or ()))
+        config = cls(grids=grids, ignore=_patterns("ignore", config_dict.get("ignore")))
         return (config, kwargs) if return_unused_kwargs else config
 
 
@@ -177,17 +183,28 @@ def _grid_of(group: str, weights: Any) -> GridChoice:
     group_size = weights.get("group_size")
     if strategy is None:
         strategy = "channel" if group_size == -1 else "group"
-    if kind not in ("int", None) or not isinstance(bits, int) or not 2 <= bits <= 8:
+    if kind not in ("int", None) or type(bits) is not int or not 2 <= bits <= 8:
         raise _unsupported(f"the weights of {group} are {bits!r} bits of type {kind!r}", "2 to 8 bits of type 'int'")
     if weights.get("dynamic") or weights.get("actorder") == "group":
         raise _unsupported(f"the weights of {group} are dynamic or in an order of their own", "static, in order")
     if strategy == "channel":
         group_size = -1
-    elif strategy != "group" or not isinstance(group_size, int) or group_size < 1:
+    elif strategy != "group" or type(group_size) is not int or group_size < 1:
         raise _unsupported(
             f"{group} has the strategy {strategy!r} and group_size {group_size!r}", "'group' or 'channel'"
         )
     return GridChoice(bits, group_size, not weights.get("symmetric", True))
+
+
+def _patterns(where: str, entries: Any) -> list[str]:
+    """Names and patterns in a list of their own."""
+    if not isinstance(entries or [], list | tuple) or not all(isinstance(entry, str) for entry in entries or ()):
+        raise _unsupported(f"{where} is {entries!r}", "a list of names and patterns")
+    for entry in entries or ():
+        fault = fault_in(entry.removeprefix(PREFIX)) if entry.startswith(PREFIX) else None
+        if fault is not None:
+            raise _unsupported(f"{where} has {entry[:200]!r}, which is no regular expression ({fault})", "names")
+    return list(entries or ())
 
 
 def _unsupported(found: str, expected: str) -> CheckpointError:

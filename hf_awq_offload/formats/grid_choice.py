@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
+from .name_patterns import fault_in
 from .nearest_names import nearest_names
 
 BITS = (2, 3, 4, 8)
@@ -138,13 +139,12 @@ def _check_pattern(pattern: Any) -> None:
         raise ConfigError(
             f"overrides has the key {pattern!r}; pass regular expressions as non-empty strings, such as 'down_proj$'."
         )
-    try:
-        re.compile(pattern)
-    except re.error as error:
+    fault = fault_in(pattern)
+    if fault is not None:
         raise ConfigError(
-            f"overrides has the key {pattern!r}, which is no regular expression ({error}); pass one such as "
+            f"overrides has the key {pattern[:200]!r}, which is no regular expression ({fault}); pass one such as "
             "'down_proj$', with a backslash before dots and brackets that are meant literally."
-        ) from error
+        )
 
 
 def _is_one_of(value: Any, allowed: tuple[int, ...]) -> bool:

@@ -1,12 +1,24 @@
-"""Describes many module names by few patterns: names within a decoder differ only in numbers. Pure functions."""
+"""Describes many module names by few patterns: names within a decoder differ only in numbers. Pure functions.
+
+Checkpoints come with patterns of their own. Python's `re` takes exponential time for some and can't be stopped, so
+those that may be slow go to the package `regex`, which can.
+"""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection
+from functools import lru_cache
+
+import regex
+
+from ..errors import CheckpointError
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 """A part of a name that is a number, such as a layer's or an expert's."""
+
+MATCH_SECONDS = 1.0
 
 PREFIX = "re:"
 """Marks a regular expression in compressed-tensors, which matches it from the start of a name."""
@@ -38,8 +50,42 @@ def matches(
 ) -> bool:
     """Whether a pattern matches a module's name, by the rules of compressed-tensors."""
     if pattern.startswith(PREFIX):
-        return re.match(pattern.removeprefix(PREFIX), name) is not None
+        return found_at_start(pattern.removeprefix(PREFIX), name)
     return pattern == name
+
+
+def found_at_start(expression: str, name: str) -> bool:
+    """Whether a regular expression of a checkpoint matches a name from its start.
+
+    Raises:
+        CheckpointError: it takes more than MATCH_SECONDS to find out.
+    """
+    if is_quick(expression):
+        return re.match(expression, name) is not None
+    try:
+        return regex.match(expression, name, timeout=MATCH_SECONDS) is not None
+    except (TimeoutError, regex.error) as error:
+        raise CheckpointError(
+            f"The quantization_config has the pattern {expression[:200]!r}, which can't be compared with {name} "
+            f"({error}). Correct config.json: write out the names of the modules."
+        ) from error
+
+
+@lru_cache(maxsize=4096)
+def is_quick(expression: str) -> bool:
+    """Whether `re` needs at most cubic time: three repetitions, none of which is repeated itself."""
+    return len(re.findall(r"[*+{]", expression)) <= 3 and re.search(r"\)[*+{]", expression) is None
+
+
+def fault_in(expression: str) -> str | None:
+    """Returns why a text is no regular expression, or None if it is one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of characters whose meaning may change
+            re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return None
 
 
 def exact(name: str) -> str:

@@ -82,7 +82,7 @@ def _last_layers(model: PreTrainedModel, found: SourceFit) -> dict[str, int]:
         for layer in filter(layers.__contains__, ancestors(name)):
             index = layer.rpartition(".")[2]
             stack, dot, _ = stored.partition(f".{index}.")
-            if index.isdigit() and dot:
+            if index.isdecimal() and dot:
                 last[stack] = max(last.get(stack, 0), int(index))
     return last
 

@@ -19,6 +19,7 @@ from ..checkpoint.companion_copies import copy_companions, listed, read_text, te
 from ..checkpoint.companion_files import Companions, companions
 from ..checkpoint.durable import replacing
 from ..checkpoint.source_folders import folder_on_this_machine
+from ..json_text import parse_json
 from ..logs import get_logger
 from .model_card import hub_id
 from .origin import TOKENIZER_MARKERS, Origin
@@ -132,7 +133,7 @@ def _name_local_code(folder: Path, origin: Origin) -> None:
     for name in WITH_CODE:
         path = folder / name
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = parse_json(path.read_bytes())
             references = fields["auto_map"]
         except (OSError, ValueError, TypeError, KeyError):  # no such file, or nothing in it that we know
             continue

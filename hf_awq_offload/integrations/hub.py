@@ -20,7 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.added_tensors import add_tensors
+from ..checkpoint.companion_copies import is_reachable, read_text
 from ..checkpoint.config_file import add_older_keys
+from ..checkpoint.output_folder import require_no_links
 from ..checkpoint.set_aside import set_aside
 from ..checkpoint.stored_tensor import CarriedTensor
 from ..errors import CheckpointError
@@ -92,11 +94,16 @@ class _Companions:
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-    """Saves as transformers does, then adds the card and all other files."""
+    """Saves as transformers does, then adds the card and all other files.
+
+    Raises:
+        ConfigError: a file that would be overwritten is a link; nothing was changed.
+    """
     is_main_process = args[0] if args else kwargs.get("is_main_process", True)
     is_pushed = args[2] if len(args) > 2 else kwargs.get("push_to_hub", False)
     if not is_main_process or _saves_adapters_alone(model):
         return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    require_no_links(Path(save_directory))
     known: _Companions = cast(Any, model)._awq_companions
     with set_aside(known.carried, Path(save_directory), model.dtype):
         result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
@@ -214,7 +221,7 @@ def _complete_files(model: PreTrainedModel, known: _Companions, folder: Path, re
     own_card = _own_card(known.origin)
     if known.report is None and own_card is not None and not (folder / "README.md").exists():
         shutil.copyfile(own_card, folder / "README.md")  # this checkpoint's own, with its measurements
-        if (own_card.parent / PICTURE).exists():
+        if is_reachable(own_card.parent / PICTURE, own_card.parent):
             shutil.copyfile(own_card.parent / PICTURE, folder / PICTURE)
         return
     config = model.config.quantization_config
@@ -250,8 +257,9 @@ def full_precision_bytes(model: nn.Module) -> int:
 
 def _own_card(origin: Origin) -> Path | None:
     """Returns the card in the folder that a quantized model was loaded from, if this package wrote it."""
-    path = Path(origin.source, origin.subfolder, "README.md")
-    return path if origin.source and path.is_file() and BEGIN in path.read_text(encoding="utf-8") else None
+    folder = Path(origin.source, origin.subfolder)
+    path = folder / "README.md"
+    return path if origin.source and is_reachable(path, folder) and BEGIN in read_text(path) else None
 
 
 def _is_quantized(model: PreTrainedModel) -> bool:

@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -22,6 +22,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ..checkpoint.source import Source
 from ..config import AwqOffloadConfig
+from .config_look import building
 from .source_reading import SourceReading
 
 HUB_ARGUMENTS = (
@@ -48,6 +49,8 @@ class LoadCall:
     """The quantization config of the source, which is hidden from transformers."""
     reading: SourceReading | None = None
     """Reads the source for transformers."""
+    is_built: bool = False
+    """Whether the model stands on the meta device."""
 
     @property
     def hub_arguments(self) -> dict[str, Any]:
@@ -121,7 +124,7 @@ def _remembered(
     @functools.wraps(method)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         has_recipe = isinstance(kwargs.get("quantization_config"), AwqOffloadConfig)
-        if has_recipe and kwargs.get("trust_remote_code") is None and not _can_be_asked():
+        if has_recipe and kwargs.get("trust_remote_code") is None and not can_be_asked():
             kwargs["trust_remote_code"] = False  # transformers would wait for an answer
         bound = signature.bind_partial(cls, *args, **kwargs).arguments
         named = {name: value for name, value in bound.items() if name not in ("cls", "model_args", "kwargs")}
@@ -137,7 +140,8 @@ def _remembered(
                 return method(cls, *args, **kwargs)
             look(call)
             try:
-                return method(cls, *args, **kwargs)
+                with _bounded(call):
+                    return method(cls, *args, **kwargs)
             except ValueError as error:
                 explain(call, error)
                 raise
@@ -145,7 +149,14 @@ def _remembered(
     return from_pretrained
 
 
-def _can_be_asked() -> bool:
+def _bounded(call: LoadCall) -> AbstractContextManager[None]:
+    """Bounds what transformers builds from a config.json that may say anything, unless its code may do anything."""
+    if call.opened is None or call.arguments.get("trust_remote_code"):
+        return nullcontext()
+    return building(len(call.opened.tensors), lambda: call.is_built)
+
+
+def can_be_asked() -> bool:
     """Whether there is a terminal at which a user can answer."""
     try:
         return sys.stdin is not None and sys.stdin.isatty()

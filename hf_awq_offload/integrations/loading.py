@@ -22,7 +22,11 @@ from ..formats.compressed_tensors_config import PackedCheckpointConfig
 from ..formats.grid import Grid, resolve_group_size
 from ..formats.grid_choice import GridChoice
 from ..formats.layouts import AWQ_NAMES, find_tensors, spellings_of
+from ..formats.name_patterns import found_at_start, is_quick
 from ..nn.registry import linear_class
+
+BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
+"""Ends what an entry of modules_to_not_convert matches, in transformers' `should_convert_module`."""
 
 
 def replace_linears(
@@ -89,7 +93,10 @@ def choice_in(
     """Returns the grid that config.json gives a linear, or None for full precision."""
     if isinstance(config, PackedCheckpointConfig):
         return config.choice_for({name, prefix}, linear)
-    return config.choice if should_convert_module(name, skipped) else None
+    slow = [entry for entry in skipped if not is_quick(entry)]
+    is_kept = not should_convert_module(name, [entry for entry in skipped if entry not in slow])
+    is_kept = is_kept or any(name.endswith(entry) or found_at_start(f"(?:{entry}){BOUNDARY}", name) for entry in slow)
+    return None if is_kept else config.choice
 
 
 def _left_out_in_spite(name: str) -> CheckpointError:

@@ -111,7 +111,7 @@ def _matches(model: PreTrainedModel, tensors: Tensors, found: SourceFit) -> list
 
 
 def _in_order(prefix: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in prefix.split(".")]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in prefix.split(".")]
 
 
 def _layouts(model: PreTrainedModel, found: SourceFit) -> Iterator[tuple[str, str, dict[str, str]]]:

@@ -18,7 +18,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..checkpoint.companion_files import PROCESSOR_FILES
-from .load_call import enclosing_call
+from ..errors import CheckpointError
+from .load_call import can_be_asked, enclosing_call
 from .model_card import hub_id
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -69,7 +70,7 @@ class Origin:
     @property
     def arguments_elsewhere(self) -> dict[str, Any]:
         """Arguments for loading from another repository: revision and subfolder are this one's."""
-        return {name: value for name, value in self.arguments.items() if name in EVERYWHERE}
+        return _answered({name: value for name, value in self.arguments.items() if name in EVERYWHERE})
 
     def arguments_here(self, in_subfolder: bool) -> dict[str, Any]:
         """Returns arguments for loading something else of this model: from its subfolder, or from the root."""
@@ -77,7 +78,7 @@ class Origin:
         if not os.path.isdir(self.source) and self.revision is not None:
             is_resolved = getattr(arguments.get("revision"), "resolved", None) == self.commit
             arguments["revision"] = arguments["revision"] if self.commit and is_resolved else self.revision
-        return arguments | ({"subfolder": self.subfolder} if in_subfolder and self.subfolder else {})
+        return _answered(arguments | ({"subfolder": self.subfolder} if in_subfolder and self.subfolder else {}))
 
     def holds_any(self, names: Iterable[str], in_subfolder: bool) -> bool:
         """Whether the subfolder, or the root, holds one of these files."""
@@ -120,6 +121,34 @@ class Origin:
         return self
 
 
+def _answered(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns arguments that say whether code may run, if nobody is there whom transformers could ask."""
+    if arguments.get("trust_remote_code") is None and not can_be_asked():
+        return arguments | {"trust_remote_code": False}
+    return arguments
+
+
+def _require_files_inside(model: PreTrainedModel, files: Iterable[str | os.PathLike[str]]) -> None:
+    """Checks that the files that transformers has chosen lie in the folder that the model is loaded from.
+
+    transformers follows the names in an index wherever they lead. Links in the folder are followed: its owner made
+    them.
+
+    Raises:
+        CheckpointError: one lies elsewhere.
+    """
+    call = enclosing_call()
+    subfolder = "" if call is None else str(call.arguments.get("subfolder") or "")
+    sources = ("" if call is None else call.source, str(model.config.name_or_path or ""))
+    folders = [os.path.abspath(os.path.join(source, subfolder)) for source in sources if os.path.isdir(source)]
+    for file in files if folders else ():
+        if not any(Path(os.path.abspath(file)).is_relative_to(folder) for folder in folders):
+            raise CheckpointError(
+                f"The checkpoint in {folders[0]} names the file {os.fspath(file)}, which is not in this folder. Don't "
+                "use this checkpoint: its index or config.json reaches out of it."
+            )
+
+
 def origin_of(model: PreTrainedModel, checkpoint_files: Iterable[str | os.PathLike[str]] | None = None) -> Origin:
     """Returns where a model comes from that is being loaded, or that was loaded before.
 
@@ -127,14 +156,19 @@ def origin_of(model: PreTrainedModel, checkpoint_files: Iterable[str | os.PathLi
         model: its config says from which folder or repository.
         checkpoint_files: the files of its weights, if they are known. Their place in the hub's cache tells the commit
             where nothing else does.
+
+    Raises:
+        CheckpointError: one of these files is not in the folder that the model is loaded from.
     """
+    files = list(checkpoint_files or ())
+    _require_files_inside(model, files)
     source = str(model.config.name_or_path or "")
     call = enclosing_call()
     if call is None and model in _origins:
         known = _origins[model]
         return known if known.source == source else Origin(source)
     arguments = {} if call is None else call.hub_arguments
-    file = next((Path(path).absolute().as_posix() for path in checkpoint_files or ()), "")
+    file = next((Path(path).absolute().as_posix() for path in files), "")
     in_cache = None if os.path.isdir(source) else IN_CACHE.fullmatch(file)
     revision = arguments.get("revision")
     commit = getattr(revision, "resolved", None) or getattr(model.config, "_commit_hash", None)

@@ -34,6 +34,7 @@ from ..formats.source import SourceFormat
 from ..logs import get_logger
 from ..model.mtp_layer import MtpLayer
 from .carrying import carried, carried_names
+from .config_look import require_readable_config
 from .load_call import LoadCall, current_call
 from .mtp_matching import place_mtp_layer
 from .source_fit import SourceFit, fit, require_all_weights
@@ -52,7 +53,8 @@ def look_at_folder(call: LoadCall) -> None:
 
     Raises:
         ConfigError: the dtype is none.
-        CheckpointError: there are no weights, a file is missing or damaged, or the quantization can't be undone.
+        CheckpointError: there are no weights, a file is missing or damaged, config.json says nonsense, or the
+            quantization can't be undone.
         ModelStructureError: the folder holds adapters, and the weights are to stay on the disk.
     """
     check_dtype(call.arguments.get("dtype", call.arguments.get("torch_dtype")))
@@ -64,11 +66,17 @@ def look_at_folder(call: LoadCall) -> None:
             refuse_adapters(call.source)
         if not (folder / CONFIG_NAME).exists():
             return  # transformers loads the model that they adapt
-    if not (folder / CONFIG_NAME).exists() or "transformers_weights" in read_json(folder / CONFIG_NAME):
+    if not (folder / CONFIG_NAME).exists():
+        if "config" in call.arguments:
+            return
+        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}; expected the folder of a checkpoint.")
+    if "transformers_weights" in read_json(folder / CONFIG_NAME):
         return
     files, index = files_in(folder, call.arguments.get("variant"), call.arguments.get("use_safetensors"))
     if files and files[0].suffix == ".safetensors":
         call.opened = open_source(files, fields_beside(files[0]), index)
+        if not call.arguments.get("trust_remote_code") and "config" not in call.arguments:
+            require_readable_config(folder, len(call.opened.tensors))
 
 
 def check_dtype(dtype: Any) -> None:
@@ -206,6 +214,8 @@ def look_at_source(
         ModelStructureError: the class loads a part of the checkpoint only.
     """
     call = current_call()
+    if call is not None:
+        call.is_built = True
     files = [Path(file) for file in checkpoint_files or ()]
     key_mapping = None if call is None else call.arguments.get("key_mapping")
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.durable import remove_link
 from ..checkpoint.safetensors import bytes_of
-from ..errors import ModelStructureError, StorageError
+from ..errors import JournalError, ModelStructureError, StorageError
 
 Shape = tuple[int, ...]
 
@@ -47,7 +48,11 @@ class HiddenStates:
     ) -> HiddenStates:
         """Returns these sequences, in this order, in batches of other sizes."""
         sequences = [sequence for batch in self.batches for sequence in batch.unbind(0)]
-        assert sum(sizes) == len(sequences)
+        if sum(sizes) != len(sequences):
+            raise JournalError(
+                f"There are hidden states of {len(sequences)} sequences; expected {sum(sizes)}. The journal was "
+                "changed after the run: delete its folder to quantize from the start."
+            )
         groups = torch.arange(len(sequences)).split(list(sizes))
         if self.file is not None:
             shapes = [(len(group), *sequences[int(group[0])].shape) for group in groups]
@@ -68,6 +73,8 @@ class HiddenWriter:
         self.dtype: torch.dtype | None = None
         self._batches: list[Tensor] = []
         self._digest = hashlib.sha256()
+        if file is not None:
+            remove_link(file)
         self._opened = None if file is None else file.open("wb")
 
     def append(self, batch: Tensor) -> None:

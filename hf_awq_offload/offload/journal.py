@@ -14,7 +14,6 @@ layers compute anew. Opening a journal checks its files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -33,6 +32,7 @@ from ..checkpoint.safetensors import read_tensor, tensor_places
 from ..errors import JournalError, StorageError
 from ..logs import get_logger
 from .hidden_states import HiddenStates, HiddenWriter
+from .journal_commits import hidden_name, layer_name, parse_regular, sealed, unsealed
 from .journal_header import differences
 
 logger = get_logger(__name__)
@@ -111,7 +111,7 @@ class Journal:
 
     def _compare(self, path: Path, header: Mapping[str, Any]) -> None:
         try:
-            existing = json.loads(path.read_text(encoding="utf-8"))
+            existing = parse_regular(path)
             if not isinstance(existing, dict):
                 raise ValueError("no JSON object")
         except ValueError as error:
@@ -128,12 +128,14 @@ class Journal:
     def _read_commits(self) -> None:
         for path in sorted(self.directory.glob("layer-*.json")):
             try:
-                entry = _unsealed(path.read_text(encoding="utf-8"))
-                index, tensors, hidden = entry["index"], entry["tensors"], entry["hidden"]
+                entry = unsealed(path)
+                index, hidden = entry["index"], entry["hidden"]
                 commit = LayerCommit(
-                    index, entry["name"], self.directory / tensors["file"], entry["batch_tokens"], entry["report"]
+                    index, entry["name"], path.with_suffix(".safetensors"), entry["batch_tokens"], entry["report"]
                 )
-                damaged = not self._is_whole(tensors)
+                damaged = not self._is_whole(entry["tensors"])
+                if not damaged:
+                    tensor_places(commit.file)
             except (ValueError, KeyError, TypeError) as error:
                 logger.warning("%s can't be read (%s); that layer is quantized again.", path, error)
                 continue
@@ -150,7 +152,7 @@ class Journal:
 
     def _is_whole(self, entry: Mapping[str, Any]) -> bool:
         path = self.directory / entry["file"]
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != entry["bytes"]:
             return False
         return file_digest(path) == entry["sha256"]
 
@@ -159,7 +161,7 @@ class Journal:
     def hidden_writer(self, index: int) -> HiddenWriter:
         """Returns a writer for what enters the layer of this index; `commit` makes it durable."""
         with _storage_errors(self.directory):
-            return HiddenWriter(self.directory / (_hidden_name(index) + PARTIAL_SUFFIX))
+            return HiddenWriter(self.directory / (hidden_name(index) + PARTIAL_SUFFIX))
 
     def commit(
         self,
@@ -175,7 +177,7 @@ class Journal:
         Raises:
             StorageError: the disk is full, or a file cannot be written; earlier commits are intact.
         """
-        file = self.directory / f"layer-{index:05}.safetensors"
+        file = self.directory / layer_name(index)
         entry: dict[str, Any] = {"index": index, "name": name, "batch_tokens": batch_tokens, "report": report}
         with _storage_errors(self.directory):
             with replacing(file) as partial:
@@ -183,7 +185,7 @@ class Journal:
             entry["tensors"] = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
             entry["hidden"] = None if hidden is None else self._keep(hidden, index + 1)
             with replacing(file.with_suffix(".json")) as partial:
-                partial.write_text(_sealed(entry), encoding="utf-8")
+                partial.write_text(sealed(entry), encoding="utf-8")
         if entry["hidden"] is not None:
             self._hidden[index + 1] = entry["hidden"]
         self._forget_hidden(index - 1)
@@ -195,7 +197,7 @@ class Journal:
         hidden.close()
         assert hidden.file is not None
         assert hidden.dtype is not None
-        target = self.directory / _hidden_name(index)
+        target = self.directory / hidden_name(index)
         with hidden.file.open("rb") as opened:
             os.fsync(opened.fileno())
         os.replace(hidden.file, target)
@@ -288,24 +290,6 @@ def _remove_folder(directory: Path) -> None:
     (directory / LOCK_NAME).unlink(missing_ok=True)
     with suppress(OSError):  # not empty: the rest is not ours
         directory.rmdir()
-
-
-def _hidden_name(index: int) -> str:
-    return f"hidden-{index:05}.bin"
-
-
-def _sealed(entry: Mapping[str, Any]) -> str:
-    """Returns a commit as text, with a digest of itself."""
-    text = json.dumps(entry)
-    return json.dumps({"commit": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
-
-
-def _unsealed(text: str) -> dict[str, Any]:
-    """Returns the commit in what `_sealed` made; raises ValueError if it was changed."""
-    sealed = json.loads(text)
-    if hashlib.sha256(sealed["commit"].encode()).hexdigest() != sealed["sha256"]:
-        raise ValueError("its digest differs")
-    return json.loads(sealed["commit"])
 
 
 class _storage_errors:

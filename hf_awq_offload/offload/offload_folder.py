@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint.durable import remove_link
 from ..errors import StorageError
 
 DISK = "disk"
@@ -50,6 +51,7 @@ class OffloadFolder:
         file = self.folder / f"{file_name}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_link(file)
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
         except (OSError, SafetensorError) as error:
             raise StorageError(

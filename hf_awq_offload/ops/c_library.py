@@ -72,11 +72,11 @@ def load() -> ctypes.CDLL:
         KernelsUnavailable: there is no compiler, or its output could not be loaded.
     """
     try:
-        return _open(built(Path(HF_HOME) / "hf_awq_offload"))
+        return _open_own(built(Path(HF_HOME) / "hf_awq_offload"))
     except OSError:  # the folder is not writable, is writable by others, or forbids executables
         with tempfile.TemporaryDirectory() as folder:
             try:
-                return _open(built(Path(folder)))
+                return _open_own(built(Path(folder)))
             except OSError as error:
                 raise KernelsUnavailable(f"the compiled kernels could not be loaded: {error}") from error
 
@@ -91,6 +91,8 @@ def built(folder: Path) -> Path:
     texts = {name: (resources.files(__package__) / FOLDER / name).read_bytes() for name in SOURCES}
     key = hashlib.sha256(b"\0".join([*texts.values(), " ".join(FLAGS).encode(), cpu().encode()])).hexdigest()[:16]
     path = folder / f"kernels-{key}.so"
+    if folder.exists():
+        _require_own(folder.stat(), folder)
     if not is_whole(path):
         compiler = find_compiler()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -104,10 +106,15 @@ def built(folder: Path) -> Path:
             linked.write_bytes(content + hashlib.sha256(content).digest())
             linked.chmod(0o500)
             os.replace(linked, path)
-    for status in (folder.stat(), path.stat()):
-        if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError(f"{path} can be changed by other users")
+    _require_own(folder.stat(), folder)
+    _require_own(path.stat(), path)
     return path
+
+
+def _require_own(status: os.stat_result, path: Path) -> None:
+    """Raises PermissionError if another user can change what was looked at."""
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} can be changed by other users")
 
 
 def commands(compiler: list[str]) -> list[list[str]]:
@@ -124,8 +131,12 @@ def is_whole(path: Path) -> bool:
     """Returns whether the library exists and ends in the digest of the rest; loading a truncated one would crash."""
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return False
+    return _ends_in_digest(content)
+
+
+def _ends_in_digest(content: bytes) -> bool:
     size = hashlib.sha256().digest_size
     return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
@@ -167,6 +178,24 @@ def _run(command: list[str], folder: str) -> None:
         status = f"exit status {result.returncode}"
         first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip() or status)
         raise KernelsUnavailable(f"{command[0]} fails: {first}")
+
+
+def _open_own(path: Path) -> ctypes.CDLL:
+    """Opens a library that no other user can have put there or changed.
+
+    It is opened once, checked and loaded by its descriptor: where others can write to a folder above, the name may lead
+    to another file a moment later.
+
+    Raises:
+        OSError: the file is a link or another user's, is damaged, or can't be loaded.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(descriptor, "rb") as opened:
+        _require_own(os.fstat(descriptor), path)
+        if not _ends_in_digest(opened.read()):
+            raise OSError(f"{path} is damaged")
+        by_descriptor = Path(f"/proc/self/fd/{descriptor}")
+        return _open(by_descriptor if by_descriptor.exists() else path)
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -41,7 +41,8 @@ def adoptable_commits(
     choices: Mapping[str, str],  # of this run
 ) -> dict[str, LayerCommit]:
     """Returns the layers that were quantized as this run would; says which others the journal has."""
-    others = [name for name, choice in choices.items() if name in commits and commits[name].report["choices"] != choice]
+    known = {name: commit.report.get("choices") for name, commit in commits.items()}
+    others = [name for name, choice in choices.items() if name in known and known[name] != choice]
     if others:
         logger.warning(
             f"modules_to_not_convert or overrides are not what they were for {len(others)} of {len(commits)} layers in "

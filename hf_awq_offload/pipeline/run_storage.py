@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.dataset import CalibrationSet
 from ..config import AwqOffloadConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, JournalError
 from ..logs import get_logger
 from ..offload.devices import default_execution_device
 from ..offload.hidden_states import HiddenWriter
@@ -116,14 +116,14 @@ class RunStorage:
         for commit in commits:
             context, report = context_of(commit.name), LayerReport.from_dict(commit.report["layer"])
             if self._to_checkpoint is not None:
-                restore_layer(context, report, None)
+                _restored(commit, context, report, None)
                 continue
             state = {name.removeprefix(f"{commit.name}."): value for name, value in commit.tensors().items()}
             if self._stays_on_disk(commit.name):
-                restore_layer(context, report, None)
+                _restored(commit, context, report, None)
                 self._put_on_disk(commit.name, state)
             else:
-                restore_layer(context, report, state)
+                _restored(commit, context, report, state)
                 self.onloader.mark_in_ram(commit.name)
 
     def close(self) -> None:
@@ -139,6 +139,19 @@ class RunStorage:
     def _put_on_disk(self, layer_name: str, tensors: Mapping[str, Tensor]) -> None:
         assert self._offload is not None
         self._offload.put(layer_name, {f"{layer_name}.{name}": value for name, value in tensors.items()})
+
+
+def _restored(
+    commit: LayerCommit, context: LayerContext, report: LayerReport, state: Mapping[str, Tensor] | None
+) -> None:
+    """Restores a layer; raises JournalError if what the journal says of it does not fit the model."""
+    try:
+        restore_layer(context, report, state)
+    except (RuntimeError, AttributeError, KeyError, TypeError) as error:
+        raise JournalError(
+            f"{commit.file} in the journal does not fit {commit.name}: {str(error).splitlines()[0][:300]}. It was "
+            "changed after the run: remove this file to have the layer quantized again."
+        ) from error
 
 
 def execution_device(recipe: AwqOffloadConfig) -> torch.device:

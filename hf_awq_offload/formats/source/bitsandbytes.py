@@ -15,7 +15,6 @@ Sources: bitsandbytes 0.50 `functional.QuantState`, `dequantize_4bit`, `_ops.int
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...json_text import parse_json
 from .records import (
     FLOATS,
     Claims,
@@ -42,6 +42,8 @@ STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
 """dtypes in which the bytes of 4-bit weights may be stored (`bnb_4bit_quant_storage`), and their size."""
 STATE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+MAX_STATE_BYTES = 1 << 16
+MAX_SIZE = 2**31
 ROWS = 0  # weight_format
 INVERSE_OF_127 = 7.874015718698502e-3
 
@@ -62,9 +64,10 @@ def claim_bitsandbytes(stored: Stored, claims: Claims) -> None:
             claims.recognized.append(_eight_bits(stored, name))
             layout = f"{prefix}.weight_format" if prefix else "weight_format"
             if layout in stored.headers:
-                stored.require(layout, name, ["U8"])
+                if math.prod(stored.require(layout, name, ["U8"]).shape) != 1:
+                    contradicts(f"{layout} is {described(stored.headers[layout])}", "one value")
                 found = stored.read(layout)
-                if found.numel() != 1 or int(found) != ROWS:
+                if int(found) != ROWS:
                     unsupported(f"{layout} is {found.tolist()}, not {ROWS} (rows)")
                 claims.unused[layout] = None
 
@@ -116,9 +119,11 @@ def _require_size(stored: Stored, name: str, owner: str, dtypes: list[str] | tup
 
 def _state(stored: Stored, name: str) -> dict[str, Any]:
     """The quant state, checked."""
-    stored.require(name, name, ["U8"])
+    header = stored.require(name, name, ["U8"])
+    if math.prod(header.shape) > MAX_STATE_BYTES:
+        contradicts(f"{name} is {described(header)}", f"at most {MAX_STATE_BYTES} bytes of JSON")
     try:
-        raw = json.loads(bytes(stored.read(name).flatten().tolist()))
+        raw = parse_json(bytes(stored.read(name).flatten().tolist()))
         fields = {
             "shape": tuple(raw["shape"]),
             "blocksize": raw["blocksize"],
@@ -127,12 +132,12 @@ def _state(stored: Stored, name: str) -> dict[str, Any]:
         }
         if raw.get("nested_blocksize") is not None:
             fields |= {"nested_blocksize": raw["nested_blocksize"], "nested_offset": float(raw["nested_offset"])}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         contradicts(
             f"{name} can't be read ({type(error).__name__}: {error})", "the quant state that bitsandbytes saves"
         )
     sizes = [*fields["shape"], fields["blocksize"], fields.get("nested_blocksize", 1)]
-    if not fields["shape"] or not all(type(size) is int and size > 0 for size in sizes):
+    if not fields["shape"] or not all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes):
         contradicts(f"{name} says {raw}", "positive sizes")
     return fields
 

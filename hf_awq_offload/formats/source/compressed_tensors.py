@@ -186,8 +186,10 @@ def _shape_of(stored: Stored, dot: str, packed: Sequence[int]) -> tuple[int, ...
     """Shape in full precision, from weight_shape."""
     name = f"{dot}weight_shape"
     header = stored.require(name, f"{dot}weight_packed", ["I64", "I32"], 1)
+    if len(packed) not in (2, 3) or header.shape[0] != len(packed):
+        contradicts(f"{name} is {described(header)}, and {dot}weight_packed is {tuple(packed)}", "a size for each")
     shape = tuple(int(size) for size in stored.read(name).flatten().tolist())
-    if len(packed) not in (2, 3) or len(shape) != len(packed) or shape[:-1] != tuple(packed[:-1]) or shape[-1] < 1:
+    if shape[:-1] != tuple(packed[:-1]) or shape[-1] < 1:
         contradicts(
             f"{name} ({described(header)}) says {shape}, and {dot}weight_packed is {tuple(packed)}", "equal rows"
         )
