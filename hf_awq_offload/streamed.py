@@ -15,7 +15,10 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoModelForCausalLM
 
+from .checkpoint.companion_copies import companion_states
+from .checkpoint.file_states import unchanged
 from .checkpoint.output_folder import output_folder
+from .checkpoint.source import Source
 from .checkpoint.source_folders import places_of_files
 from .checkpoint.work_folder import move_into_place, work_folder
 from .config import AwqOffloadConfig
@@ -25,6 +28,7 @@ from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_c
 from .integrations.quantizer import AwqOffloadQuantizer
 from .integrations.registration import register
 from .logs import get_logger
+from .pipeline.fingerprint import require_same_source
 from .planning import estimate, plan, require_fit, streamed_recipe
 from .report import QuantizationReport
 from .reporting.progress import announce
@@ -81,6 +85,7 @@ def quantize(
         ConfigError: `out_dir` may not be replaced (see `output_folder`), or a value is not allowed.
         MemoryLimitError: the run does not fit into memory or on the disk.
         JournalError: `checkpoint_dir` is the journal of another run.
+        CheckpointError: the source is damaged, or was changed while the run went on.
         StorageError: a file can't be written; the journal stays usable.
         AwqOffloadError: the model can't be quantized, or the data can't be used.
     """
@@ -95,6 +100,8 @@ def quantize(
     }
     sources = places_of_files(src, **{name: kwargs.get(name) for name in ("revision", "cache_dir", "subfolder")})
     target = output_folder(out_dir, overwrite, kept=kept, sources=sources)
+    own = [target, recipe.checkpoint_dir, recipe.report_dir]
+    companions = companion_states(sources if os.path.isdir(src) else (), apart_from=own)
     with work_folder(target) as work:
         output_folder(target, overwrite, kept=kept, sources=sources)  # a killed run's predecessor may be back
         keeps_journal = recipe.checkpoint_dir is not None
@@ -106,23 +113,18 @@ def quantize(
         if probe and not (Path(recipe.checkpoint_dir) / "journal.json").exists():
             planned = plan(src, recipe, model_class=model_class, dtype=dtype, **kwargs)
         announce(f"Planned: {planned}.")
-        weights = detach_stored_weights(model, quantizer.source.opened)
+        source = cast(Source, quantizer.source.opened)  # only safetensors files can stay on the disk
+        weights = detach_stored_weights(model, source)
         to_checkpoint = to_checkpoint_names(model)
         storage = quantizer.prepare(model, weights, to_checkpoint)
         assert storage.journal is not None
         try:
-            report = quantizer.quantize(model, storage, planned=planned)
-            assembled = work / "checkpoint"
-            assemble(
-                assembled,
-                model,
-                storage.journal,
-                weights,
-                to_checkpoint,
-                quantizer.source.carried,
-                max_shard_size,
-                repo_id,
-            )
+            with unchanged(companions, source.states):
+                report = quantizer.quantize(model, storage, planned=planned)
+                assembled = work / "checkpoint"
+                carried = quantizer.source.carried
+                assemble(assembled, model, storage.journal, weights, to_checkpoint, carried, max_shard_size, repo_id)
+            require_same_source(storage.journal.header, source.files)
             move_into_place(assembled, target, work)
         except KeyboardInterrupt as interrupt:
             if not keeps_journal:

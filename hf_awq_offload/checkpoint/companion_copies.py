@@ -18,6 +18,7 @@ from .companion_files import (
     is_of_tokenizer,
     why_left_out,
 )
+from .file_states import FileStates
 
 logger = get_logger(__name__)
 
@@ -64,6 +65,22 @@ def listed(
                 else:
                     out_of_reach[relative] = "not readable"
     return dict(sorted(sizes.items())), dict(sorted(out_of_reach.items()))
+
+
+def companion_states(folders: Iterable[Path], apart_from: Iterable[str | os.PathLike[str] | None] = ()) -> FileStates:
+    """Notes what the files are like that will come along from these folders, to copy them once a run is done.
+
+    Args:
+        folders: those of the checkpoint; one that does not exist holds nothing.
+        apart_from: what the run itself writes to.
+    """
+    own = [Path(path).resolve() for path in apart_from if path is not None]
+    states = FileStates()
+    for folder in folders:
+        kept = companions(listed(folder)[0], lambda path, folder=folder: read_text(folder / path)).kept  # type: ignore[misc]
+        found = [folder / path for path in kept]
+        states.add(file for file in found if not any(file.resolve().is_relative_to(path) for path in own))
+    return states
 
 
 def copy_companions(source: Path, chosen: Iterable[str], target: Path, *, is_second: bool = False) -> list[str]:

@@ -55,7 +55,7 @@ def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
     """Name -> place of every tensor in a safetensors file.
 
     Raises:
-        CheckpointError: the file is not a safetensors file, or is shorter than its header says.
+        CheckpointError: the file can't be read, is not a safetensors file, or is shorter than its header says.
     """
     path = Path(file)
     try:
@@ -77,6 +77,10 @@ def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
             raise ValueError(f"{size} bytes, where the header says {needed}")
     except CheckpointError:
         raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be read: {error.strerror or error}. Correct its permissions, or get it again."
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); get it again.") from error
     return places

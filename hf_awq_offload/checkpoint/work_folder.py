@@ -41,7 +41,7 @@ def work_folder(target: Path) -> Iterator[Path]:
             f"{target} is being made by {holder_of(work / LOCK_NAME)}; wait for it, or name another folder."
         ) from error
     except OSError as error:
-        raise StorageError(f"{work} can't be made: {error}. Correct the folder's permissions.") from error
+        raise StorageError(f"{work} can't be made: {error}. Make room, or correct the folder's permissions.") from error
     try:
         _clear(work, target)
         yield work
