@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,7 +24,7 @@ from ..checkpoint.added_tensors import add_tensors
 from ..checkpoint.config_file import add_older_keys
 from ..checkpoint.set_aside import set_aside
 from ..checkpoint.stored_tensor import CarriedTensor
-from ..errors import CheckpointError
+from ..errors import CheckpointError, StorageError
 from ..formats.compressed_tensors_config import META_ATTRIBUTE
 from ..nn.quantized_linear import QuantizedLinear
 from ..report import QuantizationReport
@@ -92,16 +93,28 @@ class _Companions:
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-    """Saves as transformers does, then adds the card and all other files."""
+    """Saves as transformers does, then adds the card and all other files.
+
+    Raises:
+        StorageError: a file can't be written; the message names the folder, which the system's own does not.
+    """
     is_main_process = args[0] if args else kwargs.get("is_main_process", True)
     is_pushed = args[2] if len(args) > 2 else kwargs.get("push_to_hub", False)
     if not is_main_process or _saves_adapters_alone(model):
         return type(model).save_pretrained(model, save_directory, *args, **kwargs)
     known: _Companions = cast(Any, model)._awq_companions
-    with set_aside(known.carried, Path(save_directory), model.dtype):
-        result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
-        if not is_pushed:
-            _complete_any(model, Path(save_directory))
+    try:
+        with set_aside(known.carried, Path(save_directory), model.dtype):
+            result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+            if not is_pushed:
+                _complete_any(model, Path(save_directory))
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno is None):
+            raise  # said already, or not the system's: the hub's
+        raise StorageError(
+            f"The model can't be saved to {save_directory}, where files are missing now: {error}. The model is unchanged "
+            "in memory: make room or correct the folder's permissions, and save it once more."
+        ) from error
     return result
 
 

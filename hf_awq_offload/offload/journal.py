@@ -228,7 +228,8 @@ class Journal:
         except OSError as error:
             self.close()
             logger.warning(
-                f"The result is complete, but its journal {self.directory} can't be removed: {error}. Delete that folder."
+                f"The result is complete, but its journal {self.directory} can't be removed: {error}. "
+                "Delete that folder."
             )
 
     def close(self) -> None:
