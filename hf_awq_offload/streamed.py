@@ -25,6 +25,7 @@ from .config import AwqOffloadConfig
 from .errors import ConfigError
 from .integrations.assembly import assemble
 from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_checkpoint_names
+from .integrations.one_at_a_time import one_at_a_time
 from .integrations.quantizer import AwqOffloadQuantizer
 from .integrations.registration import register
 from .logs import get_logger
@@ -39,6 +40,7 @@ MAX_SHARD_SIZE = "50GB"
 """The default of `save_pretrained`."""
 
 
+@one_at_a_time()
 def quantize(
     src: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],

@@ -112,8 +112,8 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, 
         if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno is None):
             raise  # said already, or not the system's: the hub's
         raise StorageError(
-            f"The model can't be saved to {save_directory}, where files are missing now: {error}. The model is unchanged "
-            "in memory: make room or correct the folder's permissions, and save it once more."
+            f"The model can't be saved to {save_directory}, where files are missing now: {error}. The model in memory "
+            "is unchanged: make room or correct the folder's permissions, and save it once more."
         ) from error
     return result
 
