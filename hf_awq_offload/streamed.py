@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoModelForCausalLM
 
 from .checkpoint.companion_copies import companion_states
-from .checkpoint.file_states import unchanged
+from .checkpoint.file_states import blaming_changes
 from .checkpoint.output_folder import output_folder
 from .checkpoint.source import Source
 from .checkpoint.source_folders import places_of_files
@@ -108,7 +109,8 @@ def quantize(
         output_folder(target, overwrite, kept=kept, sources=sources)  # a killed run's predecessor may be back
         keeps_journal = recipe.checkpoint_dir is not None
         recipe.checkpoint_dir = recipe.checkpoint_dir or work / "journal"
-        model = load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)
+        with blaming_changes(companions):
+            model = load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)
         quantizer = cast(AwqOffloadQuantizer, cast(Any, model).hf_quantizer)
         planned = estimate(model)
         require_fit(planned, recipe, work)
@@ -118,26 +120,27 @@ def quantize(
         source = cast(Source, quantizer.source.opened)  # only safetensors files can stay on the disk
         weights = detach_stored_weights(model, source)
         to_checkpoint = to_checkpoint_names(model)
-        storage = quantizer.prepare(model, weights, to_checkpoint)
-        assert storage.journal is not None
-        try:
-            with unchanged(companions, source.states):
+        with (
+            blaming_changes(companions, source.states),
+            closing(quantizer.prepare(model, weights, to_checkpoint)) as storage,
+        ):
+            assert storage.journal is not None
+            try:
                 report = quantizer.quantize(model, storage, planned=planned)
-                assembled = work / "checkpoint"
-                carried = quantizer.source.carried
+                assembled, carried = work / "checkpoint", quantizer.source.carried
                 assemble(assembled, model, storage.journal, weights, to_checkpoint, carried, max_shard_size, repo_id)
-            require_same_source(storage.journal.header, source.files)
-            move_into_place(assembled, target, work)
-        except KeyboardInterrupt as interrupt:
-            if not keeps_journal:
-                raise
-            raise KeyboardInterrupt(
-                f"Interrupted with {len(storage.commits)} layers finished. They are kept in "
-                f"{storage.journal.directory}: repeat the call to resume."
-            ) from interrupt
-        finally:
-            storage.close()
-        storage.journal.remove()
+                for states in (companions, source.states):
+                    states.require_unchanged()
+                require_same_source(storage.journal.header, source.files)
+                move_into_place(assembled, target, work)
+            except KeyboardInterrupt as interrupt:
+                if not keeps_journal:
+                    raise
+                raise KeyboardInterrupt(
+                    f"Interrupted with {len(storage.commits)} layers finished. They are kept in "
+                    f"{storage.journal.directory}: repeat the call to resume."
+                ) from interrupt
+            storage.journal.remove()
         return report
 
 

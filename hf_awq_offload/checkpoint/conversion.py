@@ -34,7 +34,7 @@ from ..logs import get_logger
 from .companion_copies import companion_states, copy_all_companions
 from .config_file import completed, text_of
 from .dense_modules import DenseModules, dense_modules
-from .file_states import unchanged
+from .file_states import blaming_changes
 from .inspection import inspect_checkpoint
 from .layout_checks import FLOAT_DTYPES
 from .opened import CONFIG_NAME, Checkpoint, open_checkpoint
@@ -92,10 +92,11 @@ def convert_checkpoint(
         output_folder(target, overwrite, kept=kept, sources=[source])  # a killed run's predecessor may be back
         assembled = work / "checkpoint"
         try:
-            with unchanged(states):
+            with blaming_changes(states):
                 assembled.mkdir()
                 job.write(assembled)
                 copy_all_companions(source, assembled, same_model=True)
+                states.require_unchanged()
         except OSError as error:
             raise StorageError(
                 f"The converted checkpoint can't be written to {work}: {error}. Nothing of it is left: make room or "

@@ -80,11 +80,11 @@ class FileStates:
 
 
 @contextmanager
-def unchanged(*states: FileStates) -> Iterator[None]:
-    """Checks after the context that no file was changed meanwhile; after an error as well, which may come from that.
+def blaming_changes(*states: FileStates) -> Iterator[None]:
+    """After an error inside the context, looks whether files were changed meanwhile, and says so instead if they were.
 
     Raises:
-        CheckpointError: a file was changed.
+        CheckpointError: an error occurred, and a file was changed.
     """
     try:
         yield
@@ -95,5 +95,3 @@ def unchanged(*states: FileStates) -> Iterator[None]:
             except CheckpointError as reason:
                 raise reason from error
         raise
-    for noted in states:
-        noted.require_unchanged()
