@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 FROM_THEN_ON, ALSO_REMOVALS, ONLY_READS = 1, 2, 4
 VARIABLE = "LD_PRELOAD"
@@ -73,3 +76,16 @@ def failing(folders: Sequence[Path], call: int, fault: Fault) -> Iterator[Counte
     finally:
         library.faults_disarm()
         counted.calls = library.faults_log().decode().splitlines()
+
+
+def swept(library: Path, folder: Path, operation: str, fault: str, every: int, first: int = 1) -> list[dict[str, Any]]:
+    """Runs sweeping.py in a process of its own; returns how many calls there are, then what each failure did."""
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(here.parents[1]), str(here.parent), *filter(None, sys.path)])
+    command = [sys.executable, str(here / "sweeping.py"), str(folder), operation, fault]
+    command += ["--every", str(every), "--first", str(first)]
+    env = os.environ | environment(library) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise AssertionError(result.stderr[-2000:])
+    return [json.loads(line) for line in result.stdout.splitlines()]

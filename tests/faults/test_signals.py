@@ -38,9 +38,15 @@ def ended(program: str, numbers: list[int], at: int, line: list[str], cwd: Path)
     return subprocess.run([*PROGRAMS[program], *line], cwd=cwd, env=env, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
-    ("numbers", "at"), [([INT], FIRST), ([TERM], 60), ([INT], 200), ([TERM], 700), ([INT, INT], 1200), ([TERM], 2500)]
+    ("program", "numbers", "at"),
+    [
+        ("module", [INT], FIRST),
+        ("script", [TERM], FIRST),
+        ("module", [TERM], 200),
+        ("script", [INT, INT], 700),
+        ("script", [INT], 2500),
+    ],
 )
 def test_while_the_process_starts(program, numbers, at, tiny_llama_dir, tmp_path):
     result = ended(program, numbers, at, ["quantize", str(tiny_llama_dir), "out", *FAST], tmp_path)
