@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
+from ..errors import CheckpointError
 from ..logs import get_logger
 from ..messages import shortened
 from .companion_files import (
@@ -144,8 +145,15 @@ def tell(source: str, found: Companions, out_of_reach: Mapping[str, str] | None 
 
 
 def read_text(path: Path) -> str:
-    """Returns a file's text, "" if there is no such file; what is no UTF-8 in it is replaced."""
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """Returns a file's text, "" if there is no such file; what is no UTF-8 in it is replaced.
+
+    Raises:
+        CheckpointError: the file can't be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}. Correct its permissions.") from error
 
 
 def _reachable_from(folder: Path) -> Path:

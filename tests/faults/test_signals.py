@@ -35,7 +35,7 @@ def ended(program: str, numbers: list[int], at: int, line: list[str], cwd: Path)
     """Runs the program, which sends itself signals; returns how it ended, within a minute."""
     env = environment(SIGNALS_AT=str(at), SIGNALS=",".join(map(str, numbers)))
     env["PYTHONPATH"] = f"{AT_IMPORT}{os.pathsep}{env['PYTHONPATH']}"
-    return subprocess.run([*PROGRAMS[program], *line], cwd=cwd, env=env, capture_output=True, text=True, timeout=100)
+    return subprocess.run([*PROGRAMS[program], *line], cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
 
 
 @pytest.mark.parametrize(
