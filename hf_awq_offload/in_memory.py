@@ -13,10 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from .config import AwqOffloadConfig, require_recipe
 from .errors import ModelStructureError
 from .integrations.dispatching import dispatch
+from .integrations.one_at_a_time import one_at_a_time
 from .integrations.quantizer import AwqOffloadQuantizer
 from .pipeline.layer_context import Undo
 
 
+@one_at_a_time()
 def quantize_model(
     model: PreTrainedModel,
     config: AwqOffloadConfig,

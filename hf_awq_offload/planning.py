@@ -26,6 +26,7 @@ from .calibration.dataset import CalibrationSet, micro_batches
 from .config import AwqOffloadConfig, require_recipe
 from .errors import MemoryLimitError
 from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_checkpoint_names
+from .integrations.one_at_a_time import one_at_a_time
 from .integrations.quantizer import AwqOffloadQuantizer
 from .integrations.registration import register
 from .model.decoder_layers import candidate_layers
@@ -43,6 +44,7 @@ PROBE_LAYERS = 2
 PROBE_BATCHES = 2
 
 
+@one_at_a_time()
 def plan(
     src: str | os.PathLike[str],
     config: AwqOffloadConfig,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,16 +16,21 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoModelForCausalLM
 
+from .checkpoint.companion_copies import companion_states
+from .checkpoint.file_states import blaming_changes
 from .checkpoint.output_folder import output_folder
+from .checkpoint.source import Source
 from .checkpoint.source_folders import places_of_files
 from .checkpoint.work_folder import move_into_place, work_folder
 from .config import AwqOffloadConfig
 from .errors import ConfigError
 from .integrations.assembly import assemble
 from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_checkpoint_names
+from .integrations.one_at_a_time import one_at_a_time
 from .integrations.quantizer import AwqOffloadQuantizer
 from .integrations.registration import register
 from .logs import get_logger
+from .pipeline.fingerprint import require_same_source
 from .planning import estimate, plan, require_fit, streamed_recipe
 from .report import QuantizationReport
 from .reporting.progress import announce
@@ -35,6 +41,7 @@ MAX_SHARD_SIZE = "50GB"
 """The default of `save_pretrained`."""
 
 
+@one_at_a_time()
 def quantize(
     src: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
@@ -81,6 +88,7 @@ def quantize(
         ConfigError: `out_dir` may not be replaced (see `output_folder`), or a value is not allowed.
         MemoryLimitError: the run does not fit into memory or on the disk.
         JournalError: `checkpoint_dir` is the journal of another run.
+        CheckpointError: the source is damaged, or was changed while the run went on.
         StorageError: a file can't be written; the journal stays usable.
         AwqOffloadError: the model can't be quantized, or the data can't be used.
     """
@@ -95,45 +103,44 @@ def quantize(
     }
     sources = places_of_files(src, **{name: kwargs.get(name) for name in ("revision", "cache_dir", "subfolder")})
     target = output_folder(out_dir, overwrite, kept=kept, sources=sources)
+    own = [target, recipe.checkpoint_dir, recipe.report_dir]
+    companions = companion_states(sources if os.path.isdir(src) else (), apart_from=own)
     with work_folder(target) as work:
         output_folder(target, overwrite, kept=kept, sources=sources)  # a killed run's predecessor may be back
         keeps_journal = recipe.checkpoint_dir is not None
         recipe.checkpoint_dir = recipe.checkpoint_dir or work / "journal"
-        model = load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)
+        with blaming_changes(companions):
+            model = load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)
         quantizer = cast(AwqOffloadQuantizer, cast(Any, model).hf_quantizer)
         planned = estimate(model)
         require_fit(planned, recipe, work)
         if probe and not (Path(recipe.checkpoint_dir) / "journal.json").exists():
             planned = plan(src, recipe, model_class=model_class, dtype=dtype, **kwargs)
         announce(f"Planned: {planned}.")
-        weights = detach_stored_weights(model, quantizer.source.opened)
+        source = cast(Source, quantizer.source.opened)  # only safetensors files can stay on the disk
+        weights = detach_stored_weights(model, source)
         to_checkpoint = to_checkpoint_names(model)
-        storage = quantizer.prepare(model, weights, to_checkpoint)
-        assert storage.journal is not None
-        try:
-            report = quantizer.quantize(model, storage, planned=planned)
-            assembled = work / "checkpoint"
-            assemble(
-                assembled,
-                model,
-                storage.journal,
-                weights,
-                to_checkpoint,
-                quantizer.source.carried,
-                max_shard_size,
-                repo_id,
-            )
-            move_into_place(assembled, target, work, sources)
-        except KeyboardInterrupt as interrupt:
-            if not keeps_journal:
-                raise
-            raise KeyboardInterrupt(
-                f"Interrupted with {len(storage.commits)} layers finished. They are kept in "
-                f"{storage.journal.directory}: repeat the call to resume."
-            ) from interrupt
-        finally:
-            storage.close()
-        storage.journal.remove()
+        with (
+            blaming_changes(companions, source.states),
+            closing(quantizer.prepare(model, weights, to_checkpoint)) as storage,
+        ):
+            assert storage.journal is not None
+            try:
+                report = quantizer.quantize(model, storage, planned=planned)
+                assembled, carried = work / "checkpoint", quantizer.source.carried
+                assemble(assembled, model, storage.journal, weights, to_checkpoint, carried, max_shard_size, repo_id)
+                for states in (companions, source.states):
+                    states.require_unchanged()
+                require_same_source(storage.journal.header, source.files)
+                move_into_place(assembled, target, work, sources)
+            except KeyboardInterrupt as interrupt:
+                if not keeps_journal:
+                    raise
+                raise KeyboardInterrupt(
+                    f"Interrupted with {len(storage.commits)} layers finished. They are kept in "
+                    f"{storage.journal.directory}: repeat the call to resume."
+                ) from interrupt
+            storage.journal.remove()
         return report
 
 

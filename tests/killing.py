@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STEPS = {"os": ("fsync", "replace"), "Path": ("write_text", "unlink"), "journal": ("save_file",)}
+STEPS = {"os": ("fsync", "replace"), "Path": ("write_text", "unlink"), "journal": ("write_all",)}
 """The calls that a commit is made of; a run can be killed before and after each of them."""
 
 
@@ -64,7 +64,7 @@ def steps_of(run: Run) -> list[str]:
 
 def commit_and_end(steps: list[str], layer: int) -> list[int]:
     """Returns the step numbers of one layer's commit, and of everything after the last commit."""
-    begins = [number for number, words in enumerate(steps, 1) if words == "before save_file"]
+    begins = [number for number, words in enumerate(steps, 1) if words == "before write_all"]
     return [*range(begins[layer], begins[layer + 1]), *range(begins[-1], len(steps) + 1)]
 
 

@@ -32,7 +32,7 @@ from ..logs import get_logger
 from .documents import Chat, Document, Text, TokenRow, documents_of_encoding, read_documents
 from .samples import Sample, has_media
 from .sources import open_source
-from .tokenizers import processor_of, render_with_media, text_blocks, tokenizer_of
+from .tokenizers import list_of_ids, processor_of, render_with_media, text_blocks, tokenizer_of
 
 logger = get_logger(__name__)
 
@@ -249,7 +249,7 @@ class _Reading:
         try:
             for block in text_blocks(document.text):
                 # verbose=False avoids a warning about texts longer than the model's context.
-                token_ids += tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+                token_ids += list_of_ids(tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"])
                 if len(token_ids) >= limit_tokens:
                     break
             bos = [self._bos_id] if token_ids and self._bos_id is not None else []
@@ -268,7 +268,7 @@ class _Reading:
         quiet: dict[str, Any] = {"tokenizer_kwargs": {"verbose": False}} if has_template else {}
         try:
             encoding: Any = tokenizer.apply_chat_template(document.messages, return_dict=True, **quiet)
-            return torch.tensor(encoding["input_ids"], dtype=torch.int64)
+            return torch.tensor(list_of_ids(encoding["input_ids"]), dtype=torch.int64)
         except Exception as error:  # of any kind: templates can raise anything
             raise CalibrationDataError(
                 f"The tokenizer (a {type(tokenizer).__name__}) could not render row {document.row}, column "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..errors import CalibrationDataError, ModelStructureError
+from ..machine_errors import reraise_of_machine
 
 ModelInputs = Tensor | Mapping[str, Any]
 """Token ids without padding, (batch, tokens) int64, or a processor's output."""
@@ -80,6 +81,7 @@ class ForwardPass:
         except (ModelStructureError, CalibrationDataError):
             raise
         except Exception as error:  # of any kind: modeling code can raise anything
+            reraise_of_machine(error)
             raise CalibrationDataError(
                 f"The forward pass of {type(self.model).__name__} failed on a sample with the keys "
                 f"{', '.join(map(repr, inputs))} ({type(error).__name__}: {error}). Expected what its processor "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..checkpoint.stored_tensor import read
 from ..errors import ModelStructureError
 from ..logs import get_logger
+from ..machine_errors import reraise_of_machine
 from ..model.decoder_layers import HIDDEN, LayerCall, calibration_mode, output_hidden, runner_on, shadowed_forward
 from ..model.mtp_layer import MtpLayer, read_stem
 from .batches import Batches
@@ -160,6 +161,7 @@ def mtp_inputs(
     try:
         inputs.require(skeleton, batches)
     except Exception as error:  # of any kind: stubs can break what a model computes behind its layers
+        reraise_of_machine(error)
         logger.info("%s cannot be calibrated: %r", mtp.name, error)
         return None
     return inputs

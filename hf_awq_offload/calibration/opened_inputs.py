@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import ModelStructureError
 from ..logs import get_logger
+from ..machine_errors import reraise_of_machine
 from ..model.decoder_layers import candidate_layers
 from ..model.mtp_layer import MtpLayer
 from ..offload.devices import CPU
@@ -95,6 +96,7 @@ def _chain(
     except ModelStructureError:
         raise
     except Exception as error:  # of any kind: stubs can break what a model computes between its layers
+        reraise_of_machine(error)
         logger.info("Forward passes of %s are paused at each decoder layer: %r", model_name, error)
     return None
 

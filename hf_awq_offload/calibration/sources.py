@@ -112,13 +112,21 @@ def _open_object(dataset: Any, seed: int) -> Source:
 
 
 def _visit(elements: Any, seed: int) -> Iterator[tuple[int, Any]]:
-    """Yields (row, element), in a random order unless `elements` is an iterator."""
+    """Yields (row, element), in a random order unless `elements` is an iterator.
+
+    Raises:
+        CalibrationDataError: the data set raised an error; the message names the row.
+    """
+    remedy = "Correct the data set or what it computes (a generator, a transform), or leave that row out."
     if isinstance(elements, Iterator):
-        yield from enumerate(elements)
+        row, end = 0, object()
+        while (element := _guarded(next, f"Row {row} of the dataset", remedy, elements, end)) is not end:
+            yield row, element
+            row += 1
         return
     generator = torch.Generator().manual_seed(seed)
     for row in torch.randperm(len(elements), generator=generator).tolist():
-        yield row, elements[row]
+        yield row, _guarded(elements.__getitem__, f"Row {row} of the dataset", remedy, row)
 
 
 def _own_name(dataset: Any) -> str | None:
@@ -287,7 +295,7 @@ def _guarded(function: Callable[..., Any], what: str, remedy: str, *arguments: A
     """Calls `function`, and turns any error into a CalibrationDataError, because readers raise dozens of kinds."""
     try:
         return function(*arguments)
-    except CalibrationDataError:
+    except (CalibrationDataError, MemoryError):
         raise
     except Exception as error:
         raise CalibrationDataError(
@@ -296,6 +304,7 @@ def _guarded(function: Callable[..., Any], what: str, remedy: str, *arguments: A
 
 
 def _guarded_iterator(elements: Iterator[Any], what: str, remedy: str) -> Iterator[Any]:
-    end = object()
-    while (element := _guarded(next, what, remedy, elements, end)) is not end:
+    row, end = 0, object()
+    while (element := _guarded(next, f"{what}, row {row},", remedy, elements, end)) is not end:
         yield element
+        row += 1

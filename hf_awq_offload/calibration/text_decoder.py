@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationDataError, ModelStructureError
 from ..logs import get_logger
+from ..machine_errors import reraise_of_machine
 from ..model.decoder_layers import (
     LayerCall,
     LayerRunner,
@@ -86,6 +87,7 @@ def text_forward(model: nn.Module, run_layer: RunLayer, may_fail: bool = False) 
         try:
             layers_in_order(model, candidate_layers(model), trial_text(), run_layer, forward)
         except Exception as error:  # of any kind: modeling code raises what it likes
+            reraise_of_machine(error)
             logger.info("%s does not run on text alone: %r", type(part).__name__, error)
         else:
             return forward
@@ -102,7 +104,8 @@ def layers_in_order(
     """Returns the names of the `layers` that a forward pass runs, in its order, with repetitions."""
     try:
         return record_skeleton(model, [inputs], layers, forward).layer_names
-    except Exception:  # of any kind: stubs can break what a model computes between its layers
+    except Exception as error:  # of any kind: stubs can break what a model computes between its layers
+        reraise_of_machine(error)
         return order_of_layers(model, layers, inputs, run_layer, forward)
 
 

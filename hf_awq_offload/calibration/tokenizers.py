@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
+from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import CalibrationDataError
-from .documents import Chat
+from .documents import Chat, type_name
 
 TEXT_BLOCK_CHARACTERS = 1 << 20
 """Longer documents are tokenized in blocks of this size, so that reading can stop in the middle of a book."""
@@ -110,6 +112,19 @@ def render_with_media(chat: Chat, processor: ProcessorMixin) -> Mapping[str, Any
             f"The processor (a {type(processor).__name__}) could not render row {chat.row}, column 'messages' "
             f"({type(error).__name__}: {error}). Pass the processor of a chat model, or what it returns as rows."
         ) from error
+
+
+def list_of_ids(value: Any) -> list[int]:
+    """Returns what a tokenizer gave for one text as a list.
+
+    Raises:
+        TypeError: it is not a sequence of integers.
+    """
+    ids = value.tolist() if isinstance(value, Tensor | np.ndarray) else list(value)
+    wrong = next((item for item in ids if isinstance(item, bool) or not isinstance(item, int | np.integer)), None)
+    if wrong is not None:
+        raise TypeError(f"input_ids holds {type_name(wrong)}, where token ids are expected")
+    return ids
 
 
 def text_blocks(text: str) -> Iterator[str]:

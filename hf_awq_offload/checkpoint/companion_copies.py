@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
+from ..errors import CheckpointError
 from ..logs import get_logger
 from ..messages import shortened
 from .companion_files import (
@@ -18,6 +19,7 @@ from .companion_files import (
     is_of_tokenizer,
     why_left_out,
 )
+from .file_states import FileStates
 
 logger = get_logger(__name__)
 
@@ -64,6 +66,22 @@ def listed(
                 else:
                     out_of_reach[relative] = "not readable"
     return dict(sorted(sizes.items())), dict(sorted(out_of_reach.items()))
+
+
+def companion_states(folders: Iterable[Path], apart_from: Iterable[str | os.PathLike[str] | None] = ()) -> FileStates:
+    """Notes what the files are like that will come along from these folders, to copy them once a run is done.
+
+    Args:
+        folders: those of the checkpoint; one that does not exist holds nothing.
+        apart_from: what the run itself writes to.
+    """
+    own = [Path(path).resolve() for path in apart_from if path is not None]
+    states = FileStates()
+    for folder in folders:
+        kept = companions(listed(folder)[0], lambda path, folder=folder: read_text(folder / path)).kept  # type: ignore[misc]
+        found = [folder / path for path in kept]
+        states.add(file for file in found if not any(file.resolve().is_relative_to(path) for path in own))
+    return states
 
 
 def copy_companions(source: Path, chosen: Iterable[str], target: Path, *, is_second: bool = False) -> list[str]:
@@ -130,8 +148,15 @@ def tell(source: str, found: Companions, out_of_reach: Mapping[str, str] | None 
 
 
 def read_text(path: Path) -> str:
-    """Returns a file's text, "" if there is no such file; what is no UTF-8 in it is replaced."""
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """Returns a file's text, "" if there is no such file; what is no UTF-8 in it is replaced.
+
+    Raises:
+        CheckpointError: the file can't be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}. Correct its permissions.") from error
 
 
 def is_reachable(path: Path, folder: Path) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, StorageError
 from ..formats.awq import BITS, COLUMNS_PER_WORD, PackedWeight
 from ..formats.awq_config import AwqCheckpointConfig
 from ..formats.awq_variants import gemv_words, to_gemm, to_gemv
@@ -31,9 +31,10 @@ from ..formats.grid import SCALE_DTYPE, Grid
 from ..formats.layouts import AWQ_FORMATS, COMPRESSED_TENSORS, GEMM, GEMV, names_in, tensors_of
 from ..formats.pack_quantized import PackQuantizedWeight
 from ..logs import get_logger
-from .companion_copies import copy_all_companions
+from .companion_copies import companion_states, copy_all_companions
 from .config_file import completed, text_of
 from .dense_modules import DenseModules, dense_modules
+from .file_states import blaming_changes
 from .inspection import inspect_checkpoint
 from .layout_checks import FLOAT_DTYPES
 from .opened import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
@@ -83,14 +84,24 @@ def convert_checkpoint(
         raise ConfigError(f"to is {to!r}; pass one of {', '.join(map(repr, TARGETS))}.")
     kept = {"the source itself": source}
     target = output_folder(out_dir, overwrite, kept=kept, sources=[source])
+    states = companion_states([source], apart_from=[target])
+    states.add(sorted(source.glob("*.safetensors")))
     checkpoint = open_checkpoint(source)
     job = _Conversion(checkpoint, to, scale_dtype)
     with work_folder(target) as work:
         output_folder(target, overwrite, kept=kept, sources=[source])  # a killed run's predecessor may be back
         assembled = work / "checkpoint"
-        assembled.mkdir()
-        job.write(assembled)
-        copy_all_companions(source, assembled, same_model=True)
+        try:
+            with blaming_changes(states):
+                assembled.mkdir()
+                job.write(assembled)
+                copy_all_companions(source, assembled, same_model=True)
+                states.require_unchanged()
+        except OSError as error:
+            raise StorageError(
+                f"The converted checkpoint can't be written to {work}: {error}. Nothing of it is left: make room or "
+                "correct the permissions, and repeat the call."
+            ) from error
         size_bytes = sum(file.stat().st_size for file in assembled.glob("*.safetensors"))
         move_into_place(assembled, target, work, [source])
     return Converted(checkpoint.format, to, len(checkpoint.linears), size_bytes)

@@ -12,11 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 READ_BYTES = 1 << 22
 PARTIAL_SUFFIX = ".partial"
 HOLDER = re.compile(r"process \d+ on \S+")
 """What a lock file says while it is locked."""
+
+
+_locks: WeakSet[Any] = WeakSet()
+"""Locks that this process holds."""
 
 
 @contextmanager
@@ -80,10 +85,22 @@ def locked(path: Path) -> Any:
     except BaseException:
         opened.close()
         raise
+    _locks.add(opened)
     with suppress(OSError):  # on a full disk the lock holds all the same, without a name
         os.ftruncate(opened.fileno(), 0)
         os.write(opened.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return opened
+
+
+def _let_go_in_child() -> None:
+    """Closes what a forked process has of the locks: else they would last until it ends, too."""
+    for opened in list(_locks):
+        opened.close()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def holder_of(path: Path) -> str:

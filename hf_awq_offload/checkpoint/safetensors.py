@@ -86,7 +86,11 @@ def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
         places = _places(path, header, 8 + length, size)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be read: {error.strerror or error}. Correct its permissions, or get it again."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); get it again.") from error
     return places
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..formats.source import SourceFormat, StoredHeader, source_format
+from .file_states import FileStates
 from .opened import CONFIG_NAME, quantization_fields, read_json, require_fields, weight_map
 from .safetensors import TensorPlace, read_tensor, tensor_places
 from .stored_tensor import DequantizedTensor, StoredTensor
@@ -34,6 +35,8 @@ class Source:
     """How the weights are quantized; None: they are in full precision."""
     tensors: dict[str, StoredTensor]
     """Every full-precision tensor by its name in the checkpoint."""
+    states: FileStates = field(default_factory=FileStates, compare=False)
+    """What the files were like when their headers were read."""
 
     @cached_property
     def by_file(self) -> dict[Path, dict[str, StoredTensor]]:
@@ -69,6 +72,7 @@ def open_source(files: Sequence[Path], fields: Mapping[str, Any] | None = None, 
             a way that this package cannot undo.
     """
     places: dict[str, TensorPlace] = {}
+    states = FileStates(files)
     for file in files:
         held = tensor_places(file)
         if twice := sorted(held.keys() & places.keys()):
@@ -82,7 +86,7 @@ def open_source(files: Sequence[Path], fields: Mapping[str, Any] | None = None, 
     headers = {name: StoredHeader(place.dtype, place.shape) for name, place in places.items()}
     found = source_format(headers, fields, lambda name: read_tensor(places[name]))
     if found is None:
-        return Source(tuple(files), fields, None, dict(places))
+        return Source(tuple(files), fields, None, dict(places), states)
     in_parts = {part for weight in found.weights for part in weight.parts.values()}
     tensors: dict[str, StoredTensor] = {
         name: place for name, place in places.items() if name not in in_parts and name not in found.unused
@@ -93,7 +97,7 @@ def open_source(files: Sequence[Path], fields: Mapping[str, Any] | None = None, 
                 f"The checkpoint holds {weight.name} twice, quantized and in full precision. Remove one of them."
             )
         tensors[weight.name] = DequantizedTensor(weight, {part: places[name] for part, name in weight.parts.items()})
-    return Source(tuple(files), fields, found, tensors)
+    return Source(tuple(files), fields, found, tensors, states)
 
 
 def _check_index(index: Path, places: Mapping[str, TensorPlace]) -> None:

@@ -100,7 +100,7 @@ def require_unchanged(tensors: Mapping[str, CarriedTensor]) -> None:
                 )
 
 
-def write_all(file: Path, tensors: Mapping[str, CarriedTensor], dtype: torch.dtype) -> None:
+def write_all(file: Path, tensors: Mapping[str, CarriedTensor], dtype: torch.dtype = torch.float32) -> None:
     """Writes a safetensors file, one tensor at a time in memory.
 
     Args:

@@ -19,6 +19,12 @@ logger = get_logger(__name__)
 LOCK_NAME = "lock"
 REPLACED_NAME = "replaced"
 """Name, within the work folder, of the folder that the new checkpoint replaces."""
+DONE_NAME = "done"
+"""Name of an empty file that is there once the new checkpoint is in its place."""
+
+
+class InterruptedAfterwards(KeyboardInterrupt):
+    """Ctrl-C came when the new checkpoint was in its place already."""
 
 
 @contextmanager
@@ -31,6 +37,7 @@ def work_folder(target: Path) -> Iterator[Path]:
     Raises:
         ConfigError: another process is making the same `target`.
         StorageError: the folder can't be made.
+        InterruptedAfterwards: in place of KeyboardInterrupt, once `move_into_place` was called.
     """
     work = target.with_name(f".{target.name}.work")
     if work.is_symlink():
@@ -44,16 +51,31 @@ def work_folder(target: Path) -> Iterator[Path]:
         ) from error
     except OSError as error:
         raise StorageError(
-            f"{work} can't be made: {error}. Name another folder, or correct its permissions."
+            f"{work} can't be made: {error}. Name another folder, make room, or correct its permissions."
         ) from error
+    is_done = False
     try:
-        _clear(work, target)
-        yield work
+        try:
+            _clear(work, target)
+            yield work
+        finally:
+            is_done = (work / DONE_NAME).exists()
+            _leave(work, target)
+    except KeyboardInterrupt as interrupt:
+        if not is_done:
+            raise
+        raise InterruptedAfterwards(
+            f"interrupted when {target} was complete already. What may be left beside it, such as a journal, can be "
+            "deleted."
+        ) from interrupt
     finally:
-        if target.exists() or not (work / REPLACED_NAME).exists():  # else the next run brings it back
-            shutil.rmtree(work, ignore_errors=True)
         if lock is not None:
             lock.close()
+
+
+def _leave(work: Path, target: Path) -> None:
+    if target.exists() or not (work / REPLACED_NAME).exists():  # else the next run brings it back
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def move_into_place(assembled: Path, target: Path, work: Path, sources: Sequence[Path] = ()) -> None:
@@ -78,13 +100,20 @@ def move_into_place(assembled: Path, target: Path, work: Path, sources: Sequence
         if target.is_dir():
             os.replace(target, aside)
         os.replace(assembled, target)
+        with suppress(OSError):
+            (work / DONE_NAME).touch()
         flush_directory(target.parent)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             _bring_back(aside, target)
             if aside.parent != work:
                 aside.parent.rmdir()  # removes it only if it is empty
-        raise StorageError(f"The finished checkpoint can't be moved to {target}: {error}. Repeat the call.") from error
+        if not isinstance(error, OSError):
+            raise
+        raise StorageError(
+            f"The finished checkpoint can't be moved to {target}: {error}. Correct the permissions "
+            "of the folder around it, and repeat the call."
+        ) from error
 
 
 def _bring_back(aside: Path, target: Path) -> None:

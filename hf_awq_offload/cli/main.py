@@ -1,131 +1,17 @@
-"""Parses a command line, runs it, prints the result and returns an exit code. An error is one line on stderr."""
+"""The entry point of the command line. It watches for signals before it imports anything that takes time."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import importlib
-import json
-import math
-import os
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Iterator
-from typing import Any
 
-from .outcome import FAILED, INTERRUPTED, USAGE, Interrupted, Outcome, UsageError
-from .parser import parse
-from .preflight import check
-
-LONGEST_MESSAGE = 2000
-WRONG_USAGE = {UsageError.__name__, "ConfigError"}
-"""Class names, because the package's own error classes are not imported until one is raised."""
+from .signals import Signals
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line, by default the process's own; returns the exit code."""
+    signals = Signals(ends_process=arguments is None)
     words = sys.argv[1:] if arguments is None else arguments
-    try:
-        options = parse(words)
-    except UsageError as error:
-        return _fail(error, USAGE, "--json" in words, command=None)
-    except SystemExit as end:  # after --help and --version
-        return int(end.code or 0)
-    return run(options)
+    with signals.watched(as_json="--json" in words):
+        from .command import run_line  # takes a while
 
-
-def run(options: argparse.Namespace) -> int:
-    """Runs a parsed command line; returns the exit code."""
-    try:
-        with _interrupting_signals():
-            outcome = _outcome(options)
-        _print(outcome, options)
-        return outcome.exit_code
-    except KeyboardInterrupt as error:
-        what = str(error) or "interrupted: nothing was completed."
-        return _fail(Interrupted(what), INTERRUPTED, options.json, options.command, options.debug)
-    except BrokenPipeError:  # the reader of the output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except Exception as error:
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        code = USAGE if kinds & WRONG_USAGE else FAILED
-        return _fail(error, code, options.json, options.command, options.debug)
-
-
-def _outcome(options: argparse.Namespace) -> Outcome:
-    check(options)
-    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-        command = importlib.import_module(f".{options.command}", __package__)  # imports torch and transformers
-        importlib.import_module(".verbosity", __package__).set_verbosity(options.quiet, options.verbose)
-        return command.run(options)
-
-
-@contextlib.contextmanager
-def _interrupting_signals() -> Iterator[None]:
-    """Makes SIGTERM interrupt as Ctrl-C does; a second signal of either kind ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        for watched in signals:
-            signal.signal(watched, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, interrupt) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _print(outcome: Outcome, options: argparse.Namespace) -> None:
-    document = {"command": options.command, **outcome.document}
-    text = _as_json(document) if options.json else outcome.text
-    if text:
-        print(_printable(text), flush=True)
-
-
-def _fail(error: BaseException, code: int, as_json: bool, command: str | None, debug: bool = False) -> int:
-    if debug:
-        traceback.print_exception(error)
-    message = " ".join(str(error).split())[:LONGEST_MESSAGE] or type(error).__name__
-    if code == INTERRUPTED:
-        print(message, file=sys.stderr, flush=True)
-    else:
-        print(f"error: {_printable(message)}", file=sys.stderr, flush=True)
-    if as_json:
-        kind = type(error).__name__
-        failure = {"type": kind, "message": message, "exit_code": code}
-        print(_printable(_as_json({"command": command, "error": failure})), flush=True)
-    return code
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _printable(text: str) -> str:
-    """Escapes what a terminal would obey, or can't show: texts may quote names from a checkpoint."""
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
-        for character in text
-    )
-
-
-def _finite(value: Any) -> Any:
-    """Replaces NaN and infinity, which JSON lacks, by None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+        return run_line(words, signals)

@@ -13,6 +13,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
+from ..checkpoint.work_folder import InterruptedAfterwards
 from ..config import AwqOffloadConfig
 from ..errors import AwqOffloadError, ConfigError, JournalError, MemoryLimitError, StorageError
 from ..offload.journal import committed_layers, discard_if_empty, require_unused
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace) -> Outcome:
                 repo_id=options.push_to_hub,
                 **loading(options),
             )
+    except InterruptedAfterwards as interrupt:
+        raise Interrupted(str(interrupt)) from interrupt
     except KeyboardInterrupt as interrupt:
         raise Interrupted(f"interrupted: {_what_is_left(journal, options)}") from interrupt
     except Exception as error:
@@ -134,15 +137,21 @@ def _push(options: argparse.Namespace) -> str:
 
     Raises:
         CommandError: pushing failed; the message has the command that pushes again.
+        Interrupted: by Ctrl-C or SIGTERM; so does this one.
     """
     api = HfApi()
+    again = shlex.join(["hf", "upload", options.push_to_hub, options.out])
     try:
         repository = api.create_repo(options.push_to_hub, private=options.private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository.repo_id, folder_path=options.out, commit_message="Upload quantized model"
         )
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(
+            f"interrupted: {options.out} is complete, but was not pushed to {options.push_to_hub}. Push it "
+            f"with: {again}"
+        ) from interrupt
     except Exception as error:  # hub and network raise many kinds
-        again = shlex.join(["hf", "upload", options.push_to_hub, options.out])
         raise CommandError(
             f"{options.out} is complete, but could not be pushed to {options.push_to_hub}: {error} "
             f"Push it with: {again}"

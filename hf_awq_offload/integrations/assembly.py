@@ -71,7 +71,8 @@ def assemble(
         complete(model, directory, repo_id)
     except (OSError, SafetensorError) as error:
         raise StorageError(
-            f"The checkpoint can't be written: {error}. All layers are quantized: make room, and repeat the call."
+            f"The checkpoint can't be written to {directory}: {error}. All layers are quantized: make room, and "
+            "repeat the call."
         ) from error
 
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,7 +26,7 @@ from ..checkpoint.config_file import add_older_keys
 from ..checkpoint.output_folder import require_no_links
 from ..checkpoint.set_aside import set_aside
 from ..checkpoint.stored_tensor import CarriedTensor
-from ..errors import CheckpointError
+from ..errors import CheckpointError, StorageError
 from ..formats.compressed_tensors_config import META_ATTRIBUTE
 from ..nn.quantized_linear import QuantizedLinear
 from ..report import QuantizationReport
@@ -98,6 +99,7 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, 
 
     Raises:
         ConfigError: a file that would be overwritten is a link; nothing was changed.
+        StorageError: a file can't be written; the message names the folder, which the system's own does not.
     """
     is_main_process = args[0] if args else kwargs.get("is_main_process", True)
     is_pushed = args[2] if len(args) > 2 else kwargs.get("push_to_hub", False)
@@ -105,10 +107,18 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, 
         return type(model).save_pretrained(model, save_directory, *args, **kwargs)
     require_no_links(Path(save_directory))
     known: _Companions = cast(Any, model)._awq_companions
-    with set_aside(known.carried, Path(save_directory), model.dtype):
-        result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
-        if not is_pushed:
-            _complete_any(model, Path(save_directory))
+    try:
+        with set_aside(known.carried, Path(save_directory), model.dtype):
+            result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+            if not is_pushed:
+                _complete_any(model, Path(save_directory))
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno is None):
+            raise  # said already, or not the system's: the hub's
+        raise StorageError(
+            f"The model can't be saved to {save_directory}, where files are missing now: {error}. The model in memory "
+            "is unchanged: make room or correct the folder's permissions, and save it once more."
+        ) from error
     return result
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.hooks import remove_hook_from_submodules
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
@@ -16,7 +17,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ..checkpoint.source import Source
 from ..checkpoint.stored_tensor import are_equal
 from ..config import AwqOffloadConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, StorageError
 from ..logs import get_logger
 from ..offload.stored_weights import StoredWeights
 from ..pipeline.run_storage import ToCheckpoint
@@ -28,11 +29,25 @@ logger = get_logger(__name__)
 def load_on_meta(
     src: str | os.PathLike[str], recipe: AwqOffloadConfig, model_class: Any, dtype: Any, folder: Path, kwargs: Any
 ) -> PreTrainedModel:
-    """Returns the model with its weights left in the files; weights that transformers converts go to `folder`."""
-    with only_loading():
-        return model_class.from_pretrained(
-            src, quantization_config=recipe, dtype=dtype, offload_folder=str(folder), **kwargs
-        )
+    """Returns the model with its weights left in the files; weights that transformers converts go to `folder`.
+
+    Raises:
+        StorageError: `folder` can't be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_loading():
+            return model_class.from_pretrained(
+                src, quantization_config=recipe, dtype=dtype, offload_folder=str(folder), **kwargs
+            )
+    except (OSError, SafetensorError) as error:
+        is_in_folder = str(getattr(error, "filename", None) or "").startswith(str(folder))
+        if not is_in_folder and not (isinstance(error, SafetensorError) and "I/O error" in str(error)):
+            raise
+        raise StorageError(
+            f"Weights that transformers converts can't be written to {folder}: {error}. Make room or correct the "
+            "folder's permissions, and repeat the call."
+        ) from error
 
 
 def to_checkpoint_names(model: PreTrainedModel) -> ToCheckpoint:

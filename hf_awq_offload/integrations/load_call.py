@@ -23,6 +23,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from ..checkpoint.source import Source
 from ..config import AwqOffloadConfig
 from .config_look import building
+from .one_at_a_time import one_at_a_time, warn_of_loading_meanwhile
 from .source_reading import SourceReading
 
 HUB_ARGUMENTS = (
@@ -132,19 +133,21 @@ def _remembered(
         outer = _current.get()
         with _calling(str(source or ""), named | kwargs) as call:
             if not has_recipe:
+                warn_of_loading_meanwhile()
                 loaded = method(cls, *args, **kwargs)
                 if isinstance(loaded, PreTrainedModel):
                     note_loaded(loaded)
                 return loaded
             if call is outer:
                 return method(cls, *args, **kwargs)
-            look(call)
-            try:
-                with _bounded(call):
-                    return method(cls, *args, **kwargs)
-            except ValueError as error:
-                explain(call, error)
-                raise
+            with one_at_a_time():
+                look(call)
+                try:
+                    with _bounded(call):
+                        return method(cls, *args, **kwargs)
+                except ValueError as error:
+                    explain(call, error)
+                    raise
 
     return from_pretrained
 

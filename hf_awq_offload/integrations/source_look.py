@@ -61,7 +61,11 @@ def look_at_folder(call: LoadCall) -> None:
     folder = Path(call.source) / str(call.arguments.get("subfolder") or "")
     if not call.source or not folder.is_dir() or call.arguments.get("gguf_file"):
         return
-    if (folder / ADAPTER_CONFIG_NAME).exists():
+    try:
+        holds_adapters = (folder / ADAPTER_CONFIG_NAME).exists()
+    except OSError as error:
+        raise CheckpointError(f"{folder} can't be read: {error.strerror}. Correct the folder's permissions.") from error
+    if holds_adapters:
         if call.is_streamed:
             refuse_adapters(call.source)
         if not (folder / CONFIG_NAME).exists():

@@ -11,11 +11,10 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 WATCHED = "transformers.quantizers.auto"
 CONFIGS, QUANTIZERS = "AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"
@@ -61,7 +60,7 @@ class StandIn:
         return self.resolved().from_dict(*args, **kwargs)
 
 
-class _Watch(MetaPathFinder):
+class _Watch:  # not a MetaPathFinder: importing importlib.abc takes as long as all of this package's import
     """Finds WATCHED through the other finders, and has the stand-ins put there after its code has run."""
 
     def find_spec(
@@ -72,12 +71,12 @@ class _Watch(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = cast(Any, _ThenRegister(spec.loader))
         return spec
 
 
-class _ThenRegister(Loader):
-    def __init__(self, loader: Loader):
+class _ThenRegister:
+    def __init__(self, loader: Any):
         self.loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

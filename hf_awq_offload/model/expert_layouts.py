@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..machine_errors import reraise_of_machine
 from .expert_contracts import CONTRACTS, Contract, RoutedTokens
 from .expert_products import ExpertSlice, FusedWeight, NotAProductError
 from .experts import Routing
@@ -125,6 +126,7 @@ def _tried(twin: nn.Module, names: list[str], contract: Contract, hidden_size: i
             return Refusal(str(error))
         return replace(outcome, refused={**outcome.refused, error.parameter: str(error)})
     except Exception as error:  # the module's own forward may need anything of a parameter
+        reraise_of_machine(error)
         return Refusal(f"its forward does not run with linears ({type(error).__name__}: {error})")
     parameters = recorder.parameters()
     if isinstance(parameters, Refusal):
@@ -272,7 +274,8 @@ def _output(module: nn.Module, arguments: tuple[Any, ...]) -> Tensor | None:
     copies = tuple(argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments)
     try:
         output = type(module).forward(module, *copies)
-    except Exception:  # any error means that it needs other arguments
+    except Exception as error:  # any other error means that it needs other arguments
+        reraise_of_machine(error)
         return None
     is_tensor = isinstance(output, Tensor) and output.is_floating_point()
     return output if is_tensor and bool(torch.isfinite(output).all()) and bool(output.any()) else None

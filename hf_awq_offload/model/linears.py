@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..machine_errors import reraise_of_machine
+
 LEAST_SIDE = 32
 """A parameter may be a matrix if at least two of its dimensions are this large; 32 is the smallest group size."""
 
@@ -71,7 +73,8 @@ def _computes_product(linear: nn.Linear) -> bool:
         x = torch.randn(2, 3, linear.in_features, generator=generator) * 10
         try:
             output = type(linear).forward(twin, x)
-        except Exception:  # any error means that it needs another input, so it is not a linear
+        except Exception as error:  # any other error means that it needs another input, so it is not a linear
+            reraise_of_machine(error)
             return False
         expected = nn.functional.linear(x, tensors["weight"], tensors.get("bias"))
         if not isinstance(output, Tensor) or output.shape != expected.shape:

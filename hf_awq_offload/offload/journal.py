@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint.durable import PARTIAL_SUFFIX, file_digest, flush_directory, holder_of, locked, replacing
 from ..checkpoint.safetensors import read_tensor, tensor_places
+from ..checkpoint.stored_tensor import HeldTensor, write_all
 from ..errors import JournalError, StorageError
 from ..logs import get_logger
 from .hidden_states import HiddenStates, HiddenWriter
@@ -72,17 +71,18 @@ class Journal:
 
     def __init__(self, directory: str | os.PathLike[str], fingerprint: Mapping[str, Any]):
         self.directory = Path(directory)
+        self.header = {"format": str(FORMAT), **fingerprint}
         self.commits: dict[str, LayerCommit] = {}
         self._hidden: dict[int, dict[str, Any]] = {}
         self._lock: Any = None
         try:
             with _storage_errors(self.directory):
-                self._open({"format": str(FORMAT), **fingerprint})
+                self._open()
         except BaseException:
             self.close()
             raise
 
-    def _open(self, header: Mapping[str, Any]) -> None:
+    def _open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / HEADER_NAME
         others = {entry.name for entry in self.directory.iterdir()} - {LOCK_NAME, HEADER_NAME + PARTIAL_SUFFIX}
@@ -93,11 +93,11 @@ class Journal:
             )
         self._lock = _locked(self.directory)
         if path.exists():
-            self._compare(path, header)
+            self._compare(path)
             self._read_commits()
         else:
             with replacing(path) as partial:
-                partial.write_text(json.dumps(header, indent=2, default=str), encoding="utf-8")
+                partial.write_text(json.dumps(self.header, indent=2, default=str), encoding="utf-8")
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class Journal:
         dtype = getattr(torch, entry["dtype"])
         return HiddenStates.from_file(self.directory / entry["file"], entry["shapes"], dtype)
 
-    def _compare(self, path: Path, header: Mapping[str, Any]) -> None:
+    def _compare(self, path: Path) -> None:
         try:
             existing = parse_regular(path)
             if not isinstance(existing, dict):
@@ -118,7 +118,7 @@ class Journal:
             raise JournalError(
                 f"{path} can't be read ({error}); delete the folder to quantize from the start."
             ) from error
-        different = differences(existing, header)
+        different = differences(existing, self.header)
         if different:
             raise JournalError(
                 f"checkpoint_dir {self.directory} is the journal of another run: these differ: {different}. Nothing "
@@ -181,14 +181,14 @@ class Journal:
         entry: dict[str, Any] = {"index": index, "name": name, "batch_tokens": batch_tokens, "report": report}
         with _storage_errors(self.directory):
             with replacing(file) as partial:
-                save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {"format": "pt"})
+                write_all(partial, {key: HeldTensor(value) for key, value in tensors.items()})
             entry["tensors"] = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
             entry["hidden"] = None if hidden is None else self._keep(hidden, index + 1)
             with replacing(file.with_suffix(".json")) as partial:
                 partial.write_text(sealed(entry), encoding="utf-8")
-        if entry["hidden"] is not None:
-            self._hidden[index + 1] = entry["hidden"]
-        self._forget_hidden(index - 1)
+            if entry["hidden"] is not None:
+                self._hidden[index + 1] = entry["hidden"]
+            self._forget_hidden(index - 1)
         commit = LayerCommit(index, name, file, batch_tokens, report)
         self.commits[name] = commit
         return commit
@@ -219,10 +219,20 @@ class Journal:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
-        """Removes the journal's own files, and the folder if nothing else is in it; closes the journal."""
-        _remove_files(self.directory)
-        self.close()
-        _remove_folder(self.directory)
+        """Removes the journal's own files, and the folder if nothing else is in it; closes the journal.
+
+        What can't be removed stays, with a warning: the result, which is complete by now, matters more.
+        """
+        try:
+            _remove_files(self.directory)
+            self.close()
+            _remove_folder(self.directory)
+        except OSError as error:
+            self.close()
+            logger.warning(
+                f"The result is complete, but its journal {self.directory} can't be removed: {error}. "
+                "Delete that folder."
+            )
 
     def close(self) -> None:
         """Releases the folder for other runs."""
@@ -293,7 +303,7 @@ def _remove_folder(directory: Path) -> None:
 
 
 class _storage_errors:
-    """Turns a failed write into a StorageError that says what to do; safetensors wraps the system's errors."""
+    """Turns a failed write into a StorageError that says what to do."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -302,7 +312,7 @@ class _storage_errors:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError | SafetensorError) and not isinstance(error, StorageError):
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
             raise StorageError(
                 f"Writing to {self.directory} failed: {error}. What was committed before is whole: make room or "
                 "correct the folder's permissions, and repeat the call to resume."

@@ -9,17 +9,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from .memory_use import status_bytes
 
 M_MMAP_THRESHOLD = -3
 """The parameter of mallopt(3) that sets from which size blocks are mapped on their own."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, so that smaller micro-batches may help."""
-    return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.file_states import FileStates
 from ..checkpoint.safetensors import TensorPlace, tensor_places
 from ..checkpoint.source import Source
 from ..checkpoint.stored_tensor import StoredTensor, files_of, read
@@ -40,6 +41,7 @@ class StoredWeights:
     ):
         self.index = index
         self.folder = None if folder is None else Path(folder)
+        self._states = FileStates() if source is None else source.states
         files: dict[Path, Mapping[str, StoredTensor]] = dict(source.by_file) if source is not None else {}
         self.places: dict[str, StoredTensor] = {}
         for name, entry in index.items():
@@ -79,15 +81,25 @@ class StoredWeights:
         """Returns one parameter on the CPU, in the model's dtype.
 
         Raises:
-            CheckpointError: the checkpoint has no such tensor.
+            CheckpointError: the checkpoint has no such tensor, or its file has been changed since it was opened.
         """
         if name not in self.places:
             raise CheckpointError(
                 f"The checkpoint holds no {name}; expected every weight of the model. Download it again."
             )
-        tensor = read(self.places[name], pin_memory)
+        tensor = self._read_unchanged(self.places[name], pin_memory)
         wanted = self.dtypes.get(name, tensor.dtype)
         return tensor.to(wanted) if tensor.is_floating_point() else tensor
+
+    def _read_unchanged(self, stored: StoredTensor, pin_memory: bool) -> Tensor:
+        """Reads a tensor; checks afterwards that its files are still those whose headers say where it is."""
+        try:
+            tensor = read(stored, pin_memory)
+        except (OSError, CheckpointError):
+            self._states.require_unchanged(files_of(stored))  # says more, if that is why
+            raise
+        self._states.require_unchanged(files_of(stored))
+        return tensor
 
     def of(self, module_name: str, module: nn.Module, pin_memory: bool = False) -> Tensors:
         """Returns all parameters of a module, by their names within it."""

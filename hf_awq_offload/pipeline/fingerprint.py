@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from ..calibration.dataset import CalibrationSet
 from ..checkpoint.safetensors import bytes_of, tensor_places
 from ..config import AwqOffloadConfig
+from ..errors import CheckpointError
 
 SAMPLE_BYTES = 4096
 
@@ -59,6 +60,20 @@ def fingerprint(
         "recipe": what | {"format": recipe.checkpoint_format},  # "auto" depends on the overrides
         "data": None if calibration is None else _data(calibration),
     }
+
+
+def require_same_source(parts: Mapping[str, Any], files: Iterable[Path]) -> None:
+    """Raises CheckpointError if the files are no longer those of which `fingerprint` made `parts`.
+
+    This also notices a file that was replaced by one of the same size and time.
+    """
+    before = parts["source"]
+    if before != {**before, **_source(files)}:
+        raise CheckpointError(
+            f"The checkpoint's files were replaced while they were in use: their digest is not {before['sha256'][:16]} "
+            "any more. The result would be made of two checkpoints, so it is not written. Put the files back and "
+            "repeat the call, or begin anew with the new ones, in another checkpoint_dir."
+        )
 
 
 def _source(files: Iterable[Path]) -> dict[str, Any]:

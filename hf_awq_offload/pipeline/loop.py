@@ -28,13 +28,14 @@ from ..calibration.opened_inputs import layers_that_run, open_layer_inputs
 from ..config import AwqOffloadConfig
 from ..errors import MemoryLimitError, ModelStructureError
 from ..logs import get_logger
+from ..machine_errors import first_line, is_out_of_memory
 from ..model.decoder_layers import calibration_mode, runner_on
 from ..model.folds import LayerStructure
 from ..model.mtp_layer import MtpLayer
 from ..offload.devices import CPU, release_cached
 from ..offload.hidden_states import HiddenWriter
 from ..offload.journal import LayerCommit
-from ..offload.memory_limit import at_most, is_out_of_memory, large_blocks_apart, release_freed
+from ..offload.memory_limit import at_most, large_blocks_apart, release_freed
 from ..report import QuantizationReport
 from .budget import Budget, budget_of
 from .layer_choices import adoptable_commits, layer_choices
@@ -69,7 +70,7 @@ def quantize_layers(
 
     Raises:
         ModelStructureError: the outputs of quantized layers are to be propagated, and the layers form no chain.
-        MemoryLimitError: a layer does not fit into memory, in however small micro-batches.
+        MemoryLimitError: memory ran out, in however small micro-batches; the message names the phase.
         StorageError: the journal cannot be written; what it held before is whole.
     """
     device = storage.onloader.device
@@ -78,9 +79,17 @@ def quantize_layers(
     run = Run(model, recipe, storage, record, is_quantizable, undo, most_layers, rounder, mtp)
     limits = {limited: recipe.memory_limit_bytes(limited) for limited in (device, CPU)}
     bounded = nullcontext() if storage.onloader.weights is None else large_blocks_apart()
-    with at_most(limits), bounded, calibration_mode(model), storage.onloader.on_demand(), record.progress:
-        adopted = _without_data(run) if calibration is None else _on_data(run, calibration)
-        storage.install(adopted, run.context)
+    try:
+        with at_most(limits), bounded, calibration_mode(model), storage.onloader.on_demand(), record.progress:
+            adopted = _without_data(run) if calibration is None else _on_data(run, calibration)
+            storage.install(adopted, run.context)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryLimitError(
+            f"{device} ran out of memory in {record.where}: {first_line(error)} Free memory, or set batch_tokens or "
+            "max_seq_len to less, prefetch=False, or another execution_device."
+        ) from error
     record.add_left_out(layers_left_out(record.report, model, is_quantizable))
     return record.report
 
@@ -281,7 +290,7 @@ class _CalibratedLayers:
                 raise
             raise MemoryLimitError(
                 f"{self.run.device} ran out of memory while finished layers ran again to bring back the inputs of "
-                f"{name}: {str(error).splitlines()[0]} They run in the micro-batches of the earlier run. Free memory, "
+                f"{name}: {first_line(error)} They run in the micro-batches of the earlier run. Free memory, "
                 "set prefetch=False, or use the execution_device of that run."
             ) from error
 
@@ -311,9 +320,9 @@ class _CalibratedLayers:
         can_be_halved = self.inputs.can_run_again and self.longest_tokens is not None and tokens > self.longest_tokens
         if not can_be_halved or self.changed == name:
             raise MemoryLimitError(
-                f"{device} ran out of memory on layer {name}, with micro-batches of {tokens} tokens: "
-                f"{str(error).splitlines()[0]} Set batch_tokens or max_seq_len to less, prefetch=False, or another "
-                "execution_device."
+                f"{device} ran out of memory on layer {name}, with micro-batches of {tokens} tokens, in "
+                f"{self.run.record.where}: {first_line(error)} Set batch_tokens or max_seq_len to less, "
+                "prefetch=False, or another execution_device."
             ) from error
         logger.warning(
             "%s ran out of memory on layer %s; continuing with micro-batches of %d tokens instead of %d.",

@@ -242,7 +242,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(line, message, capsys):
     ],
 )
 def test_wrong_paths_are_told_before_anything_is_loaded(command, source, out, message, paths, capsys, monkeypatch):
-    monkeypatch.setattr("hf_awq_offload.cli.main.importlib", None)
+    monkeypatch.setattr("hf_awq_offload.cli.command.importlib", None)
     line = [command, source, out, *(["--to", "gemv"] if command == "convert" else [])]
     assert main([word.format(**paths) for word in line]) == 1
     assert message.format(**paths) in one_line(capsys.readouterr())
@@ -259,7 +259,7 @@ def test_wrong_paths_are_told_before_anything_is_loaded(command, source, out, me
     ],
 )
 def test_overwriting_never_deletes_what_is_no_checkpoint(command, out, message, paths, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_awq_offload.cli.main.importlib", None)
+    monkeypatch.setattr("hf_awq_offload.cli.command.importlib", None)
     (tmp_path / "work" / ".git").mkdir(parents=True)
     (tmp_path / "work" / "thesis.tex").write_text("mine")
     (tmp_path / "precious").mkdir()

@@ -77,7 +77,7 @@ def filled_at(monkeypatch, owner: object, name: str, call: int, folder: Path) ->
 AT = {
     "before the first layer's hidden states": (HiddenWriter, "append", 1),
     "within hidden states": (HiddenWriter, "append", 40),
-    "before a layer's tensors": (journal, "save_file", 3),
+    "before a layer's tensors": (journal, "write_all", 3),
     "after a layer": (journal.Journal, "commit", 4),
     "before the checkpoint": (assembly, "write_shards", 1),
     "before the card": (assembly, "complete", 1),

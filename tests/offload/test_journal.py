@@ -183,7 +183,7 @@ def fail_at(monkeypatch, owner, name: str, call: int) -> None:
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(journal, "save_file"), (durable.os, "replace"), (durable.os, "fsync")],
+    [(journal, "write_all"), (durable.os, "replace"), (durable.os, "fsync")],
     ids=lambda v: str(v)[-12:],
 )
 @pytest.mark.parametrize("call", [2, 4, 5])

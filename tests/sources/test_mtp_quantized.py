@@ -205,7 +205,7 @@ def test_a_run_killed_in_the_layer_goes_on_to_the_same_bytes(made, tmp_path):
 
     steps = steps_of(run("undisturbed"))
     expected = digests(tmp_path / "undisturbed" / "out")
-    commit = [number for number, words in enumerate(steps, 1) if words == "before save_file"][2]
+    commit = [number for number, words in enumerate(steps, 1) if words == "before write_all"][2]
     for step in (commit, commit + 3):
         finished, _ = run_to_the_end(run(f"{step}"), kill_at_step=step)
         assert not finished
