@@ -25,7 +25,7 @@ def gram_of_last_layer(monkeypatch, model: nn.Module, propagate: str) -> Tensor:
 
     def watched(context, structure, statistics, rounder):
         group = next(group for group in structure.groups if "self_attn.q_proj" in group.consumers)
-        found[context.name] = statistics.of_group(group).gram.clone()
+        found[context.name] = statistics.of_group(group).gram.to("cpu", copy=True)
         return original(context, structure, statistics, rounder)
 
     with monkeypatch.context() as patched:

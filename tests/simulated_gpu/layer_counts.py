@@ -139,7 +139,7 @@ def report(planned: Any, found: PhaseCounts, operations: int) -> str:
     for name, phase in found.phases.items() if operations else ():
         for what, numbers in (("kernels", phase.launches), ("waits", phase.waits)):
             most = sorted(numbers.items(), key=lambda item: -item[1])[:operations]
-            lines.append(f"{name}, {what}: " + ", ".join(f"{key} {number}" for key, number in most))
+            lines += [f"{name}, {what}: " + ", ".join(f"{key} {number}" for key, number in most)] if most else []
     return "\n".join(lines)
 
 

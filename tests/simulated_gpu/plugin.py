@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -36,8 +35,6 @@ class SimulatedGpuPlugin:
 
 def _choose(device: torch.device) -> None:
     """Lets the product run on `device` by default while another device may be the current one."""
-    import hf_awq_offload  # noqa: F401  imports all that look for the device
+    from hf_awq_offload.pipeline import run_storage
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("hf_awq_offload.") and hasattr(module, "default_execution_device"):
-            module.default_execution_device = lambda: device  # type: ignore[attr-defined]
+    run_storage.default_execution_device = lambda: device

@@ -60,11 +60,18 @@ def test_wrong():
         tensor = torch.ones(8, device="cuda")
     tensor + 1
     side.synchronize()
+
+def test_right():
+    from hf_awq_offload import AwqOffloadConfig
+    from hf_awq_offload.pipeline.run_storage import execution_device
+    assert torch.cuda.current_device() == 0
+    assert execution_device(AwqOffloadConfig()) == torch.device("cuda:1")
 """)
-    code, output = run(Suite("wrong", 1, (str(tmp_path), "--rootdir", str(tmp_path))))
+    arguments = (str(tmp_path), "--rootdir", str(tmp_path), "--execution-device", "cuda:1")
+    code, output = run(Suite("wrong", 2, arguments))
     assert code == 1
     assert "aten::add on the default stream of cuda:0 reads what stream 1 of cuda:0 wrote" in output
-    assert "1 failed" in output
+    assert "1 failed, 1 passed" in output
 
 
 def test_it_says_what_it_lacks(monkeypatch):
