@@ -38,7 +38,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 COPIED = ("hf_awq_offload", "optimum", "tests", "pyproject.toml")
 ADDRESSES = 12 * 2**30  # bytes of a process that runs tests
-TIMES, MORE_SECONDS = 5, 10
+TIMES, MORE_SECONDS = 2, 10
 """A fork may take so many times the processor time of its tests, and so many seconds more."""
 RESULTS, TIMED = "results.json", "tests.json"
 """In --folder: mutant -> 0 if it survived; test -> its seconds, and the functions that it calls."""

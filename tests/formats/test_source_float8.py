@@ -253,3 +253,11 @@ def test_headers_with_impossible_sizes_are_refused():
     headers["b.weight"] = StoredHeader("F8_E4M3", (-1, 32))
     with pytest.raises(CheckpointError, match=r"b\.weight"):
         source_format(headers, FP8, lambda name: torch.zeros(()))
+
+
+@pytest.mark.parametrize("fields", [None, {"quant_method": "modelopt"}, {"quant_method": "fbgemm_fp8"}])
+def test_int8_is_two_fp4_in_transformers_fp8_alone(fields):
+    tensors = {"a.weight": random_bytes((4, 32), dtype=torch.int8), "a.weight_scale": uniform((4, 2))}
+    assert recognize(tensors, {"quant_method": "fp8"}).weights[0].shape == (4, 64)
+    with pytest.raises(CheckpointError, match=r"a\.weight"):
+        recognize(tensors, fields)
