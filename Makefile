@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-optimized fuzz lint docs package clean
+.PHONY: demo test test-optimized fuzz lint docs package mutants compatibility clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hf_awq_offload demo
@@ -39,6 +39,15 @@ package: $(INSTALLED)
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
 
+# Not in CI. Some hundred mutants of the pure modules, about an hour on one core.
+mutants: $(INSTALLED)
+	$(PIP_INSTALL) mutmut
+	$(BIN)/python tests/bench/mutants.py
+
+# Not in CI. Two environments of 6 GB each; they are made once. Needs python3.10 and python3.12.
+compatibility: $(INSTALLED)
+	$(BIN)/python tests/bench/compatibility.py --folder .compatibility oldest newest
+
 # torch first: once the pinned release is there, nothing else asks for another one.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python >= 3.10 is needed, this is {sys.version}"'
@@ -52,4 +61,4 @@ $(DOCS_INSTALLED): $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist site
+	rm -rf $(VENV) .compatibility .mypy_cache .ruff_cache .pytest_cache dist site

@@ -1,19 +1,20 @@
 """Changes one thing at a time in the package's pure parts, and counts the changes that the tests notice.
 
-    make mutants                                                    # a sample, in an environment of its own
+    make mutants                                                    # a sample
     python tests/bench/mutants.py --each 13 --seed 1                # 13 mutants of every module
     python tests/bench/mutants.py --modules formats.grid --each 0   # every mutant of one module
     python tests/bench/mutants.py --folder FOLDER --again           # those that survived there, with the tests of today
 
-mutmut makes the mutants (arithmetic, comparisons, constants, conditions, arguments, strings) and runs, for each, the
-tests that call the changed function; `[tool.mutmut]` in pyproject.toml says of which modules and with which tests. It
-changes the bodies of functions only: not the tables of a module, and nothing under a decorator. A process that takes
-several times as long as its tests usually do counts as killed, and so does one that asks for more than 12 GiB of
-addresses.
+mutmut writes the mutants (arithmetic, comparisons, constants, conditions, arguments, strings) of the modules that
+`[tool.mutmut]` in pyproject.toml names. It changes bodies of functions only: no tables of a module, nothing under a
+decorator. The tests that pyproject.toml names there are collected once; from then on every mutant is a fork, which runs
+the tests that call the changed function, the fastest first, until one fails. (mutmut's own runner collects the tests
+again for each mutant, which takes longer than running them.) A fork that takes much more processor time than its tests
+usually do counts as killed, and so does one that asks for more than 12 GiB of addresses.
 
 Everything happens in a copy of the repository in --folder. The table says how many mutants each module has, how many
-were tried and how many were killed. The score weights modules by their number of mutants. What no test notices is
-printed as a diff.
+were tried and how many were killed. What --folder holds is not tried again, so a run that was stopped goes on. The
+score weights modules by their number of mutants. Mutants that no test notices are printed as diffs.
 """
 
 from __future__ import annotations
@@ -25,18 +26,24 @@ import os
 import random
 import resource
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-from collections import defaultdict
+import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COPIED = ("hf_awq_offload", "optimum", "tests", "pyproject.toml")
 ADDRESSES = 12 * 2**30  # bytes of a process that runs tests
-SURVIVED = {0, 5, 33, None}
-"""Exit codes that mutmut stores for mutants that no test noticed or called; None: not tried."""
+TIMES, MORE_SECONDS = 2, 10
+"""A fork may take so many times the processor time of its tests, and so many seconds more."""
+RESULTS, TIMED = "results.json", "tests.json"
+"""In --folder: mutant -> 0 if it survived; test -> its seconds, and the functions that it calls."""
+WALL_TIMES = 20
+"""It may take so many times that by the clock, since other processes may run beside it."""
 
 
 def main() -> None:
@@ -46,7 +53,6 @@ def main() -> None:
     parser.add_argument("--modules", nargs="*", default=[], help="such as formats.grid; by default all")
     parser.add_argument("--again", action="store_true", help="try only what survived in --folder")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     folder = (args.folder or Path(tempfile.mkdtemp(prefix="mutants-"))).resolve()
@@ -60,73 +66,167 @@ def main() -> None:
     os.chdir(folder)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     sys.path[:] = [entry for entry in sys.path if not entry.startswith(str(REPOSITORY))]
-    _run(args)
-    _report(folder, args)
-
-
-def _chosen(names: list[str], codes: dict[str, int | None], args: argparse.Namespace, module: str) -> list[str]:
-    """The mutants of one module to try."""
-    if args.modules and module not in args.modules:
-        return []
+    written = _write_mutants()
+    before = json.loads(Path(RESULTS).read_text(encoding="utf-8")) if Path(RESULTS).exists() else {}
     if args.again:
-        return [name for name in names if codes[name] in SURVIVED - {None}]
-    return random.Random(f"{args.seed} {module}").sample(sorted(names), min(args.each or len(names), len(names)))
+        chosen = [name for name, code in before.items() if code == 0]
+    else:
+        chosen = [name for name in _sample(written, args) if name not in before]
+    found = _tried(chosen, before) if chosen else before
+    _report(written, found, whole=not args.modules)
 
 
-def _run(args: argparse.Namespace) -> None:
-    """Lets mutmut write all mutants, time all tests and try a sample: its command line takes names, but lists none."""
+def _write_mutants() -> dict[str, list[str]]:
+    """Writes all mutants into the folder "mutants"; returns module -> names of its mutants."""
     import mutmut.__main__ as mutmut
+    from mutmut.mutation.data import SourceFileMutationData
 
-    collected = mutmut.collect_source_file_mutation_data
-
-    def sampled(*, mutant_names: Any) -> tuple[list[tuple[Any, str, None]], dict[str, Any]]:
-        _, files = collected(mutant_names=())
-        mutants = []
-        for path, file in files.items():
-            codes = file.exit_code_by_key
-            mutants += [(file, name, None) for name in _chosen(list(codes), codes, args, _module(path))]
-        return mutants, files
-
-    mutmut.collect_source_file_mutation_data = sampled
-    mutmut._run((), args.processes)
-
-
-def _module(path: str) -> str:
-    """ "hf_awq_offload/formats/grid.py" is "formats.grid"."""
-    return ".".join(Path(path).with_suffix("").parts[1:])
+    Path("mutants").mkdir(exist_ok=True)
+    mutmut.copy_src_dir()
+    mutmut.copy_also_copy_files()
+    mutmut.setup_source_paths()
+    mutmut.create_mutants(1)
+    written = {}
+    for path in sorted(mutmut.walk_mutatable_files()):
+        file = SourceFileMutationData(path=path)
+        file.load()
+        if file.exit_code_by_key:
+            written[".".join(path.with_suffix("").parts[1:])] = sorted(file.exit_code_by_key)
+    return written
 
 
-def _report(folder: Path, args: argparse.Namespace) -> None:
+def _sample(written: dict[str, list[str]], args: argparse.Namespace) -> list[str]:
+    """The mutants to try."""
+    return [
+        name
+        for module, names in written.items()
+        if not args.modules or module in args.modules
+        for name in random.Random(f"{args.seed} {module}").sample(names, min(args.each or len(names), len(names)))
+    ]
+
+
+def _tried(mutants: list[str], before: dict[str, int]) -> dict[str, int]:
+    """Tries some mutants; returns mutant -> 0 if it survived, with what was found before."""
+    from mutmut.configuration import config
+
+    options = ["-q", "-s", "--rootdir=.", *config().pytest_add_cli_args, *config().pytest_add_cli_args_test_selection]
+    forks = Forks(mutants, before, Path.cwd())
+    os.chdir("mutants")
+    code = pytest.main(options, plugins=[forks])
+    os.chdir("..")
+    if not forks.found.keys() >= set(mutants):
+        raise SystemExit(f"The tests could not be run (exit code {code}).")
+    return forks.found
+
+
+class Forks:
+    """A plugin of pytest: runs the collected tests once as they are, then those of each mutant, each time in a fork."""
+
+    def __init__(self, mutants: list[str], found: dict[str, int], folder: Path):
+        self.mutants = mutants
+        self.found = dict(found)
+        self.results, self.timed = folder / RESULTS, folder / TIMED
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        known = json.loads(self.timed.read_text(encoding="utf-8")) if self.timed.exists() else {}
+        new = [item for item in session.items if item.nodeid not in known]
+        if _in_fork(lambda: self._time(new, known), 3600, 3600):
+            raise SystemExit("The tests fail without any change.")
+        tests = json.loads(self.timed.read_text(encoding="utf-8"))
+        for i, mutant in enumerate(self.mutants, 1):
+            function = mutant.partition("__mutmut_")[0]
+            items = [item for item in session.items if function in tests[item.nodeid]["calls"]]
+            items.sort(key=lambda item: tests[item.nodeid]["seconds"])
+            seconds = TIMES * sum(tests[item.nodeid]["seconds"] for item in items) + MORE_SECONDS
+            self.found[mutant] = _in_fork(lambda mutant=mutant, items=items: _fails(mutant, items), seconds, seconds)
+            self.results.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
+            print(f"{i}/{len(self.mutants)} {mutant}: {self.found[mutant]}, {len(items)} tests", flush=True)
+        return True
+
+    def _time(self, items: list[Any], known: dict[str, Any]) -> bool:
+        """Runs tests, and writes how long each takes and which functions it calls; returns whether one failed."""
+        from mutmut.mutation.trampoline import set_mutant_under_test
+        from mutmut.state import state
+
+        set_mutant_under_test("stats")
+        tests = dict(known)
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            state()._stats.clear()
+            start = time.process_time()
+            if _run(item, following):
+                print(f"{item.nodeid} fails without any change", file=sys.stderr)
+                return True
+            tests[item.nodeid] = {"seconds": time.process_time() - start, "calls": sorted(state()._stats)}
+        self.timed.write_text(json.dumps(tests), encoding="utf-8")
+        return False
+
+
+def _fails(mutant: str, items: list[Any]) -> bool:
+    """Whether a test notices a mutant."""
+    from mutmut.mutation.trampoline import set_mutant_under_test
+
+    os.dup2(1, 2)  # progress bars and warnings go where the output goes
+    set_mutant_under_test(mutant)
+    return any(_run(item, following) for item, following in zip(items, [*items[1:], None], strict=True))
+
+
+def _run(item: Any, following: Any) -> bool:
+    """Runs a test; returns whether it failed."""
+    from _pytest.runner import runtestprotocol
+
+    return any(report.failed for report in runtestprotocol(item, log=False, nextitem=following))
+
+
+def _in_fork(job: Any, processor_seconds: float, seconds: float) -> int:
+    """Runs `job` in a fork; returns 0 if it returns False, 1 if True, and another number if it does not return."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 2
+        try:
+            limit = math.ceil(processor_seconds)
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            code = int(job())
+        finally:
+            os._exit(code)
+    end = time.monotonic() + WALL_TIMES * seconds
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            end = math.inf
+        time.sleep(0.02)
+
+
+def _report(written: dict[str, list[str]], found: dict[str, int], whole: bool) -> None:
     """Prints the table, the score with its 95 % interval, and a diff of every survivor."""
-    codes: defaultdict[str, dict[str, int | None]] = defaultdict(dict)
-    for path in sorted((folder / "mutants" / "hf_awq_offload").rglob("*.meta")):
-        module = _module(str(path.relative_to(folder / "mutants")).removesuffix(".meta"))
-        codes[module] |= json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"]
-    total = sum(map(len, codes.values()))
-    survivors, tried, score, variance = [], 0, 0.0, 0.0
-    print("| module | mutants | tried | killed |\n|---|---|---|---|")
-    for module, results in codes.items():
-        names = [name for name, code in results.items() if code is not None]
-        if not names:
+    from mutmut.mutation.diff_apply import get_diff_for_mutant
+
+    total = sum(map(len, written.values()))
+    score, variance = 0.0, 0.0
+    print("\n| module | mutants | tried | killed |\n|---|---|---|---|")
+    for module, names in written.items():
+        tried = [name for name in names if name in found]
+        if not tried:
             continue
-        alive = [name for name in names if results[name] in SURVIVED]
-        survivors += alive
-        tried += len(names)
-        killed, weight = len(names) - len(alive), len(results) / total
-        score += weight * killed / len(names)
+        killed, weight = sum(found[name] != 0 for name in tried), len(names) / total
+        score += weight * killed / len(tried)
         # Drawn without replacement; the rule of succession keeps a module without survivors from counting as certain.
-        likely = (killed + 1) / (len(names) + 2)
-        variance += weight**2 * likely * (1 - likely) / len(names) * (1 - len(names) / len(results))
-        print(f"| {module} | {len(results)} | {len(names)} | {killed} |")
-    print(f"| all | {total} | {tried} | {tried - len(survivors)} |")
-    if not args.modules:
+        likely = (killed + 1) / (len(tried) + 2)
+        variance += weight**2 * likely * (1 - likely) / len(tried) * (1 - len(tried) / len(names))
+        print(f"| {module} | {len(names)} | {len(tried)} | {killed} |")
+    survivors = [name for name, code in found.items() if code == 0]
+    print(f"| all | {total} | {len(found)} | {len(found) - len(survivors)} |")
+    if whole:
         print(f"\nkilled, modules weighted: {score:.1%} ± {1.96 * math.sqrt(variance):.1%}\n")
     for name in survivors:
-        command = [sys.executable, "-m", "mutmut", "show", name]
-        shown = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.splitlines()
-        print(
-            name, *(line for line in shown if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")), sep="\n    "
-        )
+        diff = get_diff_for_mutant(name).splitlines()
+        print(name, *(line for line in diff if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")), sep="\n    ")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def test_one_of_q_k_and_v_on_another_grid():
     assert "v_proj at 8 bits in groups of 128, symmetric" in text
     assert r'overrides={r"(q_proj|k_proj|v_proj)$": …}' in text
     assert "gate" not in text
+    assert "v_proj at 8 bits in groups of 128, symmetric. For these servers, let every pattern" in text
 
 
 def test_one_of_q_k_and_v_in_full_precision():

@@ -49,6 +49,7 @@ def test_the_library_reads_every_grid_under_its_targets():
     assert {str(group.weights.strategy) for group in config.config_groups.values()} == {"group", "channel"}
     assert {str(group.weights.type) for group in config.config_groups.values()} == {"int"}
     assert config.ignore == ["lm_head"]
+    assert config.format == "pack-quantized"
     assert config.quantization_status.value == "compressed"
 
 

@@ -62,7 +62,8 @@ def test_awq_that_contradicts_itself_is_refused_and_named(name, part, change):
     }  # fmt: skip
     if change != "missing":
         tensors[f"{AWQ_LINEAR}.{part}"] = changed[change]
-    with pytest.raises(CheckpointError, match=AWQ_LINEAR):
+    missing = change == "missing" and part != "qweight"
+    with pytest.raises(CheckpointError, match=f"has no {AWQ_LINEAR}.{part}," if missing else AWQ_LINEAR):
         recognize(tensors, fields)
 
 
@@ -237,13 +238,17 @@ def test_gptq_that_contradicts_itself_is_refused_and_named(tensors, named):
         recognize(tensors, GptqLinear(act_order=True).fields)
 
 
-@pytest.mark.parametrize("changes", [
-    {"checkpoint_format": "marlin"}, {"is_marlin_format": True}, {"checkpoint_format": "gptq_p"}, {"bits": 3},
-    {"bits": "4"}, {"checkpoint_format": 2},
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'[.]"),
+    ({"is_marlin_format": True}, r"checkpoint_format is 'gptq' \(Marlin\)"),
+    ({"checkpoint_format": "gptq_p"}, "checkpoint_format is 'gptq_p'[.]"),
+    ({"bits": 3}, r"fit \[4\] bits, and the config says 3"),
+    ({"bits": "4"}, "bits in the quantization_config is '4'"),
+    ({"checkpoint_format": 2}, "checkpoint_format in the quantization_config is 2; expected str"),
 ])  # fmt: skip
-def test_a_gptq_config_that_can_not_be_read_is_refused(changes):
+def test_a_gptq_config_that_can_not_be_read_is_refused(changes, named):
     linear = GptqLinear()
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=named):
         recognize(linear.tensors, linear.fields | changes)
 
 

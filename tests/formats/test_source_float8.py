@@ -222,6 +222,14 @@ def test_float8_without_any_scales_is_refused():
             recognize({"a.weight": float8((4, 4)), "b.weight": float8((4, 4))}, fields)
 
 
+def test_weights_without_scales_are_counted():
+    tensors = {"a.weight": float8((4, 4)), "a.weight_scale": uniform((1,))}
+    tensors |= {f"{name}.weight": float8((4, 4)) for name in "bcd"}
+    words = r"b\.weight is F8_E4M3 and has no scales \(nor have 2 others\), but a\.weight has a\.weight_scale"
+    with pytest.raises(CheckpointError, match=words):
+        recognize(tensors, FP8)
+
+
 @pytest.mark.parametrize("block", [0, [128], [0, 128], ["a", 1], [True, 1], {"rows": 1}, [-1, 4]])
 def test_a_block_size_that_is_none_is_refused(block):
     with pytest.raises(CheckpointError, match="weight_block_size"):
@@ -253,3 +261,11 @@ def test_headers_with_impossible_sizes_are_refused():
     headers["b.weight"] = StoredHeader("F8_E4M3", (-1, 32))
     with pytest.raises(CheckpointError, match=r"b\.weight"):
         source_format(headers, FP8, lambda name: torch.zeros(()))
+
+
+@pytest.mark.parametrize("fields", [None, {"quant_method": "modelopt"}, {"quant_method": "fbgemm_fp8"}])
+def test_int8_is_two_fp4_in_transformers_fp8_alone(fields):
+    tensors = {"a.weight": random_bytes((4, 32), dtype=torch.int8), "a.weight_scale": uniform((4, 2))}
+    assert recognize(tensors, {"quant_method": "fp8"}).weights[0].shape == (4, 64)
+    with pytest.raises(CheckpointError, match=r"a\.weight"):
+        recognize(tensors, fields)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_of_each_format import CHECKPOINTS
-from quantized_checkpoints import SPELLED, dequantized, recognize
+from quantized_checkpoints import SPELLED, dequantized, recognize, same_bits
 
 from hf_awq_offload.errors import CheckpointError
 
@@ -22,6 +22,20 @@ def test_the_sound_checkpoint_is_read(format):
     accounted = {part for weight in source.weights for part in weight.parts.values()} | set(source.unused)
     assert accounted == tensors.keys()
     assert len(result) == len(source.weights)
+
+
+@pytest.mark.parametrize("format", CHECKPOINTS)
+@pytest.mark.parametrize("prefix", ["", "model.layers.3.mlp.", "weight.", "scale."])
+def test_what_stands_before_the_name_of_a_linear_does_not_matter(format, prefix):
+    fields, tensors = CHECKPOINTS[format]
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith("a.")}
+    renamed = {prefix + name.removeprefix("a."): tensor for name, tensor in own.items()}
+    before, after = dequantized(own, fields), dequantized(renamed, fields)
+    assert after.keys() == {prefix + name.removeprefix("a.") for name in before}
+    for name, weight in before.items():
+        assert same_bits(after[prefix + name.removeprefix("a.")], weight)
+    unused = {prefix + name.removeprefix("a.") for name in recognize(own, fields).unused}
+    assert set(recognize(renamed, fields).unused) == unused
 
 
 @settings(deadline=None, max_examples=400)
