@@ -16,6 +16,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoModelForCausalLM
 
 from .checkpoint.output_folder import output_folder
+from .checkpoint.path_names import require_utf8
 from .checkpoint.source_folders import places_of_files
 from .checkpoint.work_folder import move_into_place, work_folder
 from .config import AwqOffloadConfig
@@ -87,6 +88,8 @@ def quantize(
     register()
     recipe = streamed_recipe(config, checkpoint_dir=checkpoint_dir, max_memory=max_memory, prefetch=prefetch)
     _require_size(max_shard_size)
+    places = {name: getattr(recipe, name) for name in ("checkpoint_dir", "report_dir", "dataset", "tokenizer")}
+    require_utf8({"src": src, "out_dir": out_dir, **places})
     kept = {
         "the source itself": src if Path(src).exists() else None,
         "checkpoint_dir": recipe.checkpoint_dir,
