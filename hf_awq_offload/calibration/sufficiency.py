@@ -1,8 +1,8 @@
 """Tells beforehand whether there are enough calibration tokens for the widest linears.
 
 A gram matrix of T tokens has a rank of at most T. With fewer tokens than input channels, error feedback can move a
-weight's error to where the calibration data have nothing, so that the loss on these data goes to zero and says nothing
-about others. The bound is that of least squares with n channels on T tokens: the mean squared residual is σ²(1 - n/T) on
+weight's error to where the calibration data have nothing: the loss on these data goes to zero and says nothing about
+others. The bound is that of least squares with n channels on T tokens, whose mean squared residual is σ²(1 - n/T) on
 these tokens and about σ² / (1 - n/T) on others. Their ratio is 0 at T = n and 0.56 at T = ENOUGH · n; error feedback,
 which may only choose among integers, fits less.
 """
