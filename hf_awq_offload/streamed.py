@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from .checkpoint.companion_copies import companion_states
 from .checkpoint.file_states import blaming_changes
 from .checkpoint.output_folder import output_folder
+from .checkpoint.path_names import require_utf8
 from .checkpoint.source import Source
 from .checkpoint.source_folders import places_of_files
 from .checkpoint.work_folder import move_into_place, work_folder
@@ -95,6 +96,8 @@ def quantize(
     register()
     recipe = streamed_recipe(config, checkpoint_dir=checkpoint_dir, max_memory=max_memory, prefetch=prefetch)
     _require_size(max_shard_size)
+    places = {name: getattr(recipe, name) for name in ("checkpoint_dir", "report_dir", "dataset", "tokenizer")}
+    require_utf8({"src": src, "out_dir": out_dir, **places})
     kept = {
         "the source itself": src if Path(src).exists() else None,
         "checkpoint_dir": recipe.checkpoint_dir,

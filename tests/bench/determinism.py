@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from hf_awq_offload import AwqOffloadConfig, quantize_model
 from hf_awq_offload.formats.awq import unpack_columns
 
-MOST_CODES, MOST_KL_SHARE = 0.05, 0.25
+MOST_CODES, MOST_KL_SHARE = 0.005, 0.01
 """Limits: share of codes that differ, and KL relative to that between full precision and the first result."""
 SETTINGS = {
     "the same again": {},

@@ -61,7 +61,7 @@ def test_the_state_of_random_generators_neither_matters_nor_changes(tmp_path):
 
 
 def test_other_micro_batches_move_few_codes(tmp_path):
-    """They sum in another order. The limit is documented in docs/reliability.md; on one layer nothing is amplified."""
+    """They sum in another order. The limit is that of tests/bench/determinism.py."""
     source = save_model(tiny_llama(num_hidden_layers=1), tmp_path / "source")
     codes = []
     for batch_tokens in (20, 120):
@@ -69,4 +69,4 @@ def test_other_micro_batches_move_few_codes(tmp_path):
         tensors = load_file(tmp_path / str(batch_tokens) / "model.safetensors")
         words = torch.cat([value.flatten() for name, value in tensors.items() if name.endswith("qweight")])
         codes.append(torch.stack([words >> shift & 15 for shift in range(0, 32, 4)]))
-    assert float((codes[0] != codes[1]).float().mean()) <= 0.01
+    assert float((codes[0] != codes[1]).float().mean()) <= 0.005

@@ -17,7 +17,7 @@ from killing import digests
 from models import save_model, tiny_llama, token_recipe
 from transformers import AutoModelForCausalLM
 
-from hf_awq_offload import quantize
+from hf_awq_offload import ConfigError, quantize
 from hf_awq_offload.reporting.progress import Progress
 
 ODD_NAME = "modèle 模型 ü\nnext line"
@@ -40,16 +40,20 @@ def modes(folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("mask", [0o077, 0o022, 0o000], ids=oct)
 def test_what_is_written_has_the_permissions_that_the_umask_says(mask, tmp_path):
+    """`save_pretrained` writes weights with safetensors, which may give them to the owner alone, as of any model."""
     source = save_model(tiny_llama(), tmp_path / "source")
     with umask(mask):
         recipe = token_recipe(n_grid=1, clip=False, rounding="nearest", report_dir=tmp_path / "report")
         quantize(source, tmp_path / "streamed", recipe)
         model = AutoModelForCausalLM.from_pretrained(source, quantization_config=token_recipe(n_grid=0, clip=False))
         model.save_pretrained(tmp_path / "saved")
+        save_model(tiny_llama(), tmp_path / "dense")
+    weights = modes(tmp_path / "dense")["model.safetensors"]
     for name in ("streamed", "saved", "report"):
         for path, mode in modes(tmp_path / name).items():
-            is_folder = (tmp_path / name / path).is_dir()
-            assert oct(mode) == oct((0o777 if is_folder else 0o666) & ~mask), (name, path)
+            of_any_model = name == "saved" and path == "model.safetensors"
+            most = 0o777 if (tmp_path / name / path).is_dir() else 0o666
+            assert oct(mode) == oct(weights if of_any_model else most & ~mask), (name, path)
 
 
 @pytest.mark.parametrize("mask", [0o077, 0o022], ids=oct)
@@ -63,28 +67,43 @@ def test_what_is_replaced_has_them_too(mask, tmp_path):
     assert set(modes(tmp_path / "out").values()) == {0o777 & ~mask, 0o666 & ~mask}
 
 
-@pytest.mark.slow
-def test_a_plain_c_locale_and_odd_names_of_folders(tiny_llama_dir, tmp_path):
-    """Python would otherwise take UTF-8 even in the C locale; here it has to read and print in ASCII."""
+def test_odd_names_of_folders_change_nothing(tmp_path):
     here = tmp_path / ODD_NAME
-    (here / "source").mkdir(parents=True)
-    for file in tiny_llama_dir.iterdir():
-        (here / "source" / file.name).write_bytes(file.read_bytes())
+    here.mkdir()
+    source = save_model(tiny_llama(), here / "source é")
+    recipe = token_recipe(n_grid=1, clip=False, rounding="nearest")
+    quantize(source, tmp_path / "plain", recipe)
+    recipe.report_dir = here / "rapport ü"
+    quantize(source, here / "ausgabe 模", recipe, checkpoint_dir=here / "journal é")
+    weights = "model.safetensors"
+    assert digests(here / "ausgabe 模")[weights] == digests(tmp_path / "plain")[weights]
+    assert {path.name for path in here.iterdir()} == {"source é", "rapport ü", "ausgabe 模"}
+    AutoModelForCausalLM.from_pretrained(here / "ausgabe 模")
+
+
+@pytest.mark.parametrize("argument", ["src", "out_dir", "checkpoint_dir"])
+def test_a_name_that_the_locale_cannot_tell_is_refused_with_the_remedy(argument, tmp_path):
+    """This is what Python makes of the bytes of "modèle" where names are ASCII."""
+    odd = tmp_path / b"mod\xc3\xa8le".decode("ascii", "surrogateescape")
+    arguments = {"src": tmp_path / "source", "out_dir": tmp_path / "out", "checkpoint_dir": None} | {argument: odd}
+    with pytest.raises(ConfigError, match=rf"{argument} is '.*mod\\udcc3\\udca8le'.* Set PYTHONUTF8=1"):
+        quantize(config=token_recipe(), **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_plain_c_locale_gives_the_same_checkpoint_and_prints(tiny_llama_dir, tmp_path):
+    """Python would otherwise take UTF-8 even in the C locale; here it has to read and print in ASCII."""
     plain = environment(LANG="C", LC_ALL="POSIX", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    out, report = here / "ausgabe é", here / "rapport"
-    arguments = ["quantize", here / "source", out, "--report-dir", report, *FAST]
+    arguments = ["quantize", tiny_llama_dir, "with a space", "--report-dir", "report", *FAST]
     printed = script("hf-awq-offload", *arguments, cwd=tmp_path, env=plain).stdout
     assert "quantized" in printed
-    assert not [path for path in here.iterdir() if path.name not in {"source", out.name, "rapport"}]
-    script("hf-awq-offload", "quantize", tiny_llama_dir, "plain", *FAST, cwd=tmp_path)
-    ours, usual = digests(out), digests(tmp_path / "plain")
-    assert {name: ours[name] for name in ours if name != "README.md"} == {
-        name: usual[name] for name in usual if name != "README.md"
-    }
-    document = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    script("hf-awq-offload", "quantize", tiny_llama_dir, "usual", *FAST, cwd=tmp_path)
+    ours, usual = digests(tmp_path / "with a space"), digests(tmp_path / "usual")
+    assert ours["model.safetensors"] == usual["model.safetensors"]
+    assert ours["config.json"] == usual["config.json"]
+    document = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", document["created"])
-    inspected = script("hf-awq-offload", "inspect", out, "--json", cwd=tmp_path, env=plain).stdout
-    assert json.loads(inspected)["command"] == "inspect"
 
 
 def test_a_clock_that_is_set_back_changes_no_result(tmp_path, monkeypatch):
