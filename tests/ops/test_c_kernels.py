@@ -277,6 +277,16 @@ def test_what_others_could_have_changed_is_not_loaded(cache, open_to_others):
     assert isinstance(c_library.load(), ctypes.CDLL)  # compiled again, in another folder
 
 
+def test_a_link_in_the_place_of_the_library_is_not_followed(cache, tmp_path):
+    compiled = c_library.built(cache)
+    compiled.rename(tmp_path / "elsewhere.so")
+    compiled.symlink_to(tmp_path / "elsewhere.so")
+    with pytest.raises(OSError, match="symbolic link"):
+        c_library._open_own(compiled)
+    assert isinstance(c_library.load(), ctypes.CDLL)  # compiled again, in another folder
+    assert compiled.is_symlink()
+
+
 @pytest.mark.parametrize("kept", [0, 1000, -1], ids=str)
 def test_a_library_cut_off_in_the_middle_is_made_again(cache, kept):
     compiled = c_library.built(cache)
