@@ -12,8 +12,8 @@ if __name__ == "__main__" and sys.argv[1:]:
     PACKAGE = Path(sys.argv[1]).resolve()
 
 LEVELS: list[list[str]] = [
-    ["dtype_names", "errors", "logs", "machine_errors", "messages", "report"],
-    ["config_checks", "formats", "recipe_fields"],
+    ["dtype_names", "errors", "logs", "messages", "report"],
+    ["config_checks", "formats", "machine_errors", "recipe_fields"],
     ["checkpoint", "ops", "search"],
     ["config"],
     ["nn"],
