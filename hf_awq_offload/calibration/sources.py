@@ -304,7 +304,8 @@ def _guarded(function: Callable[..., Any], what: str, remedy: str, *arguments: A
 
 
 def _guarded_iterator(elements: Iterator[Any], what: str, remedy: str) -> Iterator[Any]:
-    row, end = 0, object()
-    while (element := _guarded(next, f"{what}, row {row},", remedy, elements, end)) is not end:
+    rows, end, said = 0, object(), remedy
+    while (element := _guarded(next, what, said, elements, end)) is not end:
         yield element
-        row += 1
+        rows += 1
+        said = f"Rows read before: {rows}. {remedy}"

@@ -145,8 +145,6 @@ class AwqOffloadQuantizer(HfQuantizer):
             accompany(model, self.origin, carried=self.source.carried)
             return model
         end_reading()
-        if self.source.opened is not None:
-            self.source.opened.states.require_unchanged()
         if is_only_loading():
             return model
         weights = detach_stored_weights(model, self.source.opened) if self.placement.offload == "disk" else None

@@ -40,11 +40,12 @@ def end_reading() -> None:
     """Leaves to transformers whatever it reads from here on, such as adapters.
 
     Raises:
-        CheckpointError: it has read a quantized source as it is stored.
+        CheckpointError: it has read a quantized source as it is stored, or a file was changed meanwhile.
     """
     call = current_call()
     if call is not None and call.reading is not None:
         call.reading.require_use()
+        call.reading.source.states.require_unchanged()
         call.reading = None
 
 

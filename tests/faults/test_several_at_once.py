@@ -159,19 +159,23 @@ def test_a_forked_process_quantizes_too(tmp_path):
     assert "torch works with one thread" in result.stderr
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_does_not_hold_the_lock_of_the_one_that_has_ended(tmp_path):
     opened = locked(tmp_path / "lock")
-    ready, go_on = os.pipe()
+    until_parent_is_done, parent_is_done = os.pipe()
+    until_child_runs, child_runs = os.pipe()
     child = os.fork()
     if child == 0:  # outlives the lock
-        os.close(go_on)
-        os.read(ready, 1)
+        os.close(parent_is_done)
+        os.write(child_runs, b"1")
+        os.read(until_parent_is_done, 1)
         os._exit(0)
     try:
+        os.read(until_child_runs, 1)
         with pytest.raises(BlockingIOError):
             locked(tmp_path / "lock")
         opened.close()
         locked(tmp_path / "lock").close()
     finally:
-        os.close(go_on)
+        os.close(parent_is_done)
         os.waitpid(child, 0)
