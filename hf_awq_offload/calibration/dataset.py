@@ -64,10 +64,8 @@ class CalibrationSet:
     @property
     def counted_tokens(self) -> int:
         """The number of tokens that enter the statistics."""
-        uncounted = sum(int((~mask).sum()) for mask in self.counted if mask is not None)
-        for sample in self.samples:
-            uncounted += 0 if sample.counted is None else len(sample.token_ids) - int(sample.counted.sum())
-        return self.tokens - uncounted
+        masks = [mask for mask in [*self.counted, *(sample.counted for sample in self.samples)] if mask is not None]
+        return self.tokens - sum(len(mask) - int(mask.sum()) for mask in masks)
 
     def __len__(self) -> int:
         return len(self.sequences) + len(self.samples)

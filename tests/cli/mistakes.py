@@ -354,9 +354,9 @@ def full_disk() -> None:
     from hf_awq_offload.offload import journal
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[1]))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
 
-    _at_layer(DONE_LAYERS, lambda: setattr(journal, "save_file", fail))
+    _at_layer(DONE_LAYERS, lambda: setattr(journal, "write_all", fail))
 
 
 def file_size_limit() -> None:
