@@ -64,10 +64,8 @@ class CalibrationSet:
     @property
     def counted_tokens(self) -> int:
         """The number of tokens that enter the statistics."""
-        uncounted = sum(int((~mask).sum()) for mask in self.counted if mask is not None)
-        for sample in self.samples:
-            uncounted += 0 if sample.counted is None else len(sample.token_ids) - int(sample.counted.sum())
-        return self.tokens - uncounted
+        parts = [*zip(self.sequences, self.counted, strict=True), *((s.token_ids, s.counted) for s in self.samples)]
+        return sum(len(ids) if mask is None else int(mask.sum()) for ids, mask in parts)
 
     def __len__(self) -> int:
         return len(self.sequences) + len(self.samples)
