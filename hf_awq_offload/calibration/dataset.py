@@ -64,8 +64,8 @@ class CalibrationSet:
     @property
     def counted_tokens(self) -> int:
         """The number of tokens that enter the statistics."""
-        masks = [mask for mask in [*self.counted, *(sample.counted for sample in self.samples)] if mask is not None]
-        return self.tokens - sum(len(mask) - int(mask.sum()) for mask in masks)
+        parts = [*zip(self.sequences, self.counted, strict=True), *((s.token_ids, s.counted) for s in self.samples)]
+        return sum(len(ids) if mask is None else int(mask.sum()) for ids, mask in parts)
 
     def __len__(self) -> int:
         return len(self.sequences) + len(self.samples)
