@@ -110,9 +110,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "glm46v_text", "cosmos3_edge_text",
         )
     },
+    "hy_v4_vl_text": {"rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}},
     "glm4v_moe_text": {"rope_parameters": MROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
     "ernie4_5_vl_moe_text": {"rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}},
     **{name: {"window_size": 56} for name in ("qwen2_5_vl_vision", "exaone4_5_vision", "qwen2_5_omni_vision_encoder")},
+    "apertus1p5_vision_tokenizer": {"codebook_size": 8, "base_channels": 32, "channel_multiplier": [1, 2],
+                                    "num_res_blocks": 1, "attn_resolutions": [], "embed_dim": 16,
+                                    "latent_channels": 16},
+    "wavtokenizer_encoder": {"codebook_dim": HIDDEN, "codebook_size": 8},
+    "apertus1p5": {"image_token_offset": 162, "audio_token_offset": 170},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "blip-2": {"image_token_index": 160, "num_query_tokens": 4},
     "chameleon": {"vocabulary_map": {"<image>": 160, "IMGIMGAZ": 161} | {
