@@ -117,6 +117,8 @@ def _place(path: Path, name: str, entry: Mapping[str, Any], first: int) -> Tenso
     """Returns the place of a tensor whose offsets count from byte `first`; ValueError if its entry is impossible."""
     if not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:  # it would be printed, and written to the result
         raise ValueError(f"a tensor is called {name[:80]!r}")
+    if not isinstance(entry["shape"], list) or not isinstance(entry["data_offsets"], list):
+        raise ValueError(f"{name} has the entry {str(entry)[:200]}")
     (start, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
     numbers = (start, end, *shape)
     if not all(type(number) is int and 0 <= number <= MAX_SIZE for number in numbers) or not isinstance(dtype, str):

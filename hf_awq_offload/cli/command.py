@@ -30,10 +30,11 @@ def run_line(words: list[str], signals: Signals) -> int:
         return _fail(error, USAGE, "--json" in words, command=None)
     except SystemExit as end:  # after --help and --version
         return int(end.code or 0)
-    return _run(options, signals)
+    return run(options, signals)
 
 
-def _run(options: argparse.Namespace, signals: Signals) -> int:
+def run(options: argparse.Namespace, signals: Signals) -> int:
+    """Runs a parsed command line; returns the exit code."""
     try:
         outcome = _outcome(options, signals)
         _print(outcome, options)

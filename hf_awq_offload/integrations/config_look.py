@@ -6,6 +6,7 @@ modules, and a value of another type fails somewhere in either.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,14 @@ MODULES_PER_TENSOR = 50
 BY_ACCIDENT = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RecursionError, MemoryError)
 """What transformers raises where it does not expect a value; what it says on purpose is a ValueError or an OSError."""
 
+UNKNOWN_TYPE = re.compile(
+    r"model type `.+?` but Transformers does not recognize|pass the argument `trust_remote_code=True`"
+)
+"""Matches what the Auto classes say of a type that they don't know, and of one that needs the checkpoint's own code."""
+
 
 def require_readable_config(folder: Path, tensors: int) -> None:
-    """Has transformers parse config.json, without any code of the checkpoint.
+    """Has transformers parse config.json, without any code of the checkpoint; types that it does not know pass.
 
     Args:
         folder: of the checkpoint.
@@ -41,6 +47,8 @@ def require_readable_config(folder: Path, tensors: int) -> None:
     except (ImportError, OSError):
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and UNKNOWN_TYPE.search(str(error)):
+            return  # the class that loads the model may know its own type
         raise CheckpointError(
             f"transformers can't read {folder / CONFIG_NAME} ({type(error).__name__}: {str(error)[:1000]}). Correct "
             "it, or get the checkpoint again."

@@ -137,15 +137,22 @@ def files_in(folder: Path, variant: str | None, use_safetensors: bool | None) ->
 
 
 def explain_auto_class(call: LoadCall, error: ValueError) -> None:
-    """Raises ModelStructureError if transformers or its Auto class does not know the model's type.
+    """Explains why an Auto class does not load a checkpoint; transformers' own messages list 200 classes.
 
-    Its own messages list 200 classes, or advise a release that does not exist.
+    Raises:
+        ModelStructureError: transformers, or this class, does not know the model's type.
+        CheckpointError: the checkpoint needs code of its own, which may not run.
     """
     unknown = re.search(r"has model type `(.+?)` but Transformers does not recognize", str(error))
     if unknown is not None:
         raise ModelStructureError(
             f"{call.source} is of the type {unknown[1]!r}, which transformers {transformers.__version__} does not "
             "know. Upgrade transformers; if the checkpoint comes with code of its own, read the code, then pass "
+            "trust_remote_code=True (--trust-remote-code)."
+        ) from error
+    if "pass the argument `trust_remote_code=True`" in str(error):
+        raise CheckpointError(
+            f"{call.source} comes with code of its own, which runs only if you allow it. Read the code, then pass "
             "trust_remote_code=True (--trust-remote-code)."
         ) from error
     if not str(error).startswith("Unrecognized configuration class"):

@@ -182,7 +182,7 @@ def test_the_format_that_it_has_is_refused(made, tmp_path):
 
 def test_full_precision_is_refused(tmp_path):
     source = save_model(tiny_llama(), tmp_path / "source")
-    refused(tmp_path, source, "gemm", "in the format 'full precision' without packed linears")
+    refused(tmp_path, source, "gemm", "not quantized, or has no packed linears")
 
 
 def test_damage_is_refused(made, tmp_path):

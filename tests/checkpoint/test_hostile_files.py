@@ -113,6 +113,8 @@ HEADERS: dict[str, tuple[Any, int, str]] = {
     "bytes after the last tensor": ({"a": entry(0, 4)}, 9, "where the header says"),
     "a dimension that no machine has": ({"a": entry(0, 0, [2**63, 0])}, 0, "has the entry"),
     "dimensions that overflow": ({"a": entry(0, 0, [2**62, 4, 0])}, 0, "has the shape"),
+    "a shape that is a text": ({"a": entry(0, 1) | {"shape": ""}}, 1, "has the entry"),
+    "offsets that are an object": ({"a": entry(0, 1) | {"data_offsets": {"0": 0, "1": 1}}}, 1, "has the entry"),
     "a dimension that is true": ({"a": entry(0, 1, [True])}, 1, "has the entry"),
     "a name that a terminal would obey": ({"a\x1b[2J": entry(0, 1)}, 1, "is called"),
     "a name with half a character": ({"\ud800": entry(0, 1)}, 1, "surrogates"),

@@ -236,6 +236,13 @@ def test_a_block_size_that_is_none_is_refused(block):
         recognize(broken(), FP8 | {"weight_block_size": block})
 
 
+@pytest.mark.parametrize("rows", [2**62, 2**63, 2**64 - 1, 2**80])
+def test_a_block_larger_than_the_weight_is_the_whole_weight(rows):
+    tensors = {"a.weight": float8((4, 4)), "a.weight_scale_inv": uniform((1, 1))}
+    expected = dequantized(tensors, FP8 | {"weight_block_size": [4, 4]})
+    assert same_bits(dequantized(tensors, FP8 | {"weight_block_size": [rows, 4]})["a.weight"], expected["a.weight"])
+
+
 def test_a_config_without_quantized_weights_is_refused():
     with pytest.raises(CheckpointError, match="no tensor is quantized so"):
         recognize({"a.weight": torch.ones(4, 4)}, FP8)

@@ -172,7 +172,7 @@ def _row_indices(rows: int, grid: ScaleGrid) -> Tensor:
     assert grid.block is not None
     part = rows // grid.halves
     scale_rows = grid.shape[-2] // grid.halves
-    one = torch.arange(part) // grid.block[0]
+    one = torch.arange(part) // min(grid.block[0], max(part, 1))  # a config may name any size
     return torch.cat([one + half * scale_rows for half in range(grid.halves)])
 
 

@@ -10,8 +10,8 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from hf_awq_offload.cli.main import run
 from hf_awq_offload.cli.parser import add_common_options, add_quantize_options
+from hf_awq_offload.cli.signals import Signals
 
 
 class AwqCommand(BaseOptimumCLICommand):
@@ -28,7 +28,9 @@ class AwqCommand(BaseOptimumCLICommand):
         assert self.args is not None
         self.args.command = "quantize"
         self.args.command_line = ["optimum-cli", *sys.argv[1:]]
-        sys.exit(run(self.args))
+        from hf_awq_offload.cli.command import run
+
+        sys.exit(run(self.args, Signals(ends_process=True)))
 
 
 class QuantizeCommand(BaseOptimumCLICommand):
