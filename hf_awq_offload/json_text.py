@@ -14,23 +14,25 @@ MAX_DEPTH = 64
 """Brackets within brackets. Files of checkpoints have about six; functions that recurse get on with this many."""
 
 
-def parse_json(text: str | bytes, strict: bool = False) -> Any:
+def parse_json(text: str | bytes, strict: bool = False, unique_keys: bool = False) -> Any:
     """Returns the value of a JSON text, UTF-8 if it is bytes.
 
-    `strict` refuses what is no JSON, and Python takes for it: NaN and Infinity, which config files of transformers
-    have, and halves of a UTF-16 pair.
+    Args:
+        text: the text.
+        strict: refuse what is no JSON, and Python takes for it: NaN and Infinity, which config files of transformers
+            have, and halves of a UTF-16 pair. Keys have to be unique, too.
+        unique_keys: refuse an object that has a key twice. Otherwise the last one counts, as for all readers in Python.
 
     Raises:
         json.JSONDecodeError (a ValueError): it is no JSON.
-        ValueError: it is no UTF-8, an object has a key twice, an integer has thousands of digits, or brackets are
-            nested more than MAX_DEPTH deep.
+        ValueError: it is no UTF-8, a key is there twice that may not be, an integer has thousands of digits, or
+            brackets are nested more than MAX_DEPTH deep.
     """
+    hook = _without_doubles if strict or unique_keys else None
     if isinstance(text, bytes | bytearray):
         text = text.decode("utf-8")
     try:
-        value = json.loads(
-            text, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant if strict else float
-        )
+        value = json.loads(text, object_pairs_hook=hook, parse_constant=_refuse_constant if strict else float)
     except RecursionError:
         raise _too_deep() from None
     _require_shallow(value)

@@ -103,8 +103,8 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+def read_json(path: Path, unique_keys: bool = False) -> dict[str, Any]:
+    """Reads a JSON object; see `parse_json` for `unique_keys`.
 
     Raises:
         CheckpointError: the file can't be read, or holds no JSON object.
@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
             text = opened.read(MAX_JSON_BYTES + 1)
         if len(text) > MAX_JSON_BYTES:
             raise ValueError(f"it is longer than {MAX_JSON_BYTES} bytes")
-        value = parse_json(text)
+        value = parse_json(text, unique_keys=unique_keys)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read ({error}); get the checkpoint again.") from error
     if not isinstance(value, dict):
@@ -163,7 +163,7 @@ def weight_map(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the file can't be read, or is no such index; or it names a file outside its own folder.
     """
-    entries = read_json(index).get("weight_map")
+    entries = read_json(index, unique_keys=True).get("weight_map")
     if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files; get the checkpoint again.")
     for file in set(entries.values()):

@@ -25,7 +25,7 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 CHECKPOINT_NAMES = re.compile(
     r"""
-    (model|consolidated)[-.\w]*\.safetensors(\.index\.json)? | pytorch_model.*\.bin(\.index\.json)?
+    ((awq|gptq)_)?(model|consolidated)[-.\w]*\.safetensors(\.index\.json)? | pytorch_model.*\.bin(\.index\.json)?
     | (generation_|preprocessor_|processor_|video_preprocessor_|image_processor_|quantize_|quant_)?config\.json
     | (tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json
     | (merges|vocab)\.txt | vocab\.bpe | normalizer\.json | \w+\.(tiktoken|spm) | chat_template\.jinja

@@ -104,7 +104,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = parse_json(text)
+        value = parse_json(text, unique_keys=True)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error.msg}, column {error.colno})") from error
     except ValueError as error:

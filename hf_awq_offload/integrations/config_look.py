@@ -22,7 +22,9 @@ from ..errors import AwqOffloadError, CheckpointError
 LEAST_LIMIT = 10_000
 """Layers that are believed of any checkpoint, and modules beside those that its tensors account for."""
 MODULES_PER_TENSOR = 50
-BY_ACCIDENT = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RecursionError, MemoryError)
+LAYER_COUNT = re.compile(r"(num|n)_(\w+_)?layers?|(\w+_)?layers")
+"""Matches names of fields that count layers; not vocab_size_per_layer_input."""
+BY_ACCIDENT = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RecursionError)
 """What transformers raises where it does not expect a value; what it says on purpose is a ValueError or an OSError."""
 
 UNKNOWN_TYPE = re.compile(
@@ -31,17 +33,21 @@ UNKNOWN_TYPE = re.compile(
 """Matches what the Auto classes say of a type that they don't know, and of one that needs the checkpoint's own code."""
 
 
-def require_readable_config(folder: Path, tensors: int) -> None:
+def require_readable_config(folder: Path, tensors: int, with_auto_class: bool = True) -> None:
     """Has transformers parse config.json, without any code of the checkpoint; types that it does not know pass.
 
     Args:
         folder: of the checkpoint.
         tensors: how many its files hold.
+        with_auto_class: whether an Auto class is to load the model. Any other has a config class of its own, which may
+            take what transformers' does not.
 
     Raises:
         CheckpointError: config.json says nonsense, or describes more layers than the files can hold.
     """
     _require_few_layers(read_json(folder / CONFIG_NAME), max(LEAST_LIMIT, tensors))
+    if not with_auto_class:
+        return
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ImportError, OSError):
@@ -60,7 +66,7 @@ def _require_few_layers(config: dict[str, Any], most: int) -> None:
     while level:
         for part in level:
             for name, value in part.items() if isinstance(part, dict) else ():
-                if "layer" in str(name) and type(value) is int and value > most:
+                if LAYER_COUNT.fullmatch(str(name)) and type(value) is int and value > most:
                     raise CheckpointError(
                         f"config.json says {name} = {str(value)[:30]}, and the checkpoint can't hold so many layers. "
                         "Correct config.json, or get the checkpoint again."
@@ -98,7 +104,7 @@ def building(tensors: int, is_built: Callable[[], bool]) -> Iterator[None]:
     except AwqOffloadError:
         raise
     except BY_ACCIDENT as error:
-        if is_built():
+        if is_built() or "unexpected keyword argument" in str(error):  # the caller's own
             raise
         raise CheckpointError(
             f"transformers can't build the model that config.json describes ({type(error).__name__}: "

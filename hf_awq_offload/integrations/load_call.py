@@ -42,6 +42,8 @@ class LoadCall:
     arguments: dict[str, Any] = field(default_factory=dict, repr=False)
     """All arguments by name, those that transformers has resolved meanwhile (revision) as resolved."""
     has_recipe: bool = True
+    is_of_auto_class: bool = True
+    """Whether an Auto class finds the model's class by its config.json."""
     is_streamed: bool = False
     """Whether weights stay on the disk, and quantizing is left to the caller."""
     opened: Source | None = None
@@ -140,6 +142,7 @@ def _remembered(
                 return loaded
             if call is outer:
                 return method(cls, *args, **kwargs)
+            call.is_of_auto_class = issubclass(cls, _BaseAutoModelClass)
             with one_at_a_time():
                 look(call)
                 try:
@@ -179,7 +182,7 @@ def _calling(source: str, arguments: dict[str, Any]) -> Iterator[LoadCall]:
     if call is not None and call.has_recipe and has_recipe:
         call.arguments |= arguments
     else:
-        call = LoadCall(source, arguments, has_recipe, _is_only_loading.get())
+        call = LoadCall(source, arguments, has_recipe, is_streamed=_is_only_loading.get())
     token = _current.set(call)
     try:
         yield call

@@ -4,7 +4,8 @@ transformers sets torch's default dtype for the whole process while it builds a 
 memory limit (`max_memory`) holds for the whole process as well. Two quantizations would change each other's results.
 
 A forked process has none of the threads of the one that it was forked from, neither ours nor those of OpenMP, which a
-parallel operation of torch would wait for without end. There, the lock is a new one, and torch works with one thread.
+parallel operation of torch would wait for without end. There, the lock is a new one, and if
+there were such threads, torch works with one meanwhile.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from ..logs import get_logger
 logger = get_logger(__name__)
 
 _lock = threading.RLock()
-_is_forked = False
+_has_threads = False
+"""Whether the process had several threads when it was last forked."""
+_lacks_threads = False
+"""Whether this process was forked from one that had several threads."""
 
 
 @contextmanager
@@ -31,8 +35,8 @@ def one_at_a_time() -> Iterator[None]:
         logger.warning("Another quantization is at work in this process; this one begins when it is done.")
         _lock.acquire()
     try:
-        _do_without_lost_threads()
-        yield
+        with _without_lost_threads():
+            yield
     finally:
         _lock.release()
 
@@ -51,19 +55,35 @@ def warn_of_loading_meanwhile() -> None:
     )
 
 
-def _do_without_lost_threads() -> None:
-    if _is_forked and torch.get_num_threads() > 1:
-        logger.warning(
-            "This process was forked from one that had torch's threads, which do not exist here: torch works with one "
-            "thread from here on. Start processes with multiprocessing's 'spawn' or 'forkserver' for more."
-        )
-        torch.set_num_threads(1)
+@contextmanager
+def _without_lost_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if not _lacks_threads or threads == 1:
+        yield
+        return
+    logger.warning(
+        "This process was forked from one that had threads, perhaps torch's, which do not exist here: the quantization "
+        "works with one thread. Start processes with multiprocessing's 'spawn' or 'forkserver' for more."
+    )
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _before_fork() -> None:
+    global _has_threads
+    try:
+        _has_threads = len(os.listdir("/proc/self/task")) > 1
+    except OSError:  # not Linux
+        _has_threads = True
 
 
 def _after_fork() -> None:
-    global _lock, _is_forked
-    _lock, _is_forked = threading.RLock(), True
+    global _lock, _lacks_threads
+    _lock, _lacks_threads = threading.RLock(), _lacks_threads or _has_threads
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)

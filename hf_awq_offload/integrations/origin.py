@@ -139,9 +139,12 @@ def _require_files_inside(model: PreTrainedModel, files: Iterable[str | os.PathL
     """
     call = enclosing_call()
     subfolder = "" if call is None else str(call.arguments.get("subfolder") or "")
-    sources = ("" if call is None else call.source, str(model.config.name_or_path or ""))
-    folders = [os.path.abspath(os.path.join(source, subfolder)) for source in sources if os.path.isdir(source)]
-    for file in files if folders else ():
+    source = str(model.config.name_or_path or "")  # of adapters, it is their base model's
+    if not os.path.isdir(source):
+        return
+    sources = (source, "" if call is None else call.source)
+    folders = [os.path.abspath(os.path.join(each, subfolder)) for each in sources if os.path.isdir(each)]
+    for file in files:
         if not any(Path(os.path.abspath(file)).is_relative_to(folder) for folder in folders):
             raise CheckpointError(
                 f"The checkpoint in {folders[0]} names the file {os.fspath(file)}, which is not in this folder. Don't "

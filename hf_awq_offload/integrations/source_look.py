@@ -80,7 +80,7 @@ def look_at_folder(call: LoadCall) -> None:
     if files and files[0].suffix == ".safetensors":
         call.opened = open_source(files, fields_beside(files[0]), index)
         if not call.arguments.get("trust_remote_code") and "config" not in call.arguments:
-            require_readable_config(folder, len(call.opened.tensors))
+            require_readable_config(folder, len(call.opened.tensors), call.is_of_auto_class)
 
 
 def check_dtype(dtype: Any) -> None:

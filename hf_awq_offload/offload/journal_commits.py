@@ -52,7 +52,7 @@ def unsealed(path: Path) -> dict[str, Any]:
         raise ValueError("it has no commit")
     if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != outer.get("sha256"):
         raise ValueError("its digest differs")
-    entry = _object("the commit", parse_json(text))
+    entry = _object("the commit", parse_json(text, unique_keys=True))
     index, named = entry.get("index"), COMMIT_NAME.fullmatch(path.name)
     if type(index) is not int or named is None or int(named[1]) != index:
         raise ValueError(f"its index is {index!r}")
@@ -69,7 +69,7 @@ def parse_regular(path: Path) -> Any:
     """Returns the JSON value in a file of the journal; raises ValueError if it is none, or a link or pipe."""
     if path.is_symlink() or not path.is_file():
         raise ValueError("it is no regular file")
-    return parse_json(path.read_bytes())
+    return parse_json(path.read_bytes(), unique_keys=True)
 
 
 def _check_file(entry: Mapping[str, Any], name: str) -> None:

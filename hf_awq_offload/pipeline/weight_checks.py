@@ -46,9 +46,10 @@ def require_sound_weights(context: LayerContext) -> None:
         if 0 < _checked_magnitude(context, name) < MIN_RANGE
     ]
     for name, parameter in context.layer.named_parameters():
-        module = name.rpartition(".")[0]
+        module, _, kind = name.rpartition(".")
         is_kept = isinstance(context.layer.get_submodule(module), nn.Linear) and module not in context.quantizable
-        if not is_kept and parameter.is_floating_point() and bool(torch.isnan(parameter).any()):
+        is_checked = module in context.quantizable and kind == "weight"
+        if not (is_kept or is_checked) and parameter.is_floating_point() and bool(torch.isnan(parameter).any()):
             raise NumericalError(
                 f"{context.name}.{name} holds NaN; expected numbers, since all that follows is calibrated on what it "
                 "gives. Repair the checkpoint."

@@ -15,7 +15,8 @@ from unittest import mock
 import torch
 from shrink import text_ids
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig
 from hf_awq_offload.integrations import quantizer
@@ -115,7 +116,8 @@ def check(
     changes = {} if dataset is None else {"dataset": dataset}
     model_class: Any = type(model)
     if not isinstance(model.config, model_class.config_class):  # of another type; only an Auto class keeps the config's
-        model_class = AutoModelForCausalLM
+        is_image_text = type(model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        model_class = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
     original = logits(model, inputs)
     source = save(model, folder / "original")
     del model

@@ -99,6 +99,7 @@ def render(causal_lm: dict[str, dict[str, Any]], image_text: dict[str, dict[str,
     lines.append(UNSUPPORTED_HEAD)
     stages = {
         "build": "transformers can't build it",
+        "run": "transformers' model does not run on text",
         "reload": "transformers can't load it",
         "quantize": "refused with an error",
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from behaviour import check, load, recipe, save
+from behaviour import TEXT, check, load, recipe, save
 from shrink import tiny_causal_lm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from unsupported import CAUSAL_LM
@@ -55,6 +55,10 @@ def test_a_model_type_that_is_listed_as_unsupported_still_is(model_type, tmp_pat
             tiny_causal_lm(model_type)
         return
     model = tiny_causal_lm(model_type)
+    if stage == "run":
+        with pytest.raises(Exception, match=error):
+            model(**TEXT)
+        return
     source = save(model, tmp_path)
     with pytest.raises(ModelStructureError, match=error):
         load(type(model), source, quantization_config=recipe())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from behaviour import check, load, recipe, save
+from behaviour import TEXT, check, load, recipe, save
 from images import samples_and_texts
 from shrink import tiny_image_text
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -50,6 +50,10 @@ def test_a_model_type_that_is_listed_as_unsupported_still_is(model_type, tmp_pat
             tiny_image_text(model_type)
         return
     model = tiny_image_text(model_type)
+    if stage == "run":
+        with pytest.raises(Exception, match=error):
+            model(**TEXT)
+        return
     source = save(model, tmp_path)
     if stage == "reload":
         _, info = load(type(model), source)

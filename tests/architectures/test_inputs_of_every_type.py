@@ -32,7 +32,6 @@ MODEL_TYPES = {
     "idefics3": ChainInputs,
     "instructblip": ChainInputs,
     "internvl": ChainInputs,
-    "llama4": ChainInputs,
     "llava": ChainInputs,
     "mistral3": ChainInputs,
     "mllama": ChainInputs,

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 class Unsupported(NamedTuple):
     stage: str
-    """Who fails and when: transformers makes no model of it here ("build"), or does not load what it saves of it
-    ("reload"); or this package refuses ("quantize")."""
+    """Who fails and when: transformers makes no model of it here ("build"), its model does not run on token ids ("run"),
+    or it does not load what it saves of it ("reload"); or this package refuses ("quantize")."""
     error: str
     reason: str  # for the reader of docs/architectures.md
 
@@ -23,7 +23,7 @@ _COMPOSITE = "the auto class maps the type to a decoder that does not take the t
 CAUSAL_LM: dict[str, Unsupported] = {
     "gemma3n": Unsupported("build", "timm", "its vision tower needs timm; the text decoder is `gemma3n_text`"),
     "gemma4_assistant": Unsupported("build", "hidden_size_per_layer_input must be 0", _ASSISTANT),
-    "gemma4_unified_assistant": Unsupported("build", "layer types producing a cache", _ASSISTANT),
+    "gemma4_unified_assistant": Unsupported("run", "shared_kv_states cannot be None", _ASSISTANT),
     "gpt-sw3": Unsupported("quantize", "Conv1D", _CONV1D),
     "gpt2": Unsupported("quantize", "Conv1D", _CONV1D),
     "musicgen": Unsupported("build", "has no attribute 'dropout'", _COMPOSITE),
@@ -48,6 +48,9 @@ IMAGE_TEXT: dict[str, Unsupported] = {
     "fast_vlm": Unsupported("build", "timm", _TIMM),
     "florence2": Unsupported("quantize", "encoder-decoder", _ENCODER_DECODER),
     "gemma3n": Unsupported("build", "timm", _TIMM),
+    "llama4": Unsupported(
+        "run", "has no attribute 'image_outputs'", "transformers 5.24's forward pass of it fails; that of 5.23 works"
+    ),
     "perception_lm": Unsupported("build", "timm", _TIMM),
     "pi0": Unsupported(
         "quantize", "does not run on text alone", "an action model: it wants a robot's state and its actions, too"

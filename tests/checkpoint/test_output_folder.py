@@ -48,7 +48,8 @@ def test_a_new_or_empty_folder_is_taken(overwrite, tmp_path):
 
 @pytest.mark.parametrize(
     "name", ["notes.txt", ".git/HEAD", "config.yaml", "train.py", "run/model.safetensors", "data.json", ".hidden",
-             "additional_chat_templates/notes.txt", "model.safetensors.bak"],
+             "additional_chat_templates/notes.txt", "model.safetensors.bak", "adapter_config.json",
+             "adapter_model.safetensors", "my-lora.safetensors"],
 )  # fmt: skip
 def test_a_file_that_is_no_part_of_a_checkpoint_protects_its_folder(name, tmp_path):
     out = folder_of(tmp_path / "out", (*CHECKPOINT, name))
@@ -97,3 +98,22 @@ def test_the_working_directory_is_never_replaced(tmp_path, monkeypatch):
     for path in (".", work, work / "..", ""):
         with pytest.raises(ConfigError, match=r"working directory|out_dir is empty"):
             output_folder(path, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["model-00001-of-00002.safetensors", "model.fp16.safetensors", "consolidated.safetensors",
+     "awq_model_w4_g128.safetensors", "gptq_model-4bit-128g.safetensors", "pytorch_model.bin"],
+)  # fmt: skip
+def test_weights_under_the_names_that_tools_give_them_are_of_a_checkpoint(weights, tmp_path):
+    out = folder_of(tmp_path / "out", ("config.json", weights))
+    assert output_folder(out, overwrite=True) == out
+
+
+def test_weights_that_the_index_names_are_of_the_checkpoint(tmp_path):
+    out = folder_of(tmp_path / "out", (*CHECKPOINT, "text.safetensors", "other.safetensors"))
+    (out / "model.safetensors.index.json").write_text('{"weight_map": {"a.weight": "text.safetensors"}}')
+    with pytest.raises(ConfigError, match=r"other\.safetensors is no part of a checkpoint"):
+        output_folder(out, overwrite=True)
+    (out / "other.safetensors").unlink()
+    assert output_folder(out, overwrite=True) == out

@@ -175,3 +175,15 @@ def test_a_checkpoint_that_changes_while_it_is_converted(change, name, source, t
     with pytest.raises(AwqOffloadError, match=rf"{name} was changed while it was in use"):
         convert_checkpoint(quantized, tmp_path / "out", "gemv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quantized", "source"]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
+def test_a_file_that_is_touched_or_copied_again_is_the_same_file(name, source, tmp_path, monkeypatch):
+    def copy_again() -> None:
+        shutil.copyfile(source / name, tmp_path / "again")
+        os.replace(tmp_path / "again", source / name)
+
+    quantize(source, tmp_path / "expected", recipe())
+    once_before(monkeypatch, Journal, "commit", 1, copy_again)
+    quantize(source, tmp_path / "out", recipe())
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hub_cache import add_to_cache
 from models import save_model, tiny_llama, token_recipe
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_awq_offload import CheckpointError, ConfigError, StorageError, quantize
@@ -154,3 +155,17 @@ def test_a_subfolder_that_the_user_names_may_lie_anywhere(quantized, tmp_path):
     (tmp_path / "c").mkdir()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "c", subfolder="../a/b")
     assert model.dtype == torch.bfloat16 or model.dtype.is_floating_point
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT 0.21 asks for it
+def test_adapters_in_a_folder_have_their_base_model_in_the_cache(source, tmp_path, monkeypatch):
+    add_to_cache(tmp_path / "hub", "org/base", {"main": source})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(source), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "org/base"}))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "adapter", quantization_config=token_recipe(), cache_dir=tmp_path / "hub"
+    )
+    assert model.hf_quantizer.report.layers
