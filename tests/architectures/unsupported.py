@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 class Unsupported(NamedTuple):
     stage: str
-    """Who fails and when: transformers makes no model of it here ("build"), its model does not run on token ids ("run"),
-    or it does not load what it saves of it ("reload"); or this package refuses ("quantize")."""
+    """Who fails and when: transformers makes no model of it here ("build"), its model does not run on token ids
+    ("run"), or it does not load what it saves of it ("reload"); or this package refuses ("quantize")."""
     error: str
     reason: str  # for the reader of docs/architectures.md
 
