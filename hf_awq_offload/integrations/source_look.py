@@ -29,7 +29,7 @@ from ..checkpoint.source import ADAPTER_CONFIG_NAME, Source, fields_beside, open
 from ..checkpoint.stored_tensor import CarriedTensor
 from ..config import AwqOffloadConfig
 from ..dtype_names import wrong_dtype
-from ..errors import CheckpointError, ConfigError, ModelStructureError
+from ..errors import AwqOffloadError, CheckpointError, ConfigError, ModelStructureError
 from ..formats.source import SourceFormat
 from ..logs import get_logger
 from ..model.mtp_layer import MtpLayer
@@ -143,6 +143,8 @@ def explain_auto_class(call: LoadCall, error: ValueError) -> None:
         ModelStructureError: transformers, or this class, does not know the model's type.
         CheckpointError: the checkpoint needs code of its own, which may not run.
     """
+    if isinstance(error, AwqOffloadError):
+        return
     unknown = re.search(r"has model type `(.+?)` but Transformers does not recognize", str(error))
     if unknown is not None:
         raise ModelStructureError(
