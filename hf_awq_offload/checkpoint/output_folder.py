@@ -9,7 +9,6 @@ checkpoint: somebody trained it.
 from __future__ import annotations
 
 import filecmp
-import json
 import os
 import pwd
 import re
@@ -17,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..json_text import parse_json
 from .companion_files import Reason, why_left_out
 
 PathLike = str | os.PathLike[str]
@@ -81,7 +81,7 @@ def _is_named(path: Path, names: re.Pattern[str]) -> bool:
 def _indexed(folder: Path) -> set[str]:
     """Returns the names of the weight files that the checkpoint's own index lists."""
     try:
-        listed = json.loads((folder / INDEX_NAME).read_bytes())["weight_map"].values()
+        listed = parse_json((folder / INDEX_NAME).read_bytes())["weight_map"].values()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one that names nothing
         return set()
     return {name for name in listed if isinstance(name, str) and name.endswith(".safetensors")}

@@ -27,10 +27,10 @@ LAYER_COUNT = re.compile(r"(num|n)_(\w+_)?layers?|(\w+_)?layers")
 BY_ACCIDENT = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RecursionError)
 """What transformers raises where it does not expect a value; what it says on purpose is a ValueError or an OSError."""
 
-UNKNOWN_TYPE = re.compile(
-    r"model type `.+?` but Transformers does not recognize|pass the argument `trust_remote_code=True`"
-)
-"""Matches what the Auto classes say of a type that they don't know, and of one that needs the checkpoint's own code."""
+UNKNOWN_TYPE = re.compile(r"has model type `(.+?)` but Transformers does not recognize")
+"""Matches what the Auto classes say of a type that they don't know."""
+NEEDS_CODE = "pass the argument `trust_remote_code=True`"
+"""What they say of a type that needs the checkpoint's own code."""
 
 
 def require_readable_config(folder: Path, tensors: int, with_auto_class: bool = True) -> None:
@@ -53,7 +53,7 @@ def require_readable_config(folder: Path, tensors: int, with_auto_class: bool = 
     except (ImportError, OSError):
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and UNKNOWN_TYPE.search(str(error)):
+        if isinstance(error, ValueError) and (UNKNOWN_TYPE.search(str(error)) or NEEDS_CODE in str(error)):
             return  # the class that loads the model may know its own type
         raise CheckpointError(
             f"transformers can't read {folder / CONFIG_NAME} ({type(error).__name__}: {str(error)[:1000]}). Correct "

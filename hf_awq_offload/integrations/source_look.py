@@ -6,7 +6,6 @@ on the meta device, is at the files that transformers has chosen, and compares t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,7 @@ from ..formats.source import SourceFormat
 from ..logs import get_logger
 from ..model.mtp_layer import MtpLayer
 from .carrying import carried, carried_names
-from .config_look import require_readable_config
+from .config_look import NEEDS_CODE, UNKNOWN_TYPE, require_readable_config
 from .load_call import LoadCall, current_call
 from .mtp_matching import place_mtp_layer
 from .source_fit import SourceFit, fit, require_all_weights
@@ -145,14 +144,14 @@ def explain_auto_class(call: LoadCall, error: ValueError) -> None:
     """
     if isinstance(error, AwqOffloadError):
         return
-    unknown = re.search(r"has model type `(.+?)` but Transformers does not recognize", str(error))
+    unknown = UNKNOWN_TYPE.search(str(error))
     if unknown is not None:
         raise ModelStructureError(
             f"{call.source} is of the type {unknown[1]!r}, which transformers {transformers.__version__} does not "
             "know. Upgrade transformers; if the checkpoint comes with code of its own, read the code, then pass "
             "trust_remote_code=True (--trust-remote-code)."
         ) from error
-    if "pass the argument `trust_remote_code=True`" in str(error):
+    if NEEDS_CODE in str(error):
         raise CheckpointError(
             f"{call.source} comes with code of its own, which runs only if you allow it. Read the code, then pass "
             "trust_remote_code=True (--trust-remote-code)."

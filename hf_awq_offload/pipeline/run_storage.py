@@ -20,6 +20,7 @@ from ..calibration.dataset import CalibrationSet
 from ..config import AwqOffloadConfig
 from ..errors import ConfigError, JournalError
 from ..logs import get_logger
+from ..machine_errors import first_line
 from ..offload.devices import default_execution_device
 from ..offload.hidden_states import HiddenWriter
 from ..offload.hidden_storage import HiddenStorage
@@ -149,7 +150,7 @@ def _restored(
         restore_layer(context, report, state)
     except (RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise JournalError(
-            f"{commit.file} in the journal does not fit {commit.name}: {str(error).splitlines()[0][:300]}. It was "
+            f"{commit.file} in the journal does not fit {commit.name}: {first_line(error)[:300]} It was "
             "changed after the run: remove this file to have the layer quantized again."
         ) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..model.folds import InputGroup, ProducerKind, absorb, storable_scale
@@ -45,8 +46,8 @@ def search_group_scale(context: LayerContext, group: InputGroup, statistics: Inp
         if effective is None:
             return None
         scale = fold.channel_scale(effective)
-        largest = [float((magnitude * scale).max()) for magnitude in magnitudes]
-        return effective if all(most <= limit for most, limit in zip(largest, limits, strict=True)) else None
+        fits = [(magnitude * scale).max() <= limit for magnitude, limit in zip(magnitudes, limits, strict=True)]
+        return effective if bool(torch.stack(fits).all()) else None  # the host waits once, not for each linear
 
     return search_scale(
         weights,

@@ -117,3 +117,10 @@ def test_weights_that_the_index_names_are_of_the_checkpoint(tmp_path):
         output_folder(out, overwrite=True)
     (out / "other.safetensors").unlink()
     assert output_folder(out, overwrite=True) == out
+
+
+def test_an_index_that_no_parser_takes_names_nothing(tmp_path):
+    out = folder_of(tmp_path / "out", (*CHECKPOINT, "text.safetensors"))
+    (out / "model.safetensors.index.json").write_text('{"a":' * 50_000)
+    with pytest.raises(ConfigError, match=r"text\.safetensors is no part of a checkpoint"):
+        output_folder(out, overwrite=True)

@@ -69,138 +69,123 @@ class Answer:
         return lines[-1] if lines else ""
 
 
+TABLE: dict[str, list[tuple[Any, ...]]] = {
+    "The source": [
+        ("a folder that is not there", "quantize ./lama out", 1, "There is no folder ./lama"),
+        ("a name that is neither here nor on the hub", "quantize lama out", 1, "no folder lama, and it could not"),
+        ("a file", "quantize notes.txt out", 1, "notes.txt is a file"),
+        ("a folder without config.json", "quantize texts out", 1, "texts holds no config.json"),
+        ("config.json is no JSON", "quantize broken-config out", 1, "config.json"),
+        ("no weights", "quantize no-weights out", 1, "no-weights"),
+        ("a download that broke off", "quantize truncated out", 1, "model.safetensors"),
+        ("large files are git-lfs pointers", "quantize pointers out", 1, "git-lfs pointer"),
+        ("a tensor is missing", "quantize lacking out", 1, "model.layers.1.mlp.up_proj.weight"),
+        ("config.json is another model's", "quantize other-shapes out", 1, "by config.json"),
+        ("weights hold NaN", f"quantize nan out {FAST}", 1, "model.layers.1.mlp.up_proj"),
+        ("the index leads out of the folder", "quantize leading-out out", 1, "../model/model.safetensors"),
+        ("an adapter, not a model", "quantize adapter out", 1, "adapter"),
+        ("a model type that nobody knows", "quantize unknown-type out", 1, "lama4"),
+        ("an encoder-decoder model", "quantize t5 out", 1, "encoder-decoder"),
+        ("code that comes with the checkpoint", "quantize with-code out", 1, "--trust-remote-code"),
+        ("quantized already", "quantize quantized out", 2, "quantized already"),
+        ("a variant that is not there", "quantize model out --variant fp16", 1, "fp16"),
+        ("a subfolder that is not there", "quantize model out --subfolder text", 1, "model/text"),
+        ("the wrong class", "quantize model out --image-text", 1, "--image-text"),
+        ("not quantized, to be converted", "convert model out --to gemv", 1, "model is not quantized"),
+        ("damaged, to be inspected", "inspect truncated", 3, "damaged"),
+    ],
+    "OUT": [
+        ("there is something", "quantize model quantized", 1, "exists and is not empty"),
+        ("there are other files", "quantize model thesis --overwrite", 1, "thesis.tex is no part of a checkpoint"),
+        ("there is an adapter", "quantize model with-adapter --overwrite", 1, "adapter_config.json is no part"),
+        ("there are other weights", "quantize model with-weights --overwrite", 1, "lora.safetensors is no part"),
+        ("an empty variable", "quantize model '' --overwrite", 1, "OUT is empty"),
+        ("the working directory", "quantize model . --overwrite", 1, "is the working directory"),
+        ("the folder above", "quantize model .. --overwrite", 1, "holds the working directory"),
+        ("the root", "quantize model / --overwrite", 1, "is a mount point"),
+        ("the home folder", 'quantize model "$HOME" --overwrite', 1, "home folder"),
+        ("the source", "quantize model model --overwrite", 1, "is the source itself"),
+        ("above the source", "quantize hub/model hub --overwrite", 1, "holds the source itself"),
+        ("a link to the source", "quantize model link-to-model --overwrite", 1, "is the source itself"),
+        ("a file", "quantize model notes.txt", 1, "notes.txt is a file"),
+        ("below a file", "quantize model notes.txt/out", 1, "notes.txt"),
+        ("where nothing can be written", "quantize model /proc/out", 1, "/proc"),
+        ("the journal inside OUT", "quantize model out --checkpoint-dir out/journal", 2, "checkpoint_dir"),
+        ("the report inside OUT", "quantize model out --report-dir out/report", 2, "report_dir"),
+        ("convert onto the source", "convert quantized quantized --to gemv --overwrite", 1, "is the source itself"),
+    ],
+    "The data": [
+        ("a file that is not there", "quantize model out --dataset ./text.jsonl", 1, "./text.jsonl"),
+        ("a data set that can't be downloaded", "quantize model out --dataset c4", 1, "c4"),
+        ("an empty file", "quantize model out --dataset texts/empty.txt", 1, "empty"),
+        ("a broken line", "quantize model out --dataset texts/broken.jsonl", 1, "line 3"),
+        ("not a text", "quantize model out --dataset model/model.safetensors", 1, "model.safetensors"),
+        (
+            "a column that is not there",
+            "quantize model out --dataset texts/good.jsonl --text-column txt",
+            1,
+            "'txt'",
+        ),
+        ("columns to choose from", "quantize model out --dataset texts/columns.jsonl", 1, "text_column"),
+        ("token ids of another tokenizer", "quantize model out --dataset texts/ids.jsonl", 1, "vocabulary"),
+        ("samples that are too long", "quantize model out --max-seq-len 100000", 1, "positions"),
+        ("no tokenizer", "quantize no-tokenizer out", 1, "tokenizer"),
+        ("a tokenizer that is not there", "quantize model out --tokenizer ./gpt", 1, "./gpt"),
+        ("too short a text", "evaluate model --dataset texts/short.txt", 1, "tokens"),
+    ],
+    "Options": [
+        ("no command", "", 2, "no command given"),
+        ("no such command", "quantise model out", 2, "quantise"),
+        ("no OUT", "quantize model", 2, "OUT"),
+        ("no such option", "quantize model out --groupsize 64", 2, "--group-size"),
+        ("an option cut short", "quantize model out --samples 4", 2, "--samples"),
+        ("a value that is not allowed", "quantize model out --bits 5", 2, "bits"),
+        ("a word for a number", "quantize model out --bits four", 2, "four"),
+        ("a group size that does not fit", "quantize model out --group-size 100", 2, "group_size"),
+        ("a dtype that is not there", "quantize model out --dtype float17", 2, "float17"),
+        ("a layer that is not there", "quantize model out --modules-to-not-convert lm_haed", 2, "lm_haed"),
+        ("JSON that is none", "quantize model out --overrides '{down_proj: 8}'", 2, "--overrides"),
+        ("a pattern that matches nothing", 'quantize model out --overrides \'{"donw": {"bits": 8}}\'', 2, "donw"),
+        ("a limit without a device", "quantize model out --max-memory 8GiB", 2, "--max-memory"),
+        ("a limit that is no size", "quantize model out --max-memory cpu=lots", 2, "lots"),
+        ("a limit that is too low", "quantize model out --max-memory cpu=10MiB", 1, "GiB"),
+        ("a size that is none", "quantize model out --max-shard-size huge", 2, "huge"),
+        ("a device that is not there", "quantize model out --execution-device cuda:7", 2, "cuda:7"),
+        ("bits that the format can't hold", "quantize model out --format awq --bits 3", 2, "format"),
+        ("a recipe that is not there", "quantize model out --config recipe.yml", 2, "recipe.yml"),
+        ("a recipe that is no YAML", "quantize model out --config broken.yaml", 2, "not valid YAML"),
+        ("a recipe with an unknown key", "quantize model out --config unknown.yaml", 2, "group_size"),
+        ("options that exclude each other", "inspect model --quiet --verbose", 2, "--quiet"),
+        ("options without effect", "quantize model out --private", 2, "--push-to-hub"),
+        ("a name that no repository can have", "quantize model out --push-to-hub 'my model'", 2, "my model"),
+        ("no login on the hub", "quantize model out --push-to-hub me/model", 1, "needs a login"),
+        ("a window of one token", "evaluate model --window 1", 2, "--window"),
+        ("a format that is not there", "convert quantized out --to gguf", 2, "gguf"),
+        ("an option of another command", "inspect model --bits 4", 2, "--bits"),
+    ],
+    "The journal": [
+        ("one of an earlier run", f"quantize model half-done {FAST}", 1, "--resume"),
+        ("with another recipe", f"quantize model half-done --resume {FAST} --bits 3", 1, "bits"),
+        ("of another source", f"quantize other-model half-done --resume {FAST}", 1, "source"),
+        ("one that is in use", f"quantize model half-done --resume {FAST}", 1, "in use by process", "in_use"),
+        ("a folder with other files", "quantize model out --checkpoint-dir thesis", 1, "holds other files"),
+    ],
+    "Signals": [
+        ("Ctrl-C before the first layer", "quantize model out", 130, "nothing is left behind", "ctrl_c_at_once"),
+        ("Ctrl-C after two layers", "quantize model out", 130, "--resume", "ctrl_c"),
+        ("SIGTERM after two layers", "quantize model out", 130, "--resume", "sigterm"),
+    ],
+    "The disk": [
+        ("no room from the start", "quantize model out", 1, "GiB of disk space", "small_disk"),
+        ("full after two layers", "quantize model out", 1, "--resume", "full_disk"),
+        ("files may not be that large", "quantize model out", 1, "File too large", "file_size_limit"),
+    ],
+}
+"""Kind -> the fields of its mistakes, after the kind."""
 MISTAKES = [
-    *(
-        Mistake("The source", *row)
-        for row in [
-            ("a folder that is not there", "quantize ./lama out", 1, "There is no folder ./lama"),
-            ("a name that is neither here nor on the hub", "quantize lama out", 1, "no folder lama, and it could not"),
-            ("a file", "quantize notes.txt out", 1, "notes.txt is a file"),
-            ("a folder without config.json", "quantize texts out", 1, "texts holds no config.json"),
-            ("config.json is no JSON", "quantize broken-config out", 1, "config.json"),
-            ("no weights", "quantize no-weights out", 1, "no-weights"),
-            ("a download that broke off", "quantize truncated out", 1, "model.safetensors"),
-            ("large files are git-lfs pointers", "quantize pointers out", 1, "git-lfs pointer"),
-            ("a tensor is missing", "quantize lacking out", 1, "model.layers.1.mlp.up_proj.weight"),
-            ("config.json is another model's", "quantize other-shapes out", 1, "by config.json"),
-            ("weights hold NaN", f"quantize nan out {FAST}", 1, "model.layers.1.mlp.up_proj"),
-            ("the index leads out of the folder", "quantize leading-out out", 1, "../model/model.safetensors"),
-            ("an adapter, not a model", "quantize adapter out", 1, "adapter"),
-            ("a model type that nobody knows", "quantize unknown-type out", 1, "lama4"),
-            ("an encoder-decoder model", "quantize t5 out", 1, "encoder-decoder"),
-            ("code that comes with the checkpoint", "quantize with-code out", 1, "--trust-remote-code"),
-            ("quantized already", "quantize quantized out", 2, "quantized already"),
-            ("a variant that is not there", "quantize model out --variant fp16", 1, "fp16"),
-            ("a subfolder that is not there", "quantize model out --subfolder text", 1, "model/text"),
-            ("the wrong class", "quantize model out --image-text", 1, "--image-text"),
-            ("not quantized, to be converted", "convert model out --to gemv", 1, "model is not quantized"),
-            ("damaged, to be inspected", "inspect truncated", 3, "damaged"),
-        ]
-    ),
-    *(
-        Mistake("OUT", *row)
-        for row in [
-            ("there is something", "quantize model quantized", 1, "exists and is not empty"),
-            ("there are other files", "quantize model thesis --overwrite", 1, "thesis.tex is no part of a checkpoint"),
-            ("there is an adapter", "quantize model with-adapter --overwrite", 1, "adapter_config.json is no part"),
-            ("there are other weights", "quantize model with-weights --overwrite", 1, "lora.safetensors is no part"),
-            ("an empty variable", "quantize model '' --overwrite", 1, "OUT is empty"),
-            ("the working directory", "quantize model . --overwrite", 1, "is the working directory"),
-            ("the folder above", "quantize model .. --overwrite", 1, "holds the working directory"),
-            ("the root", "quantize model / --overwrite", 1, "is a mount point"),
-            ("the home folder", 'quantize model "$HOME" --overwrite', 1, "home folder"),
-            ("the source", "quantize model model --overwrite", 1, "is the source itself"),
-            ("above the source", "quantize hub/model hub --overwrite", 1, "holds the source itself"),
-            ("a link to the source", "quantize model link-to-model --overwrite", 1, "is the source itself"),
-            ("a file", "quantize model notes.txt", 1, "notes.txt is a file"),
-            ("below a file", "quantize model notes.txt/out", 1, "notes.txt"),
-            ("where nothing can be written", "quantize model /proc/out", 1, "/proc"),
-            ("the journal inside OUT", "quantize model out --checkpoint-dir out/journal", 2, "checkpoint_dir"),
-            ("the report inside OUT", "quantize model out --report-dir out/report", 2, "report_dir"),
-            ("convert onto the source", "convert quantized quantized --to gemv --overwrite", 1, "is the source itself"),
-        ]
-    ),
-    *(
-        Mistake("The data", *row)
-        for row in [
-            ("a file that is not there", "quantize model out --dataset ./text.jsonl", 1, "./text.jsonl"),
-            ("a data set that can't be downloaded", "quantize model out --dataset c4", 1, "c4"),
-            ("an empty file", "quantize model out --dataset texts/empty.txt", 1, "empty"),
-            ("a broken line", "quantize model out --dataset texts/broken.jsonl", 1, "line 3"),
-            ("not a text", "quantize model out --dataset model/model.safetensors", 1, "model.safetensors"),
-            (
-                "a column that is not there",
-                "quantize model out --dataset texts/good.jsonl --text-column txt",
-                1,
-                "'txt'",
-            ),
-            ("columns to choose from", "quantize model out --dataset texts/columns.jsonl", 1, "text_column"),
-            ("token ids of another tokenizer", "quantize model out --dataset texts/ids.jsonl", 1, "vocabulary"),
-            ("samples that are too long", "quantize model out --max-seq-len 100000", 1, "positions"),
-            ("no tokenizer", "quantize no-tokenizer out", 1, "tokenizer"),
-            ("a tokenizer that is not there", "quantize model out --tokenizer ./gpt", 1, "./gpt"),
-            ("too short a text", "evaluate model --dataset texts/short.txt", 1, "tokens"),
-        ]
-    ),
-    *(
-        Mistake("Options", *row)
-        for row in [
-            ("no command", "", 2, "no command given"),
-            ("no such command", "quantise model out", 2, "quantise"),
-            ("no OUT", "quantize model", 2, "OUT"),
-            ("no such option", "quantize model out --groupsize 64", 2, "--group-size"),
-            ("an option cut short", "quantize model out --samples 4", 2, "--samples"),
-            ("a value that is not allowed", "quantize model out --bits 5", 2, "bits"),
-            ("a word for a number", "quantize model out --bits four", 2, "four"),
-            ("a group size that does not fit", "quantize model out --group-size 100", 2, "group_size"),
-            ("a dtype that is not there", "quantize model out --dtype float17", 2, "float17"),
-            ("a layer that is not there", "quantize model out --modules-to-not-convert lm_haed", 2, "lm_haed"),
-            ("JSON that is none", "quantize model out --overrides '{down_proj: 8}'", 2, "--overrides"),
-            ("a pattern that matches nothing", 'quantize model out --overrides \'{"donw": {"bits": 8}}\'', 2, "donw"),
-            ("a limit without a device", "quantize model out --max-memory 8GiB", 2, "--max-memory"),
-            ("a limit that is no size", "quantize model out --max-memory cpu=lots", 2, "lots"),
-            ("a limit that is too low", "quantize model out --max-memory cpu=10MiB", 1, "GiB"),
-            ("a size that is none", "quantize model out --max-shard-size huge", 2, "huge"),
-            ("a device that is not there", "quantize model out --execution-device cuda:7", 2, "cuda:7"),
-            ("bits that the format can't hold", "quantize model out --format awq --bits 3", 2, "format"),
-            ("a recipe that is not there", "quantize model out --config recipe.yml", 2, "recipe.yml"),
-            ("a recipe that is no YAML", "quantize model out --config broken.yaml", 2, "not valid YAML"),
-            ("a recipe with an unknown key", "quantize model out --config unknown.yaml", 2, "group_size"),
-            ("options that exclude each other", "inspect model --quiet --verbose", 2, "--quiet"),
-            ("options without effect", "quantize model out --private", 2, "--push-to-hub"),
-            ("a name that no repository can have", "quantize model out --push-to-hub 'my model'", 2, "my model"),
-            ("no login on the hub", "quantize model out --push-to-hub me/model", 1, "needs a login"),
-            ("a window of one token", "evaluate model --window 1", 2, "--window"),
-            ("a format that is not there", "convert quantized out --to gguf", 2, "gguf"),
-            ("an option of another command", "inspect model --bits 4", 2, "--bits"),
-        ]
-    ),
-    *(
-        Mistake("The journal", *row)
-        for row in [
-            ("one of an earlier run", f"quantize model half-done {FAST}", 1, "--resume"),
-            ("with another recipe", f"quantize model half-done --resume {FAST} --bits 3", 1, "bits"),
-            ("of another source", f"quantize other-model half-done --resume {FAST}", 1, "source"),
-            ("one that is in use", f"quantize model half-done --resume {FAST}", 1, "in use by process", "in_use"),
-            ("a folder with other files", "quantize model out --checkpoint-dir thesis", 1, "holds other files"),
-        ]
-    ),
-    *(
-        Mistake("Signals", *row, FAST)
-        for row in [
-            ("Ctrl-C before the first layer", "quantize model out", 130, "nothing is left behind", "ctrl_c_at_once"),
-            ("Ctrl-C after two layers", "quantize model out", 130, "--resume", "ctrl_c"),
-            ("SIGTERM after two layers", "quantize model out", 130, "--resume", "sigterm"),
-        ]
-    ),
-    *(
-        Mistake("The disk", *row, FAST)
-        for row in [
-            ("no room from the start", "quantize model out", 1, "GiB of disk space", "small_disk"),
-            ("full after two layers", "quantize model out", 1, "--resume", "full_disk"),
-            ("files may not be that large", "quantize model out", 1, "File too large", "file_size_limit"),
-        ]
-    ),
+    Mistake(kind, *row, hidden=FAST if kind in ("Signals", "The disk") else "")
+    for kind, rows in TABLE.items()
+    for row in rows
 ]
 
 
