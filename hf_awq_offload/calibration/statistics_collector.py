@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import NumericalError
 from ..messages import shortened
+from ..precision import exact_on_matrix_units
 from ..search.statistics import InputStatistics
 from .non_finite import FirstNonFinite
 
@@ -115,27 +115,6 @@ class StatisticsCollector:
 
 def _are_together(tensor: Tensor, other: Tensor) -> bool:
     return tensor.device == other.device
-
-
-@contextmanager
-def exact_on_matrix_units(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Lets fp32 products run on matrix units inside the context, if these lose nothing of numbers that were of `dtype`.
-
-    TF32 keeps the 10 bits of an fp16 mantissa, AMX multiplies bf16; both sum in fp32.
-    """
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        backend, precision = torch.backends.cuda.matmul, "tf32"
-    elif device.type == "cpu" and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        backend, precision = cast(Any, torch.backends).mkldnn.matmul, "bf16"
-    else:
-        yield
-        return
-    before = backend.fp32_precision
-    backend.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
 
 
 def add_gram(

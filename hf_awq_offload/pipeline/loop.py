@@ -36,6 +36,7 @@ from ..offload.devices import CPU, release_cached
 from ..offload.hidden_states import HiddenWriter
 from ..offload.journal import LayerCommit
 from ..offload.memory_limit import at_most, large_blocks_apart, release_freed
+from ..precision import ieee_products
 from ..report import QuantizationReport
 from .budget import Budget, budget_of
 from .layer_choices import adoptable_commits, layer_choices
@@ -80,7 +81,11 @@ def quantize_layers(
     limits = {limited: recipe.memory_limit_bytes(limited) for limited in (device, CPU)}
     bounded = nullcontext() if storage.onloader.weights is None else large_blocks_apart()
     try:
-        with at_most(limits), bounded, calibration_mode(model), storage.onloader.on_demand(), record.progress:
+        with ExitStack() as stack:
+            for context in (at_most(limits), bounded, ieee_products(), calibration_mode(model)):
+                stack.enter_context(context)
+            stack.enter_context(storage.onloader.on_demand())
+            stack.enter_context(record.progress)
             adopted = _without_data(run) if calibration is None else _on_data(run, calibration)
             storage.install(adopted, run.context)
     except Exception as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..formats.grid import Grid, GroupParameters, GroupRange, group_parameters, group_range, quantize
 from ..nn.registry import linear_class
+from ..search.chunks import at_once
 from ..search.clip import STEP, STEPS, search_clip
 from ..search.rounding import FeedbackOrder, RoundedWeight, round_weight
 from .layer_context import LayerContext
@@ -60,13 +61,14 @@ Rounder = Callable[[LayerContext, Stack, RoundingData], tuple[list[nn.Linear], S
 
 
 def stacks(context: LayerContext, names: Sequence[str]) -> list[list[str]]:
-    """Splits linears of one input into stacks: of one grid each, and of at most STACK_ELEMENTS weights."""
+    """Splits linears of one input into stacks of one grid each, and of as many weights as may be rounded at once."""
     split: list[list[str]] = []
+    most_elements = at_once(STACK_ELEMENTS)
     for grid in dict.fromkeys(context.grid(name) for name in names):
-        elements = STACK_ELEMENTS
+        elements = most_elements
         for name in [name for name in names if context.grid(name) == grid]:
             elements += context.linear(name).weight.numel()
-            if elements > STACK_ELEMENTS:
+            if elements > most_elements:
                 split.append([])
                 elements = context.linear(name).weight.numel()
             split[-1].append(name)

@@ -24,7 +24,7 @@ from ..formats.grid import (
 )
 from ..logs import get_logger
 from ..messages import shortened
-from ..search.loss import row_chunks
+from ..search.chunks import row_chunks
 from .layer_context import LayerContext
 
 logger = get_logger(__name__)

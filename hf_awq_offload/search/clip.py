@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..formats.grid import Grid, GroupRange, group_range, quantize_dequantize
-from .loss import row_chunks
+from .chunks import row_chunks
 
 STEPS = 10
 STEP = 1 / 20

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..formats.grid import GroupParameters, group_parameters, group_range
-from .loss import ACCELERATOR_ELEMENTS, RowSample
+from .chunks import ACCELERATOR_ELEMENTS, at_once
+from .loss import RowSample
 from .rounding import feedback_order, round_with_feedback
 
 CPU_ELEMENTS = 2**20
@@ -42,13 +43,13 @@ def feedback_losses(
     order = feedback_order(gram * inverse[:, None] * inverse)
     order = order._replace(damping=torch.zeros_like(order.damping))  # keeps λ in the losses
     losses = torch.zeros(len(candidates), dtype=torch.float64, device=gram.device)
-    most_elements = CPU_ELEMENTS if gram.device.type == "cpu" else ACCELERATOR_ELEMENTS
+    most_elements = at_once(CPU_ELEMENTS if gram.device.type == "cpu" else ACCELERATOR_ELEMENTS)
     for sample in samples:
-        at_once = max(1, most_elements // sample.rows.numel())
+        n_at_once = max(1, most_elements // sample.rows.numel())
         weight = sample.rows * reference
         grid = replace(sample.grid, group_size=1)
-        for start in range(0, len(candidates), at_once):
-            part = candidates[start : start + at_once]
+        for start in range(0, len(candidates), n_at_once):
+            part = candidates[start : start + n_at_once]
             steps = _steps(sample, reference, part)
             _, damped_mse = round_with_feedback(weight.repeat(len(part), 1), order, steps, grid)
             shares = damped_mse.view(len(part), len(sample.rows)) * sample.share

@@ -8,7 +8,6 @@ which needs little more than half of the products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,12 +15,6 @@ from torch import Tensor
 
 from ..formats.grid import Grid
 
-CACHED_ELEMENTS = 2**19
-"""Weights processed at a time on a CPU: temporaries of 2 MiB stay in its cache (3.4 times faster, docs/log.md)."""
-CACHED_ROWS = 256
-"""Least rows per chunk on a CPU: with fewer, reading the gram matrix takes longer than the products."""
-ACCELERATOR_ELEMENTS = 2**24
-"""Weights processed at a time on an accelerator, which prefers few large kernels: 64 MiB for each temporary."""
 BLOCK_CHANNELS = 512
 
 
@@ -31,18 +24,6 @@ class RowSample(NamedTuple):
     rows: Tensor  # (rows, in) fp32
     grid: Grid
     share: Tensor  # (rows,) weight of each row's error in the total
-
-
-def row_chunks(
-    weight: Tensor,  # (out, in)
-) -> Iterator[slice]:
-    """Yields spans of rows to process `weight` in, so that temporaries stay small."""
-    if weight.device.type == "cpu":
-        rows = max(CACHED_ROWS, CACHED_ELEMENTS // weight.shape[1])
-    else:
-        rows = max(1, ACCELERATOR_ELEMENTS // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        yield slice(start, start + rows)
 
 
 def row_mse(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats.grid import Grid, GroupParameters, stored_scale
-from .loss import row_chunks
+from .chunks import at_once, row_chunks
 
 MOST_SYSTEM_ELEMENTS = 2**24
 """Matrix elements of the equations that are solved at once: 64 MiB."""
@@ -65,7 +65,7 @@ def _solved(
     right: Tensor,  # (rows, n)
 ) -> Tensor:
     """Solves every row's system and returns the solutions, (rows, n); 0 where there is none."""
-    rows = max(1, MOST_SYSTEM_ELEMENTS // matrix[0].numel())
+    rows = max(1, at_once(MOST_SYSTEM_ELEMENTS) // matrix[0].numel())
     solutions = []
     for part, added, side in zip(matrix.split(rows), diagonal.split(rows), right.split(rows), strict=True):
         factor, failed = torch.linalg.cholesky_ex(part + torch.diag_embed(added))

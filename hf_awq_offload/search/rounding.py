@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ..errors import NumericalError
 from ..formats.grid import Grid, GroupParameters, GroupRange, dequantize, group_parameters, group_range, quantize
+from .chunks import at_once, row_chunks
 from .feedback_state import FeedbackState
-from .loss import row_chunks, row_mse
+from .loss import row_mse
 from .refit import refitted
 
 LEAF_CHANNELS = 16
@@ -142,7 +143,7 @@ def round_with_feedback(
 
     Rows are independent of each other.
     """
-    most_rows = max(1, ROWS_ELEMENTS // weight.shape[1])
+    most_rows = max(1, at_once(ROWS_ELEMENTS) // weight.shape[1])
     parts = [
         _round_rows(rows, GroupParameters(*own), order, grid)
         for rows, *own in zip(weight.split(most_rows), *(part.split(most_rows) for part in parameters), strict=True)

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from ..formats.grid import Grid, quantize_dequantize
+from .chunks import row_chunks
 from .feedback_ranking import feedback_losses
-from .loss import RowSample, row_chunks, row_mse
+from .loss import RowSample, row_mse
 from .statistics import InputStatistics
 
 SMALLEST_SCALE = 1e-4

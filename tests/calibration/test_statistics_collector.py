@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hf_awq_offload.calibration.statistics_collector import StatisticsCollector, exact_on_matrix_units
+from hf_awq_offload.calibration.statistics_collector import StatisticsCollector
 from hf_awq_offload.errors import NumericalError
+from hf_awq_offload.precision import exact_on_matrix_units
 from hf_awq_offload.search.statistics import InputStatistics
 
 IN = 6

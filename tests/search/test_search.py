@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import hf_awq_offload.search.chunks
 import hf_awq_offload.search.clip
-import hf_awq_offload.search.loss
 import hf_awq_offload.search.scale
 from hf_awq_offload.formats.grid import Grid, GroupRange, dequantize, group_parameters, group_range, quantize_dequantize
 from hf_awq_offload.search.clip import STEP, STEPS, search_clip
@@ -438,8 +438,8 @@ def test_how_many_rows_are_searched_at_a_time_does_not_change_results(monkeypatc
     x, weights = outlier_input(0), random_weights(0)
     gram = statistics_of(x).gram
     scale, clip = run_search(x, weights), search_clip(weights[0], gram, GRID)
-    monkeypatch.setattr(hf_awq_offload.search.loss, "CACHED_ELEMENTS", rows_at_a_time * IN)
-    monkeypatch.setattr(hf_awq_offload.search.loss, "CACHED_ROWS", 1)
+    monkeypatch.setattr(hf_awq_offload.search.chunks, "CACHED_ELEMENTS", rows_at_a_time * IN)
+    monkeypatch.setattr(hf_awq_offload.search.chunks, "CACHED_ROWS", 1)
     scale_in_chunks, clip_in_chunks = run_search(x, weights), search_clip(weights[0], gram, GRID)
     assert scale_in_chunks.alpha == scale.alpha
     assert scale_in_chunks.loss == pytest.approx(scale.loss, rel=1e-5)
