@@ -23,6 +23,8 @@ from .grid import SCALE_DTYPE, GroupParameters
 BITS = 4
 COLUMNS_PER_WORD = 32 // BITS
 COLUMN_AT_POSITION = (0, 2, 4, 6, 1, 3, 5, 7)
+PACKED_ELEMENTS = 2**22
+"""Weights that are packed at a time: 16 MiB for an int32 temporary."""
 _POSITION_OF_COLUMN = tuple(COLUMN_AT_POSITION.index(column) for column in range(COLUMNS_PER_WORD))
 
 
@@ -38,10 +40,10 @@ def pack_columns(
     codes: Tensor,  # (rows, columns), integers 0 … 15 in any dtype, columns % 8 == 0
 ) -> Tensor:
     """Packs eight columns into each int32 word: (rows, columns / 8)."""
-    by_position = codes.to(torch.int32).unflatten(-1, (-1, COLUMNS_PER_WORD))[..., list(COLUMN_AT_POSITION)]
-    words = torch.zeros(by_position.shape[:-1], dtype=torch.int32, device=codes.device)
-    for position in range(COLUMNS_PER_WORD):
-        words |= by_position[..., position] << (BITS * position)
+    eights = codes.unflatten(-1, (-1, COLUMNS_PER_WORD))
+    words = torch.zeros(eights.shape[:-1], dtype=torch.int32, device=codes.device)
+    for position, column in enumerate(COLUMN_AT_POSITION):
+        words |= eights[..., column].to(torch.int32) << (BITS * position)
     return words
 
 
@@ -58,9 +60,16 @@ def pack_weight(
     codes: Tensor,  # (out, in) integers 0 … 15
     parameters: GroupParameters,  # (out, n)
 ) -> PackedWeight:
-    """Packs one linear; the tensors are contiguous."""
+    """Packs one linear; the tensors are contiguous. Temporaries are those of PACKED_ELEMENTS weights."""
+    out_features, in_features = codes.shape
+    qweight = torch.empty(in_features, out_features // COLUMNS_PER_WORD, dtype=torch.int32, device=codes.device)
+    columns = max(1, PACKED_ELEMENTS // in_features // COLUMNS_PER_WORD) * COLUMNS_PER_WORD
+    for first in range(0, out_features, columns):
+        last = min(first + columns, out_features)
+        words = slice(first // COLUMNS_PER_WORD, last // COLUMNS_PER_WORD)
+        qweight[:, words] = pack_columns(codes[first:last].t())
     return PackedWeight(
-        pack_columns(codes.t()),
+        qweight,
         pack_columns(parameters.zero.t()),
         parameters.scale.t().to(SCALE_DTYPE).contiguous(),
     )

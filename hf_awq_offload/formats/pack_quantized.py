@@ -24,6 +24,8 @@ from .grid import Grid, GroupParameters
 WORD_BITS = 32
 VALUES = 32
 """A stream of any width is at the start of a word again after this many values, which fill b words."""
+PACKED_ELEMENTS = 2**20
+"""Weights that are packed at a time: 4 MiB for each of two int32 temporaries."""
 
 
 class PackQuantizedWeight(NamedTuple):
@@ -93,10 +95,10 @@ def pack_weight(
     grid: Grid,
     scale_dtype: torch.dtype,
 ) -> PackQuantizedWeight:
-    """Packs one linear; the tensors are contiguous."""
+    """Packs one linear; the tensors are contiguous. Temporaries are those of PACKED_ELEMENTS weights."""
     zeros = pack_stream(parameters.zero.t(), grid.bits).t().contiguous() if grid.zero_point else None
     return PackQuantizedWeight(
-        pack_stream(codes, grid.bits),
+        torch.cat([pack_stream(rows, grid.bits) for rows in codes.split(max(1, PACKED_ELEMENTS // codes.shape[1]))]),
         parameters.scale.to(scale_dtype).contiguous(),
         zeros,
         torch.tensor(codes.shape, dtype=torch.int64, device=codes.device),

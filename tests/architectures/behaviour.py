@@ -86,7 +86,7 @@ def no_rounding() -> Iterator[None]:
         linears = []
         for scaled in stack:
             linear = copy.copy(context.linear(scaled.name))
-            own = {"weight": scaled.weight.to(linear.weight.dtype), "bias": scaled.bias}
+            own = {"weight": scaled.rows(slice(None)).to(linear.weight.dtype), "bias": scaled.bias}
             linear._parameters = {
                 name: None if value is None else nn.Parameter(value, requires_grad=False) for name, value in own.items()
             }

@@ -42,7 +42,7 @@ NOTHING_HELPS: dict[str, tuple[Any, str, str]] = {
     "the skeleton": (opened_inputs, "record_skeleton", "'skeleton'"),
     "searching": (layer_quantization, "search_group_scale", r"'search' of layer model\.layers\.\d"),
     "rounding": (layer_quantization, "_quantize_stack", r"'search' of layer model\.layers\.\d"),
-    "packing": (stack_rounding, "_packed", r"'search' of layer model\.layers\.\d"),
+    "packing": (stack_rounding._RoundedStack, "packed", r"'search' of layer model\.layers\.\d"),
     "storing": (RunStorage, "store_layer", r"'commit' of layer model\.layers\.\d"),
 }
 """What is called, and the phase that the error names."""
