@@ -91,7 +91,7 @@ class GatheredStatistics:
         parts: Mapping[str, ExpertPart],
         min_expert_tokens: int,
     ):
-        self.own = own
+        self.own = dict(own)
         self.leader_of = leader_of
         self.parts = parts
         self.min_expert_tokens = min_expert_tokens
@@ -134,6 +134,16 @@ class GatheredStatistics:
         """Returns what fills up the statistics of an expert."""
         outside = [other for other in group.consumers if other not in self.parts]
         return self.own[self.leader_of[outside[0]]] if outside else self._pools[self.parts[leader].family]
+
+    def move_to_ram(self) -> bool:
+        """Moves all statistics to RAM; returns False if they are there."""
+        held = [*self.own.values(), *self._pools.values()]
+        if all(statistics.gram.device.type == "cpu" for statistics in held):
+            return False
+        for statistics in (self.own, self._pools):
+            for name in statistics:
+                statistics[name] = statistics[name].to(torch.device("cpu"))
+        return True
 
     def starved(self) -> dict[str, int]:
         """Returns the experts that saw fewer tokens than the minimum -> how many they saw."""

@@ -19,8 +19,9 @@ import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import set_module_tensor_to_device
-from torch import nn
+from torch import Tensor, nn
 
+from ..machine_errors import is_out_of_memory
 from ..model.decoder_layers import LayerRunner, candidate_layers, runner_on, shadowed_forward
 from .stored_weights import ReadAhead, StoredWeights, Tensors
 
@@ -168,6 +169,10 @@ class Onloader:
         self._ahead.close()
         self._ahead = ReadAhead(self._read, names if self.prefetch else ())
 
+    def stop_reading_ahead(self) -> bool:
+        """Frees what was prefetched, and prefetches nothing any more; returns whether it would have."""
+        return self._ahead.stop()
+
     def close(self) -> None:
         """Drops what was prefetched."""
         self._ahead.close()
@@ -286,12 +291,22 @@ class Onloader:
         if self._staging is None:
             return tensors, None
         with torch.cuda.stream(self._staging):
-            pinned = {key: value if value.is_pinned() else value.pin_memory() for key, value in tensors.items()}
+            pinned = {key: value if value.is_pinned() else _pinned(value) for key, value in tensors.items()}
             copies = {key: value.to(self.device, non_blocking=True) for key, value in pinned.items()}
             ready = torch.cuda.Event()
             ready.record(self._staging)
         ready.synchronize()  # in the reading thread: pinned memory must live until it was copied
         return copies, ready
+
+
+def _pinned(value: Tensor) -> Tensor:
+    """Returns a copy in pinned memory, or the tensor itself where the system gives no more of it."""
+    try:
+        return value.pin_memory()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return value
 
 
 def _put(layer: nn.Module, staged: tuple[Tensors, Any], stream: torch.cuda.Stream) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..checkpoint.safetensors import TensorPlace, tensor_places
 from ..checkpoint.source import Source
 from ..checkpoint.stored_tensor import StoredTensor, files_of, read
 from ..errors import CheckpointError
+from ..machine_errors import is_out_of_memory
 from ..model.experts import UnfusedExperts
 
 Tensors = dict[str, Tensor]
@@ -87,7 +88,12 @@ class StoredWeights:
             raise CheckpointError(
                 f"The checkpoint holds no {name}; expected every weight of the model. Download it again."
             )
-        tensor = self._read_unchanged(self.places[name], pin_memory)
+        try:
+            tensor = self._read_unchanged(self.places[name], pin_memory)
+        except Exception as error:  # the system limits pinned memory, too
+            if not pin_memory or not is_out_of_memory(error):
+                raise
+            tensor = self._read_unchanged(self.places[name], pin_memory=False)
         wanted = self.dtypes.get(name, tensor.dtype)
         return tensor.to(wanted) if tensor.is_floating_point() else tensor
 
@@ -118,7 +124,8 @@ class StoredWeights:
 class ReadAhead:
     """Calls `read(name)`, and meanwhile has another thread read what comes next.
 
-    Returns what `read` returns, whatever is asked for; only the wait is shorter.
+    Returns what `read` returns, whatever is asked for; only the wait is shorter. What there was no memory to read ahead
+    is read when it is asked for.
     """
 
     def __init__(self, read: Callable[[str], Any], order: Sequence[str]):
@@ -130,12 +137,31 @@ class ReadAhead:
     def take(self, name: str) -> Any:
         """Returns what `read(name)` returns; starts reading the name that follows."""
         coming, self._coming = self._coming, None
-        value = coming[1].result() if coming is not None and coming[0] == name else None
+        value = self._finished(coming[1]) if coming is not None and coming[0] == name else None
         if value is None:
             value = self.read(name)
         if name in self.next:
             self._coming = self.next[name], self._pool.submit(self.read, self.next[name])
         return value
+
+    def stop(self) -> bool:
+        """Drops what was read ahead, and reads nothing ahead any more; returns whether it would have."""
+        coming, self._coming = self._coming, None
+        will_read = coming is not None or bool(self.next)
+        if coming is not None and not coming[1].cancel():
+            wait([coming[1]])
+        self.next = {}
+        return will_read
+
+    def _finished(self, coming: Future[Any]) -> Any:
+        """Returns what was read ahead; None if memory ran out meanwhile."""
+        try:
+            return coming.result()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # it holds what was read
+            return None
 
     def close(self) -> None:
         """Drops what was read ahead."""

@@ -86,6 +86,8 @@ class Budget:
     batch_tokens: int
     statistics_device: torch.device
     peak_bytes: int
+    chunk_elements: int | None = None
+    """Weights that the search works on at a time; None: as many as are fastest."""
 
 
 def budget_of(

@@ -5,13 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
 from ..config import AwqOffloadConfig
 from ..formats.grid import Grid
 from ..model.folds import InputGroup
+
+T = TypeVar("T")
+
+
+class Attempt(Protocol):
+    """Runs a step, and repeats it with less memory if memory runs out; see `MemoryPressure.attempt`."""
+
+    def __call__(self, step: Callable[[], T], *others: Callable[[], bool]) -> T:
+        """Returns what `step` returns."""
+        ...
+
+
+def attempt_once(step: Callable[[], T], *others: Callable[[], bool]) -> T:
+    """Returns what `step` returns, which is not repeated."""
+    return step()
+
 
 Undo = list[Callable[[], None]]
 """Steps that bring the model back to what it was; call them in reverse order."""
@@ -26,6 +42,8 @@ class LayerContext:
     quantizable: frozenset[str]  # names of linears, within the layer
     recipe: AwqOffloadConfig
     undo: Undo | None
+    attempt: Attempt = attempt_once
+    """Runs the steps of search and rounding."""
 
     def linear(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.layer.get_submodule(name))

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
+from typing import cast
 
 from torch import nn
 
@@ -43,6 +44,7 @@ from .layer_choices import adoptable_commits, layer_choices
 from .layer_context import LayerContext, Undo
 from .layer_quantization import quantize_with_statistics, quantize_without_data
 from .left_out import layers_left_out, not_reached
+from .memory_pressure import MemoryPressure, what_helps
 from .run_context import Run
 from .run_record import RunRecord
 from .run_storage import RunStorage
@@ -77,7 +79,13 @@ def quantize_layers(
     device = storage.onloader.device
     title = "Quantizing" if most_layers is None else "Planning"
     record = RunRecord(title, device, tokens=0 if calibration is None else calibration.tokens)
-    run = Run(model, recipe, storage, record, is_quantizable, undo, most_layers, rounder, mtp)
+    budget = None if calibration is None else budget_of(model, recipe, device, calibration)
+    pressure = MemoryPressure(
+        storage.onloader,
+        CPU if budget is None else budget.statistics_device,
+        None if budget is None else budget.chunk_elements,
+    )
+    run = Run(model, recipe, storage, record, is_quantizable, undo, most_layers, rounder, pressure, mtp)
     limits = {limited: recipe.memory_limit_bytes(limited) for limited in (device, CPU)}
     bounded = nullcontext() if storage.onloader.weights is None else large_blocks_apart()
     try:
@@ -86,14 +94,13 @@ def quantize_layers(
                 stack.enter_context(context)
             stack.enter_context(storage.onloader.on_demand())
             stack.enter_context(record.progress)
-            adopted = _without_data(run) if calibration is None else _on_data(run, calibration)
+            adopted = _without_data(run) if budget is None else _on_data(run, cast(CalibrationSet, calibration), budget)
             storage.install(adopted, run.context)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise MemoryLimitError(
-            f"{device} ran out of memory in {record.where}: {first_line(error)} Free memory, or set batch_tokens or "
-            "max_seq_len to less, prefetch=False, or another execution_device."
+            f"{device} ran out of memory in {record.where}: {first_line(error)} {what_helps(record.phase)}"
         ) from error
     record.add_left_out(layers_left_out(record.report, model, is_quantizable))
     return record.report
@@ -127,13 +134,12 @@ def _without_data(run: Run) -> list[LayerCommit]:
     return adopted
 
 
-def _on_data(run: Run, calibration: CalibrationSet) -> list[LayerCommit]:
+def _on_data(run: Run, calibration: CalibrationSet, budget: Budget) -> list[LayerCommit]:
     """Calibrates and quantizes every layer; returns those that the journal had already."""
     onloader = run.storage.onloader
     with onloader.non_layer_weights_loaded():
         decoder, probes = decoder_and_probes(run.model, calibration, onloader.run_layer)
     structures = Structures(run.model, run.device, run.recipe.seed)
-    budget = budget_of(run.model, run.recipe, run.device, calibration)
     if budget.statistics_device != run.device:
         logger.info("Statistics are kept in RAM: %s has no room for them.", run.device)
     with ExitStack() as stack:
@@ -152,7 +158,7 @@ def _on_data(run: Run, calibration: CalibrationSet) -> list[LayerCommit]:
                 )
             )
         longest_tokens = max((len(sequence) for sequence in calibration.sequences), default=None)
-        return _CalibratedLayers(run, inputs, structures, budget, longest_tokens).quantized()
+        return _CalibratedLayers(run, inputs, structures, longest_tokens).quantized()
 
 
 class _CalibratedLayers:
@@ -162,14 +168,11 @@ class _CalibratedLayers:
         run: the run.
         inputs: gives every layer its inputs.
         structures: finds the folds of every layer.
-        budget: how a layer is processed.
         longest_tokens: tokens of the longest text, which no micro-batch can cut; None if there are samples alone.
     """
 
-    def __init__(
-        self, run: Run, inputs: LayerInputs, structures: Structures, budget: Budget, longest_tokens: int | None
-    ):
-        self.run, self.inputs, self.structures, self.budget = run, inputs, structures, budget
+    def __init__(self, run: Run, inputs: LayerInputs, structures: Structures, longest_tokens: int | None):
+        self.run, self.inputs, self.structures = run, inputs, structures
         self.longest_tokens = longest_tokens
         self.collectors: dict[str, LayerStatistics] = {}
         """Statistics of layers that have turns left."""
@@ -199,7 +202,7 @@ class _CalibratedLayers:
         return adopted
 
     def _take_turn(self, turn: LayerTurn) -> None:
-        """Takes a turn, in smaller and smaller micro-batches if memory runs out."""
+        """Takes a turn, with less and less memory if it runs out."""
         while True:
             self._rewind_to(turn.name)
             try:
@@ -209,7 +212,7 @@ class _CalibratedLayers:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halve_batches(turn.name, error)
+                self._make_room(turn.name, error)
 
     def _quantize(self, turn: LayerTurn) -> None:
         """Gathers statistics in each turn of a layer; in the last one, quantizes and stores it."""
@@ -249,7 +252,7 @@ class _CalibratedLayers:
                 context.layer,
                 structure,
                 context.quantizable,
-                self.budget.statistics_device,
+                self.run.pressure.statistics_device,
                 self.run.recipe.all_experts,
             )
         self.inputs.run(runner_on(context.layer, self.run.device), self.collectors[context.name], into)
@@ -289,7 +292,7 @@ class _CalibratedLayers:
                 must run in those that they had, to give the same hidden states.
         """
         try:
-            self.inputs.rewind_to(name)
+            self._rewind_reading_less(name)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -298,6 +301,17 @@ class _CalibratedLayers:
                 f"{name}: {first_line(error)} They run in the micro-batches of the earlier run. Free memory, "
                 "set prefetch=False, or use the execution_device of that run."
             ) from error
+
+    def _rewind_reading_less(self, name: str) -> None:
+        """Brings the inputs to a layer; without reading ahead if memory runs out."""
+        try:
+            self.inputs.rewind_to(name)
+        except Exception as error:
+            if not is_out_of_memory(error) or not self.run.pressure.stop_reading_ahead(error):
+                raise
+            error.__traceback__ = None
+            release_cached(self.run.device)
+            self.inputs.rewind_to(name)
 
     def _learn_structure_from_first(self, name: str) -> None:
         """Probes the layer that the earlier run has probed, so that a resumed run finds the same structure."""
@@ -315,25 +329,41 @@ class _CalibratedLayers:
 
     # -- running out of memory ---------------------------------------------------------------------------------------
 
-    def _halve_batches(self, name: str, error: Exception) -> None:
-        """Cuts smaller micro-batches after a layer has run out of memory.
+    def _make_room(self, name: str, error: Exception) -> None:
+        """Gives something up for another attempt at a layer that has run out of memory.
+
+        Search and rounding make room on their own, step by step (`MemoryPressure.attempt`).
 
         Raises:
-            MemoryLimitError: that cannot help.
+            MemoryLimitError: nothing is left that would help.
         """
-        tokens, device = self.inputs.batch_tokens, self.run.device
-        can_be_halved = self.inputs.can_run_again and self.longest_tokens is not None and tokens > self.longest_tokens
-        if not can_be_halved or self.changed == name:
+        record, pressure = self.run.record, self.run.pressure
+        is_forward = record.phase == "forward"
+        can_repeat = self.changed != name and (self.inputs.can_run_again or not is_forward)
+        if not (
+            can_repeat
+            and (
+                pressure.stop_reading_ahead(error)
+                or (is_forward and (self._halve_batches(name, error) or pressure.move_statistics(error)))
+            )
+        ):
             raise MemoryLimitError(
-                f"{device} ran out of memory on layer {name}, with micro-batches of {tokens} tokens, in "
-                f"{self.run.record.where}: {first_line(error)} Set batch_tokens or max_seq_len to less, "
-                "prefetch=False, or another execution_device."
+                f"{self.run.device} ran out of memory on layer {name}, with micro-batches of "
+                f"{self.inputs.batch_tokens} tokens, in {record.where}: {first_line(error)} {what_helps(record.phase)}"
             ) from error
-        logger.warning(
-            "%s ran out of memory on layer %s; continuing with micro-batches of %d tokens instead of %d.",
-            device, name, tokens // 2, tokens,
-        )  # fmt: skip
-        self.collectors.pop(name, None)
+        if is_forward:
+            self.collectors.pop(name, None)
         error.__traceback__ = None  # it holds the activations
-        release_cached(device)
+        release_cached(self.run.device)
+
+    def _halve_batches(self, name: str, error: Exception) -> bool:
+        """Cuts smaller micro-batches; returns False if a text fills one already."""
+        tokens = self.inputs.batch_tokens
+        if self.longest_tokens is None or tokens <= self.longest_tokens:
+            return False
+        logger.warning(
+            "%s ran out of memory on layer %s (%s) Continuing with micro-batches of %d tokens instead of %d.",
+            self.run.device, name, first_line(error), tokens // 2, tokens,
+        )  # fmt: skip
         self.inputs.rebatch(tokens // 2)
+        return True

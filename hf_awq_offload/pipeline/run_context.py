@@ -13,6 +13,7 @@ from ..config import AwqOffloadConfig
 from ..model.linears import linears_in
 from ..model.mtp_layer import MtpLayer
 from .layer_context import LayerContext, Undo
+from .memory_pressure import MemoryPressure
 from .run_record import RunRecord
 from .run_storage import RunStorage
 from .stack_rounding import Rounder
@@ -34,6 +35,8 @@ class Run:
     """The run stops after so many layers."""
     rounder: Rounder
     """Rounds linears and makes the modules that replace them."""
+    pressure: MemoryPressure
+    """Repeats what ran out of memory."""
     mtp: MtpLayer | None = None
     """The layer for multi-token prediction that stands in the model."""
 
@@ -46,7 +49,7 @@ class Run:
         """Returns what the steps on one decoder layer share."""
         layer = self.model.get_submodule(name)
         quantizable = frozenset(part for part in linears_in(layer) if self.is_quantizable(f"{name}.{part}"))
-        return LayerContext(name, layer, quantizable, self.recipe, self.undo)
+        return LayerContext(name, layer, quantizable, self.recipe, self.undo, self.pressure.attempt)
 
     @contextmanager
     def onloaded(self, name: str) -> Iterator[nn.Module]:

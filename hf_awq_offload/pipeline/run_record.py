@@ -29,6 +29,8 @@ class RunRecord:
         self.progress = Progress(title)
         self.where = "the start"
         """The phase that the run is in, or was in last, and the layer: for errors."""
+        self.phase = "start"
+        """The phase alone."""
         self._memory = MemoryWatch(device)
         self._layer_seconds: dict[str, dict[str, float]] = defaultdict(dict)
         """Layer -> phase -> seconds."""
@@ -41,6 +43,7 @@ class RunRecord:
     def timed(self, phase: str, layer: str | None = None) -> Iterator[None]:
         """Shows the phase while it lasts, and adds its seconds to those of the run and of the layer."""
         self.progress.phase(phase, layer)
+        self.phase = phase
         self.where = f"the phase {phase!r}" + (f" of layer {layer}" if layer is not None else "")
         start = time.perf_counter()
         yield

@@ -1,0 +1,121 @@
+"""What a run gives up, one thing after another, when the execution device runs out of memory.
+
+    read-ahead      the next layer no longer waits on the device: helps every phase
+    micro-batches   half as many tokens: help forward passes (loop.py)
+    statistics      to RAM: help forward passes, and the search
+    chunks          half as many weights at a time: help search and rounding
+
+What was given up stays given up, since the next layer is as large. None of it changes more than the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from ..logs import get_logger
+from ..machine_errors import first_line, is_out_of_memory
+from ..offload.devices import CPU, release_cached
+from ..offload.onloader import Onloader
+from ..search.chunks import ACCELERATOR_ELEMENTS, CACHED_ELEMENTS, chunks_of_at_most
+
+logger = get_logger(__name__)
+
+LEAST_ELEMENTS = 2**16
+"""Smallest chunk: 256 KiB for each fp32 temporary. Less would save next to nothing beside a gram matrix."""
+
+HELPS = {
+    "skeleton": "Set max_seq_len or batch_tokens to less.",
+    "forward": "Set max_seq_len to less: a text is not cut into micro-batches.",
+    "search": "Set rounding='nearest', which needs no factorized gram matrix.",
+}
+"""Phase -> what needs less memory in it."""
+HELPS_ALWAYS = "Free memory, raise max_memory, or name another execution_device."
+
+Result = TypeVar("Result")
+
+
+def what_helps(phase: str) -> str:
+    """Returns what a user can do about memory that ran out in a phase."""
+    return f"{HELPS[phase]} Or: {HELPS_ALWAYS[0].lower()}{HELPS_ALWAYS[1:]}" if phase in HELPS else HELPS_ALWAYS
+
+
+class MemoryPressure:
+    """Repeats steps that ran out of memory with less, and keeps what a run has given up.
+
+    Args:
+        onloader: of the run.
+        statistics_device: where statistics are summed at first.
+        chunk_elements: weights that the search works on at a time; None: as many as are fastest.
+    """
+
+    def __init__(self, onloader: Onloader, statistics_device: torch.device = CPU, chunk_elements: int | None = None):
+        self.device = onloader.device
+        self.statistics_device = statistics_device
+        self.chunk_elements = chunk_elements
+        self._onloader = onloader
+
+    def attempt(self, step: Callable[[], Result], *others: Callable[[], bool]) -> Result:
+        """Returns what `step` returns; repeats it in smaller chunks for as long as it runs out of memory.
+
+        Args:
+            step: has no effect before it returns.
+            others: free more memory, in this order, once chunks are as small as they get; each returns whether it did.
+
+        Raises:
+            Exception: of the last attempt, if nothing more can be given up.
+        """
+        remaining = list(others)
+        while True:
+            try:
+                with chunks_of_at_most(self.chunk_elements):
+                    return step()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not (self.stop_reading_ahead(error) or self._halve_chunks(error) or _first(remaining)):
+                    raise
+                error.__traceback__ = None  # it holds the temporaries
+            release_cached(self.device)
+
+    def stop_reading_ahead(self, error: Exception) -> bool:
+        """Lets every layer be read when its turn comes; returns whether the next one was read before that."""
+        if not self._onloader.stop_reading_ahead():
+            return False
+        logger.warning(
+            "%s ran out of memory (%s) Continuing without reading the next layer ahead.", self.device, first_line(error)
+        )
+        return True
+
+    def move_statistics(self, error: Exception) -> bool:
+        """Has statistics summed in RAM from here on; returns whether they were on the device."""
+        if self.statistics_device == CPU or self.device == CPU:
+            return False
+        logger.warning(
+            "%s ran out of memory (%s) Continuing with statistics in RAM, which takes longer.",
+            self.device, first_line(error),
+        )  # fmt: skip
+        self.statistics_device = CPU
+        return True
+
+    def _halve_chunks(self, error: Exception) -> bool:
+        usual = CACHED_ELEMENTS if self.device.type == "cpu" else ACCELERATOR_ELEMENTS
+        elements = (self.chunk_elements or usual) // 2
+        if elements < LEAST_ELEMENTS:
+            return False
+        logger.warning(
+            "%s ran out of memory (%s) Continuing with %d weights at a time in the search.",
+            self.device, first_line(error), elements,
+        )  # fmt: skip
+        self.chunk_elements = elements
+        return True
+
+
+def _first(remaining: list[Callable[[], bool]]) -> bool:
+    """Calls what frees memory, one after the other, until one says that it did."""
+    while remaining:
+        if remaining.pop(0)():
+            return True
+    return False
