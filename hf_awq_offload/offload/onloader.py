@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload_with_hook
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import add_hook_to_module
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..machine_errors import is_out_of_memory
 from ..model.decoder_layers import LayerRunner, candidate_layers, runner_on, shadowed_forward
 from .stored_weights import ReadAhead, StoredWeights, Tensors
@@ -106,13 +107,22 @@ def filled(
         for name, parameter in part._parameters.items()
         if parameter is not None
     ]
-    buffers = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
-    hook = AlignDevicesHook(execution_device=device, offload=True, weights_map=tensors, place_submodules=True)
+    buffers = [
+        (part, name, buffer)
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
     filled_module = FilledModule(module)
     try:
-        hook.init_hook(module)
-        hook.pre_forward(module)
+        # accelerate's AlignDevicesHook would empty the accelerator's cache after every tensor, and wait for it.
+        for name, value in tensors.items():
+            owner, _, key = name.rpartition(".")
+            part = module.get_submodule(owner)
+            part._parameters[key] = _on_device(part._parameters[key], value, device)
         tensors.clear()
+        for part, name, buffer in buffers:
+            part._buffers[name] = buffer.to(device)
         _tie(module, parameters)
         yield filled_module
     finally:
@@ -126,6 +136,18 @@ def filled(
                 module.to("cpu")
             case Fate.RELEASE:
                 to_meta(module)
+
+
+def _on_device(parameter: nn.Parameter | None, value: Tensor, device: torch.device) -> nn.Parameter:
+    """Returns the parameter's value on the device, in its dtype."""
+    assert parameter is not None
+    moved = value.to(device, parameter.dtype)
+    if moved.shape != parameter.shape:
+        raise CheckpointError(
+            f"A stored weight has the shape {tuple(moved.shape)}; expected {tuple(parameter.shape)}. The checkpoint's "
+            "config.json does not fit its files."
+        )
+    return nn.Parameter(moved, parameter.requires_grad)
 
 
 def _tie(module: nn.Module, parameters: list[tuple[nn.Module, str, nn.Parameter]]) -> None:

@@ -340,13 +340,12 @@ class _CalibratedLayers:
         record, pressure = self.run.record, self.run.pressure
         is_forward = record.phase == "forward"
         can_repeat = self.changed != name and (self.inputs.can_run_again or not is_forward)
-        if not (
-            can_repeat
-            and (
-                pressure.stop_reading_ahead(error)
-                or (is_forward and (self._halve_batches(name, error) or pressure.move_statistics(error)))
-            )
-        ):
+        made_room = can_repeat and (
+            (is_forward and self._halve_batches(name, error))
+            or pressure.stop_reading_ahead(error)
+            or (is_forward and pressure.move_statistics(error))
+        )
+        if not made_room:
             raise MemoryLimitError(
                 f"{self.run.device} ran out of memory on layer {name}, with micro-batches of "
                 f"{self.inputs.batch_tokens} tokens, in {record.where}: {first_line(error)} {what_helps(record.phase)}"

@@ -1,7 +1,7 @@
 """What a run gives up, one thing after another, when the execution device runs out of memory.
 
-    read-ahead      the next layer no longer waits on the device: helps every phase
     micro-batches   half as many tokens: help forward passes (loop.py)
+    read-ahead      the next layer no longer waits on the device: helps every phase
     statistics      to RAM: help forward passes, and the search
     chunks          half as many weights at a time: help search and rounding
 
