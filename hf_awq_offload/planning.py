@@ -74,6 +74,7 @@ def plan(
     register()
     start = time.perf_counter()
     recipe = streamed_recipe(config, max_memory=max_memory)
+    is_kept = recipe.checkpoint_dir is not None
     recipe.checkpoint_dir = recipe.report_dir = None
     meter = MemoryMeter(execution_device(recipe))
     with tempfile.TemporaryDirectory(prefix="hf_awq_offload-") as scratch:
@@ -82,7 +83,7 @@ def plan(
         require_fit(first_look, recipe, Path(scratch))
         if not probe:
             return first_look
-        return _probed(model, first_look, meter, Path(scratch), start)
+        return _probed(model, first_look, meter, Path(scratch), start, is_kept)
 
 
 def streamed_recipe(config: AwqOffloadConfig, **changes: Any) -> AwqOffloadConfig:
@@ -153,7 +154,9 @@ def require_fit(wanted: Plan, recipe: AwqOffloadConfig, folder: Path) -> None:
         )
 
 
-def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratch: Path, start: float) -> Plan:
+def _probed(
+    model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratch: Path, start: float, is_kept: bool
+) -> Plan:
     """Quantizes the first layers on the first micro-batches and returns the plan; planning began at `start`."""
     quantizer = _quantizer(model)
     everything = quantizer.preparation.calibration
@@ -161,7 +164,8 @@ def _probed(model: PreTrainedModel, first_look: Plan, meter: MemoryMeter, scratc
     quantizer.restrict(part, checkpoint_dir=scratch / "journal", batch_tokens=first_look.batch_tokens)
     weights = detach_stored_weights(model, quantizer.source.opened)
     sizes = _Sizes.of(model)
-    with closing(quantizer.prepare(model, weights, to_checkpoint_names(model))) as storage:
+    to_checkpoint = to_checkpoint_names(model)
+    with closing(quantizer.prepare(model, weights, to_checkpoint, is_kept=is_kept)) as storage:
         preparing = time.perf_counter() - start
         is_quantizable = quantizer.preparation.quantizable.__contains__
         report = quantize_layers(model, quantizer.recipe, storage, is_quantizable, part, most_layers=PROBE_LAYERS)

@@ -118,14 +118,15 @@ def quantize(
         planned = estimate(model)
         require_fit(planned, recipe, work)
         if probe and not (Path(recipe.checkpoint_dir) / "journal.json").exists():
-            planned = plan(src, recipe, model_class=model_class, dtype=dtype, **kwargs)
+            asked = streamed_recipe(config, checkpoint_dir=checkpoint_dir, max_memory=max_memory, prefetch=prefetch)
+            planned = plan(src, asked, model_class=model_class, dtype=dtype, **kwargs)
         announce(f"Planned: {planned}.")
         source = cast(Source, quantizer.source.opened)  # only safetensors files can stay on the disk
         weights = detach_stored_weights(model, source)
         to_checkpoint = to_checkpoint_names(model)
         with (
             blaming_changes(companions, source.states),
-            closing(quantizer.prepare(model, weights, to_checkpoint)) as storage,
+            closing(quantizer.prepare(model, weights, to_checkpoint, is_kept=keeps_journal)) as storage,
         ):
             assert storage.journal is not None
             try:

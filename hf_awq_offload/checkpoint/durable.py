@@ -25,22 +25,25 @@ _locks: WeakSet[Any] = WeakSet()
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
     """Gives a path beside `path` to write to; on exit flushes that file and renames it to `path`, in one step.
 
-    After an error inside, `path` is unchanged and the other file is gone.
+    After an error inside, `path` is unchanged and the other file is gone. Without `flush` the file may be lost when the
+    machine stops.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     remove_link(partial)
     try:
         yield partial
-        with partial.open("rb") as opened:
-            os.fsync(opened.fileno())
+        if flush:
+            with partial.open("rb") as opened:
+                os.fsync(opened.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    flush_directory(path.parent)
+    if flush:
+        flush_directory(path.parent)
 
 
 def remove_link(path: Path) -> None:

@@ -172,6 +172,7 @@ class AwqOffloadQuantizer(HfQuantizer):
         weights: StoredWeights | None = None,
         to_checkpoint: ToCheckpoint | None = None,
         offload: OffloadFolder | None = None,
+        is_kept: bool = True,
     ) -> RunStorage:
         """Takes all experts apart and opens the run's storage; see `open_run_storage`."""
         self._take_experts_apart(model, all_kinds=True)
@@ -179,9 +180,8 @@ class AwqOffloadQuantizer(HfQuantizer):
         if weights is not None:
             weights.take_experts_apart(model, self.fused)
         files = [] if self.placement is None else self.placement.files
-        calibration = self.preparation.calibration
-        name = self.source.format_name
-        return open_run_storage(model, self.recipe, calibration, weights, to_checkpoint, files, offload, name)
+        calibration, name = self.preparation.calibration, self.source.format_name
+        return open_run_storage(model, self.recipe, calibration, weights, to_checkpoint, files, offload, name, is_kept)
 
     def quantize(
         self, model: PreTrainedModel, storage: RunStorage, undo: Undo | None = None, planned: Plan | None = None

@@ -65,14 +65,15 @@ class HiddenWriter:
 
     Args:
         file: the file to write to; None keeps the outputs in RAM.
+        hashed: compute the SHA-256 of what is written.
     """
 
-    def __init__(self, file: Path | None = None):
+    def __init__(self, file: Path | None = None, hashed: bool = False):
         self.file = file
         self.shapes: list[Shape] = []
         self.dtype: torch.dtype | None = None
         self._batches: list[Tensor] = []
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if hashed else None
         if file is not None:
             remove_link(file)
         self._opened = None if file is None else file.open("wb")
@@ -95,7 +96,8 @@ class HiddenWriter:
             self._batches.append(batch)
             return
         data = bytes_of(batch.contiguous())
-        self._digest.update(data)
+        if self._digest is not None:
+            self._digest.update(data)
         try:
             self._opened.write(data)
         except OSError as error:
@@ -105,9 +107,9 @@ class HiddenWriter:
             ) from error
 
     @property
-    def digest(self) -> str:
-        """The SHA-256 of the bytes written to a file."""
-        return self._digest.hexdigest()
+    def digest(self) -> str | None:
+        """The SHA-256 of the bytes written to a file; None if it was not asked for."""
+        return None if self._digest is None else self._digest.hexdigest()
 
     def close(self) -> None:
         if self._opened is not None:

@@ -63,13 +63,16 @@ class Journal:
     Args:
         directory: the folder.
         fingerprint: part -> JSON value; covers what the result of every layer depends on.
+        is_kept: a later run may resume from it. Otherwise nothing is hashed or flushed, which takes as long as the
+            calibration of a layer on a GPU.
 
     Raises:
         JournalError: the folder belongs to another run, holds other files, or is in use.
         StorageError: it cannot be written to.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], fingerprint: Mapping[str, Any]):
+    def __init__(self, directory: str | os.PathLike[str], fingerprint: Mapping[str, Any], is_kept: bool = True):
+        self.is_kept = is_kept
         self.directory = Path(directory)
         self.header = {"format": str(FORMAT), **fingerprint}
         self.commits: dict[str, LayerCommit] = {}
@@ -96,7 +99,7 @@ class Journal:
             self._compare(path)
             self._read_commits()
         else:
-            with replacing(path) as partial:
+            with replacing(path, flush=self.is_kept) as partial:
                 partial.write_text(json.dumps(self.header, indent=2, default=str), encoding="utf-8")
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ class Journal:
     def hidden_writer(self, index: int) -> HiddenWriter:
         """Returns a writer for what enters the layer of this index; `commit` makes it durable."""
         with _storage_errors(self.directory):
-            return HiddenWriter(self.directory / (hidden_name(index) + PARTIAL_SUFFIX))
+            return HiddenWriter(self.directory / (hidden_name(index) + PARTIAL_SUFFIX), hashed=self.is_kept)
 
     def commit(
         self,
@@ -172,7 +175,7 @@ class Journal:
         report: dict[str, Any],
         hidden: HiddenWriter | None,  # closed by this; None: nothing that comes later needs them
     ) -> LayerCommit:
-        """Makes a layer durable, all of it or nothing.
+        """Makes a layer durable, all of it or nothing; just writes its files if the journal is not kept.
 
         Raises:
             StorageError: the disk is full, or a file cannot be written; earlier commits are intact.
@@ -180,12 +183,13 @@ class Journal:
         file = self.directory / layer_name(index)
         entry: dict[str, Any] = {"index": index, "name": name, "batch_tokens": batch_tokens, "report": report}
         with _storage_errors(self.directory):
-            with replacing(file) as partial:
+            with replacing(file, flush=self.is_kept) as partial:
                 write_all(partial, {key: HeldTensor(value) for key, value in tensors.items()})
-            entry["tensors"] = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
             entry["hidden"] = None if hidden is None else self._keep(hidden, index + 1)
-            with replacing(file.with_suffix(".json")) as partial:
-                partial.write_text(sealed(entry), encoding="utf-8")
+            if self.is_kept:
+                entry["tensors"] = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
+                with replacing(file.with_suffix(".json")) as partial:
+                    partial.write_text(sealed(entry), encoding="utf-8")
             if entry["hidden"] is not None:
                 self._hidden[index + 1] = entry["hidden"]
             self._forget_hidden(index - 1)
@@ -198,10 +202,12 @@ class Journal:
         assert hidden.file is not None
         assert hidden.dtype is not None
         target = self.directory / hidden_name(index)
-        with hidden.file.open("rb") as opened:
-            os.fsync(opened.fileno())
+        if self.is_kept:
+            with hidden.file.open("rb") as opened:
+                os.fsync(opened.fileno())
         os.replace(hidden.file, target)
-        flush_directory(self.directory)
+        if self.is_kept:
+            flush_directory(self.directory)
         return {
             "file": target.name,
             "bytes": target.stat().st_size,

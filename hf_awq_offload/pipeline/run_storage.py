@@ -204,6 +204,7 @@ def open_run_storage(
     files: Sequence[Path] | None = None,
     offload: OffloadFolder | None = None,
     source_format: str | None = None,
+    is_kept: bool = True,
 ) -> RunStorage:
     """Opens what a quantization of `model` needs: the onloader, and the journal if the recipe asks for one.
 
@@ -216,6 +217,7 @@ def open_run_storage(
         files: of the source, for the journal's fingerprint; by default those of `weights`.
         offload: as in `RunStorage`.
         source_format: how the source is quantized, for the journal's fingerprint; None: it is in full precision.
+        is_kept: the journal is for a later run; otherwise it only holds what is finished.
 
     Raises:
         JournalError: the journal in checkpoint_dir belongs to another run.
@@ -230,7 +232,8 @@ def open_run_storage(
                 "files; a journal needs these to know the model again. Save it once with save_pretrained."
             )
         parts = fingerprint(model, recipe, calibration, files, source_format)
-        journal = Journal(recipe.checkpoint_dir, parts | {"form": "in memory" if to_checkpoint is None else "streamed"})
+        form = "in memory" if to_checkpoint is None else "streamed"
+        journal = Journal(recipe.checkpoint_dir, parts | {"form": form}, is_kept)
         if journal.commits:
             logger.info("%d layers are in the journal %s.", len(journal.commits), journal.directory)
     onloader = Onloader(model, execution_device(recipe), weights, recipe.prefetch)

@@ -330,3 +330,19 @@ def test_killed_inside_a_commit_a_run_goes_on_to_the_same_bits(llama, expected, 
         assert digests(run.target) == expected, f"killed at step {step}, {steps[step - 1]}"
         shutil.rmtree(run.target)
         shutil.rmtree(run.journal, ignore_errors=True)
+
+
+def test_what_no_run_resumes_from_is_neither_hashed_nor_flushed(tmp_path, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise AssertionError("flushed or hashed")
+
+    for owner, name in ((durable.os, "fsync"), (journal, "file_digest")):
+        monkeypatch.setattr(owner, name, refuse)
+    with closing(Journal(tmp_path / "journal", PRINT, is_kept=False)) as made:
+        hidden = made.hidden_writer(1)
+        hidden.append(torch.ones(2, 3))
+        commit = made.commit(0, "layer", {"a": torch.ones(4)}, 8, {"layer": {}, "left_out": {}}, hidden)
+        assert torch.equal(commit.tensors()["a"], torch.ones(4))
+        states = made.hidden(1)
+        assert states is not None
+        assert torch.equal(states.batches[0], torch.ones(2, 3))
