@@ -193,6 +193,7 @@ class Onloader:
 
     def stop_reading_ahead(self) -> bool:
         """Frees what was prefetched, and prefetches nothing any more; returns whether it would have."""
+        self.prefetch = False
         return self._ahead.stop()
 
     def close(self) -> None:

@@ -172,7 +172,7 @@ def test_the_process_does_not_take_more_ram_than_it_is_allowed(llama, tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         peaks[name] = int(done.stdout.split("PEAK")[1])
-        assert ("continuing with micro-batches of" in done.stderr) == (name == "limited"), done.stderr[-2000:]
+        assert ("Continuing with micro-batches of" in done.stderr) == (name == "limited"), done.stderr[-2000:]
     mapped_bytes = 3 * 40_000 * 64 * 4  # hidden states, in files
     most_bytes = (128 << 20) + PROCESS_BYTES + mapped_bytes  # the limit counts from where modules are imported
     assert peaks["limited"] < most_bytes < 0.7 * peaks["free"]

@@ -1,0 +1,120 @@
+"""What a run takes on a GPU is what the planner says, and a run keeps to every limit from the plan's least on.
+
+Reserved memory counts: what torch's allocator has taken from the card, whether tensors fill it or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from killing import digests
+from models import save_model, tiny_llama, tiny_mixtral, token_batch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PreTrainedModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, plan, quantize
+
+GPU = torch.device("cuda", torch.cuda.device_count() - 1)
+MIB = 2**20
+VOCABULARY = 64
+
+
+class Taken(NamedTuple):
+    """What a run took, in bytes."""
+
+    reserved: int
+    allocated: int
+    times_out_of_memory: int
+
+
+def narrow_llama(hidden: int, intermediate: int = 512, heads: int = 4) -> PreTrainedModel:
+    """Returns a layer with inputs of full width and few output channels: a wide layer that a CPU can search."""
+    return tiny_llama(
+        hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads, num_key_value_heads=heads // 2,
+        head_dim=64, vocab_size=VOCABULARY,
+    )  # fmt: skip
+
+
+def qwen3_moe(experts: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            hidden_size=256, intermediate_size=256, moe_intermediate_size=128, num_experts=experts,
+            num_experts_per_tok=4, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+            vocab_size=VOCABULARY, decoder_sparse_step=1,
+        )
+    )  # fmt: skip
+
+
+def phi3() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(
+        Phi3Config(
+            hidden_size=1024, intermediate_size=1408, num_hidden_layers=2, num_attention_heads=8,
+            num_key_value_heads=4, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+SHAPES: dict[str, Callable[[], PreTrainedModel]] = {
+    "hidden 256": lambda: narrow_llama(256, 704),
+    "hidden 512": lambda: narrow_llama(512, 1408, heads=8),
+    "hidden 1024": lambda: narrow_llama(1024, 2816, heads=16),
+    "hidden 2048": lambda: narrow_llama(2048, 2048, heads=8),
+    "hidden 4096": lambda: narrow_llama(4096),
+    "hidden 8192": lambda: narrow_llama(8192, 256),
+    "32 experts": lambda: qwen3_moe(32),
+    "128 experts": lambda: qwen3_moe(128),
+    "fused q, k and v": phi3,
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def source(request, tmp_path_factory) -> Path:
+    model = SHAPES[request.param]().to(torch.bfloat16)
+    return save_model(model, tmp_path_factory.mktemp("shape") / "source")
+
+
+def recipe(**changes: Any) -> AwqOffloadConfig:
+    ids = token_batch(16, 128).remainder(VOCABULARY).tolist()
+    fields = {
+        "dataset": ids, "n_samples": 16, "max_seq_len": 128, "group_size": 64, "n_grid": 4,
+        "execution_device": str(GPU),
+    }  # fmt: skip
+    return AwqOffloadConfig(**fields | changes)
+
+
+def taken(source: Path, out: Path, **changes: Any) -> Taken:
+    """Quantizes without probing, from an empty cache."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(GPU)
+    ooms = torch.cuda.memory_stats(GPU)["num_ooms"]
+    quantize(source, out, recipe(**changes))
+    return Taken(
+        torch.cuda.max_memory_reserved(GPU),
+        torch.cuda.max_memory_allocated(GPU),
+        torch.cuda.memory_stats(GPU)["num_ooms"] - ooms,
+    )
+
+
+def planned_bytes(source: Path, **changes: Any) -> int:
+    return plan(source, recipe(**changes), probe=False).accelerator_peak_bytes
+
+
+def least_bytes(source: Path) -> int:
+    """Returns what the planner says a run takes at least, by asking for too little."""
+    with pytest.raises(MemoryLimitError, match="of accelerator memory") as refusal:
+        planned_bytes(source, max_memory={str(GPU): 1})
+    return int(str(refusal.value).split(" bytes")[0].rpartition(" ")[2])
