@@ -98,6 +98,12 @@ def tensors_in(value: Any) -> list[Tensor]:
     return tensors
 
 
+def observed_tensors(bound: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> list[Tensor]:
+    """Returns the floating-point tensors of a layer's output, and of the state among the arguments it was called on."""
+    yielded = (output, [value for value in (*bound[0], *bound[1].values()) if is_state(value)])
+    return [tensor for tensor in tensors_in(yielded) if tensor.is_floating_point()]
+
+
 def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the candidates for decoder layers by name: elements of the outermost module lists that contain linears.
 
@@ -203,22 +209,19 @@ class LayerRunner:
         self,
         call: LayerCall,
         hidden: Tensor,  # (batch, tokens, hidden)
-        overrides: dict[str, Tensor] | None = None,  # parameter name -> tensor used in its place
     ) -> Tensor:
         """Returns the layer's output hidden states, (batch, tokens, hidden), on `device`."""
-        return output_hidden(self.run(call.bind(hidden, self._move), overrides))
+        return output_hidden(self.run(call.bind(hidden, self._move)))
 
     @torch.no_grad()
     def observe(
         self,
         call: LayerCall,
         hidden: Tensor,  # (batch, tokens, hidden)
-        overrides: dict[str, Tensor] | None = None,
     ) -> list[Tensor]:
         """Returns every floating-point tensor that the layer returns or writes to the state among its arguments."""
         bound = call.bind(hidden, self._move)
-        yielded = (self.run(bound, overrides), [value for value in (*bound[0], *bound[1].values()) if is_state(value)])
-        return [tensor for tensor in tensors_in(yielded) if tensor.is_floating_point()]
+        return observed_tensors(bound, self.run(bound))
 
     @torch.no_grad()
     def run_for_caller(self, call: LayerCall, like: Tensor | None, forward: Callable[..., Any] | None = None) -> Any:
@@ -238,13 +241,11 @@ class LayerRunner:
 
         return map_leaves(output, back, in_place=True)
 
-    def run(self, bound: tuple[tuple[Any, ...], dict[str, Any]], overrides: dict[str, Tensor] | None = None) -> Any:
+    def run(self, bound: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         """Returns the layer's output for bound arguments."""
         args, kwargs = bound
-        if self.tensors or overrides:
-            return torch.func.functional_call(
-                self.layer, {**self.tensors, **(overrides or {})}, args, kwargs, tie_weights=False
-            )
+        if self.tensors:
+            return torch.func.functional_call(self.layer, self.tensors, args, kwargs, tie_weights=False)
         return self.layer(*args, **kwargs)
 
     def _run_inside(self, forward: Callable[..., Any], bound: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:

@@ -13,6 +13,8 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from .scalings import Scaling
+
 SHARED = "its parameters, or those of what feeds it, are shared with another module"
 NOT_EXACT = "a scale would change what this layer yields: the proof failed"
 
@@ -119,22 +121,18 @@ def without_folds_of(
     return LayerStructure(tuple(kept), structure.softmax_only)
 
 
-def scaled_producer(
+def producer_scalings(
     tensors: Mapping[str, Tensor],  # the layer's parameters by name
     fold: Fold,
     factor: Tensor,  # (rows,)
-) -> dict[str, Tensor]:
-    """Returns the producer's parameters with output row r multiplied by factor[r], computed in factor's dtype."""
-    weight = tensors[f"{fold.producer}.weight"].to(factor.dtype)
-    if fold.kind is ProducerKind.NORM_PLUS_ONE:
-        scaled = (1 + weight) * factor - 1
-    else:
-        scaled = weight * (factor if weight.ndim == 1 else factor.unsqueeze(1))
-    result = {f"{fold.producer}.weight": scaled}
-    bias = tensors.get(f"{fold.producer}.bias")
-    if bias is not None:
-        result[f"{fold.producer}.bias"] = bias.to(factor.dtype) * factor
-    return result
+) -> dict[str, Scaling]:
+    """Returns what to scale each of the producer's parameters by to multiply output row r by factor[r]."""
+    name, bias_name = f"{fold.producer}.weight", f"{fold.producer}.bias"
+    plus_one = fold.kind is ProducerKind.NORM_PLUS_ONE
+    scalings = {name: Scaling(factor if plus_one or tensors[name].ndim == 1 else factor.unsqueeze(1), plus_one)}
+    if tensors.get(bias_name) is not None:
+        scalings[bias_name] = Scaling(factor)
+    return scalings
 
 
 def storable_scale(
@@ -177,5 +175,6 @@ def _divided_producer(layer: nn.Module, fold: Fold, row_scale: Tensor) -> dict[s
     module = layer.get_submodule(fold.producer)
     tensors = {f"{fold.producer}.{name}": value.detach() for name, value in module.named_parameters(recurse=False)}
     return {
-        name: value.to(tensors[name].dtype) for name, value in scaled_producer(tensors, fold, 1 / row_scale).items()
+        name: scaling.of(tensors[name].to(row_scale.dtype)).to(tensors[name].dtype)
+        for name, scaling in producer_scalings(tensors, fold, 1 / row_scale).items()
     }
