@@ -135,6 +135,18 @@ def producer_scalings(
     return scalings
 
 
+def scaled_producer(
+    tensors: Mapping[str, Tensor],  # the layer's parameters by name
+    fold: Fold,
+    factor: Tensor,  # (rows,)
+) -> dict[str, Tensor]:
+    """Returns the producer's parameters with output row r multiplied by factor[r], computed in factor's dtype."""
+    result = {}
+    for name, scaling in producer_scalings(tensors, fold, factor).items():
+        result[name] = scaling.of(tensors[name].to(factor.dtype))
+    return result
+
+
 def storable_scale(
     layer: nn.Module,
     fold: Fold,
@@ -175,6 +187,5 @@ def _divided_producer(layer: nn.Module, fold: Fold, row_scale: Tensor) -> dict[s
     module = layer.get_submodule(fold.producer)
     tensors = {f"{fold.producer}.{name}": value.detach() for name, value in module.named_parameters(recurse=False)}
     return {
-        name: scaling.of(tensors[name].to(row_scale.dtype)).to(tensors[name].dtype)
-        for name, scaling in producer_scalings(tensors, fold, 1 / row_scale).items()
+        name: value.to(tensors[name].dtype) for name, value in scaled_producer(tensors, fold, 1 / row_scale).items()
     }

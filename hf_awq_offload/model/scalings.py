@@ -17,9 +17,9 @@ class Scaling:
 
     def of(self, value: Tensor, in_place: bool = False) -> Tensor:
         """Returns `value`, of the factor's dtype, scaled; the same bits in place and not."""
-        if self.adds_one:
-            return (value.add_(1) if in_place else value.add(1)).mul_(self.factor).sub_(1)
-        return value.mul_(self.factor) if in_place else value.mul(self.factor)
+        if not in_place:
+            return (1 + value) * self.factor - 1 if self.adds_one else value * self.factor
+        return value.add_(1).mul_(self.factor).sub_(1) if self.adds_one else value.mul_(self.factor)
 
     def of_element(self, index: int) -> Scaling:
         """Returns the scaling of the parameter's element at `index` on the first axis."""
