@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ModelStructureError
 from ..nn.quantized_linear import packed_tensors
 from ..ops.blocks import matmul_dtype
+from .transfers import sent
 
 
 class _Hidden:
@@ -259,8 +260,7 @@ class LayerRunner:
         return torch.func.functional_call(caller, tensors, args, kwargs)
 
     def _move(self, tensor: Tensor) -> Tensor:
-        dtype = self.dtype if tensor.is_floating_point() else None
-        return tensor.to(device=self.device, dtype=dtype, non_blocking=True)
+        return sent(tensor, self.device, self.dtype if tensor.is_floating_point() else None)
 
 
 def runner_on(layer: nn.Module, device: torch.device) -> LayerRunner:

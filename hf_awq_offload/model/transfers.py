@@ -1,4 +1,4 @@
-"""Copies many small tensors between the host and a device at once: each copy of its own would be a wait of the host."""
+"""Copies tensors between the host and a device so that the host seldom waits: many at once, or from pinned memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from ..logs import get_logger
+
+logger = get_logger(__name__)
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -36,3 +40,29 @@ def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tenso
 def numbers_of(scalars: Sequence[Tensor]) -> list[float]:
     """Returns the values of tensors without dimensions, of fp32 precision at most."""
     return torch.stack([scalar.float() for scalar in scalars]).tolist() if scalars else []
+
+
+def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns the tensor on a device and in a dtype. The host does not wait for a CUDA device, if memory can be pinned.
+
+    torch keeps the pinned memory until it was copied.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu" and (buffer := pinned_like(tensor)) is not None:
+        tensor = buffer.copy_(tensor)
+    return tensor.to(device=device, non_blocking=True).to(dtype=dtype)
+
+
+def pinned_like(tensor: Tensor) -> Tensor | None:
+    """Returns an empty CPU tensor in pinned memory; None if the machine has none to give, which is tried once only."""
+    global _can_pin
+    if not _can_pin:
+        return None
+    try:
+        return torch.empty_like(tensor, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        _can_pin = False
+        logger.info("Memory could not be pinned (%s); copies to and from the accelerator make it wait.", error)
+        return None
+
+
+_can_pin = True
