@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..logs import get_logger
 from ..model.decoder_layers import LayerCall, LayerRunner, ProbeCalls
+from ..offload.hidden_readback import HiddenReadback
 from ..offload.hidden_states import HiddenStates, HiddenWriter
 from ..offload.hidden_storage import HiddenStorage
 from .batches import Batches
@@ -92,23 +93,26 @@ class ChainInputs:
     def run(self, runner: LayerRunner, collector: Collector | None = None, into: HiddenWriter | None = None) -> None:
         calls = self.calls[self.layer_names[self._position]]
         first = len(self._batches.probes)
+        outputs = None if into is None else HiddenReadback(into)
         with nullcontext() if collector is None else collector.collecting():
             batches = zip(self._hidden.batches, self._counted(), strict=True)
             for index, (hidden, counted) in enumerate(batches, start=first):
                 if collector is not None:
                     collector.set_counted_tokens(counted, self._batches.numbers_of(index - first))
                 call = calls.get(index)  # None: this batch passes the layer by
-                self._run_batch(runner, call, hidden, into)
+                self._run_batch(runner, call, hidden, outputs)
+        if outputs is not None:
+            outputs.finish()
 
     def _counted(self) -> Sequence[Tensor | None]:
         return self._batches.counted if self._mtp is None or not self._is_at_mtp else self._mtp.counted(self._batches)
 
     @staticmethod
-    def _run_batch(runner: LayerRunner, call: LayerCall | None, hidden: Tensor, into: HiddenWriter | None) -> None:
-        """Runs one batch; on return, nothing of it is left on the execution device."""
+    def _run_batch(runner: LayerRunner, call: LayerCall | None, hidden: Tensor, into: HiddenReadback | None) -> None:
+        """Runs one batch; on return, no tensor of it is left on the execution device, which may still be at work."""
         output = hidden if call is None else runner(call, hidden)
         if into is not None:
-            into.append(output.to(device=hidden.device, dtype=hidden.dtype))
+            into.append(output, hidden.dtype)
 
     def next_writer(self) -> HiddenWriter | None:
         following = self._position + 1

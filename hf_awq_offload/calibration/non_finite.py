@@ -37,13 +37,13 @@ class FirstNonFinite:
         self,
         name: str,  # of the input
         x: Tensor,  # (..., in), what the linear was given
-        rows: Tensor,  # (tokens, in) fp32, what of it is counted
+        rows: Tensor,  # (tokens, in), what of it is counted
     ) -> None:
         """Looks at the input of one call of a linear."""
         if not self._batches or not rows.shape[0]:
             return
         counted, sequences = self._batches[-1]
-        bad = ~torch.isfinite(torch.linalg.vector_norm(rows, dim=1).square_())
+        bad = ~torch.isfinite(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square_())
         place = bad.to(torch.int64).argmax()
         if counted is None and x.ndim == 3 and x.shape[0] == len(sequences):
             place = place // x.shape[1]

@@ -12,6 +12,8 @@ from ..errors import NumericalError
 from ..messages import shortened
 from ..precision import exact_on_matrix_units
 from ..search.statistics import InputStatistics
+from .counted_rows import CountedRows
+from .gram_products import AddProduct, adder_for
 from .non_finite import FirstNonFinite
 
 BLOCK_CHANNELS = 512
@@ -35,7 +37,7 @@ class StatisticsCollector:
             for name, linear in inputs.items()
         }
         self.tokens = dict.fromkeys(inputs, 0)
-        self.counted: Tensor | None = None
+        self._rows = CountedRows(None)
         self._bad = FirstNonFinite()
 
     @contextmanager
@@ -57,7 +59,7 @@ class StatisticsCollector:
 
         `sequences` has the number of each of the batch's sequences, for errors.
         """
-        self.counted = counted
+        self._rows = CountedRows(counted)
         self._bad.begin_batch(counted, sequences)
 
     def take(self, name: str, layer_name: str, may_be_empty: bool = False) -> InputStatistics:
@@ -96,18 +98,19 @@ class StatisticsCollector:
 
     def _hook(self, name: str):
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = _counted_rows(args[0], self.counted)
+            rows = self._rows.of(args[0])
             gram, abs_sum = self.sums[name]
+            add_product = adder_for(rows.dtype, rows.device)
             with exact_on_matrix_units(rows.dtype, rows.device):
-                rows = rows.float()
+                rows = rows.float() if add_product is None else rows
                 if _are_together(gram, rows):
-                    add_gram(gram, rows)
+                    add_gram(gram, rows, add_product)
                 else:  # the product where the layer is, the sum where there is room for all of them
                     product = torch.zeros_like(gram, device=rows.device)
-                    add_gram(product, rows)
+                    add_gram(product, rows, add_product)
                     gram.add_(product.to(gram.device))
             self._bad.watch(name, args[0], rows)
-            abs_sum.add_(rows.abs().sum(dim=0).to(abs_sum.device))
+            abs_sum.add_(_abs_sum(rows).to(abs_sum.device))
             self.tokens[name] += rows.shape[0]
 
         return add
@@ -119,13 +122,17 @@ def _are_together(tensor: Tensor, other: Tensor) -> bool:
 
 def add_gram(
     gram: Tensor,  # (in, in) fp32
-    rows: Tensor,  # (tokens, in) fp32
+    rows: Tensor,  # (tokens, in): fp32, or what `add_product` takes
+    add_product: AddProduct | None = None,
 ) -> None:
     """Adds XᵀX to the blocks of `gram` on and above the diagonal: little more than half of the products."""
     for start in range(0, gram.shape[0], BLOCK_CHANNELS):
-        gram[start : start + BLOCK_CHANNELS, start:].addmm_(
-            rows[:, start : start + BLOCK_CHANNELS].t(), rows[:, start:]
-        )
+        block = gram[start : start + BLOCK_CHANNELS, start:]
+        factors = rows[:, start : start + BLOCK_CHANNELS].t(), rows[:, start:]
+        if add_product is None:
+            block.addmm_(*factors)
+        else:
+            add_product(block, *factors)
 
 
 def mirror_upper(
@@ -137,12 +144,10 @@ def mirror_upper(
         gram[stop:, start:stop] = gram[start:stop, stop:].t()
 
 
-def _counted_rows(
-    x: Tensor,  # (..., in)
-    counted: Tensor | None,  # (batch, tokens) bool
+def _abs_sum(
+    rows: Tensor,  # (tokens, in)
 ) -> Tensor:
-    """Returns the inputs of the counted tokens, (tokens, in); all inputs if they are not one row per token."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    if counted is not None and rows.shape[0] == counted.numel():
-        rows = rows[counted.reshape(-1).to(rows.device)]
-    return rows
+    """Returns the sums of absolute values over all tokens, (in,) fp32."""
+    if rows.dtype == torch.float32:
+        return rows.abs().sum(dim=0)
+    return torch.linalg.vector_norm(rows, ord=1, dim=0, dtype=torch.float32)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ModelStructureError
 from ..nn.quantized_linear import packed_tensors
 from ..ops.blocks import matmul_dtype
+from .transfers import sent
 
 
 class _Hidden:
@@ -96,6 +97,12 @@ def tensors_in(value: Any) -> list[Tensor]:
     tensors: list[Tensor] = []
     map_leaves(value, lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None)
     return tensors
+
+
+def observed_tensors(bound: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> list[Tensor]:
+    """Returns the floating-point tensors of a layer's output, and of the state among the arguments it was called on."""
+    yielded = (output, [value for value in (*bound[0], *bound[1].values()) if is_state(value)])
+    return [tensor for tensor in tensors_in(yielded) if tensor.is_floating_point()]
 
 
 def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -203,22 +210,19 @@ class LayerRunner:
         self,
         call: LayerCall,
         hidden: Tensor,  # (batch, tokens, hidden)
-        overrides: dict[str, Tensor] | None = None,  # parameter name -> tensor used in its place
     ) -> Tensor:
         """Returns the layer's output hidden states, (batch, tokens, hidden), on `device`."""
-        return output_hidden(self.run(call.bind(hidden, self._move), overrides))
+        return output_hidden(self.run(call.bind(hidden, self._move)))
 
     @torch.no_grad()
     def observe(
         self,
         call: LayerCall,
         hidden: Tensor,  # (batch, tokens, hidden)
-        overrides: dict[str, Tensor] | None = None,
     ) -> list[Tensor]:
         """Returns every floating-point tensor that the layer returns or writes to the state among its arguments."""
         bound = call.bind(hidden, self._move)
-        yielded = (self.run(bound, overrides), [value for value in (*bound[0], *bound[1].values()) if is_state(value)])
-        return [tensor for tensor in tensors_in(yielded) if tensor.is_floating_point()]
+        return observed_tensors(bound, self.run(bound))
 
     @torch.no_grad()
     def run_for_caller(self, call: LayerCall, like: Tensor | None, forward: Callable[..., Any] | None = None) -> Any:
@@ -238,13 +242,11 @@ class LayerRunner:
 
         return map_leaves(output, back, in_place=True)
 
-    def run(self, bound: tuple[tuple[Any, ...], dict[str, Any]], overrides: dict[str, Tensor] | None = None) -> Any:
+    def run(self, bound: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         """Returns the layer's output for bound arguments."""
         args, kwargs = bound
-        if self.tensors or overrides:
-            return torch.func.functional_call(
-                self.layer, {**self.tensors, **(overrides or {})}, args, kwargs, tie_weights=False
-            )
+        if self.tensors:
+            return torch.func.functional_call(self.layer, self.tensors, args, kwargs, tie_weights=False)
         return self.layer(*args, **kwargs)
 
     def _run_inside(self, forward: Callable[..., Any], bound: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
@@ -258,8 +260,7 @@ class LayerRunner:
         return torch.func.functional_call(caller, tensors, args, kwargs)
 
     def _move(self, tensor: Tensor) -> Tensor:
-        dtype = self.dtype if tensor.is_floating_point() else None
-        return tensor.to(device=self.device, dtype=dtype, non_blocking=True)
+        return sent(tensor, self.device, self.dtype if tensor.is_floating_point() else None)
 
 
 def runner_on(layer: nn.Module, device: torch.device) -> LayerRunner:

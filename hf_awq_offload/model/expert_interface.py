@@ -85,14 +85,15 @@ class InterfaceExperts(UnfusedExperts):
         top_k_index = top_k_index.reshape(x.shape[0], -1)
         top_k_weights = top_k_weights.reshape(x.shape[0], -1)
         output = torch.zeros_like(x)
+        if self.routing is Routing.TOP_K:
+            chosen_weights = top_k_weights.reshape(-1)
+            for expert, chosen in enumerate(_chosen_by_expert(top_k_index, self.experts_total)):
+                if len(chosen):
+                    token = chosen // top_k_index.shape[1]
+                    weighted = self._compute(expert, x[token]) * chosen_weights[chosen, None]
+                    output.index_add_(0, token, weighted.to(output.dtype))
+            return output.view_as(hidden_states)
         for expert in range(self.experts_total):
-            if self.routing is Routing.TOP_K:
-                token, place = torch.where(top_k_index == expert)
-                if not len(token):
-                    continue
-                weighted = self._compute(expert, x[token]) * top_k_weights[token, place, None]
-                output.index_add_(0, token, weighted.to(output.dtype))
-                continue
             weight = (top_k_weights * (top_k_index == expert)).sum(dim=1, keepdim=True)
             if self.routing is Routing.UNIFORM:
                 weight = torch.full_like(weight, 1 / self.experts_total)
@@ -136,3 +137,17 @@ class InterfaceExperts(UnfusedExperts):
             inner = flags.act_fn(up)
         output = linears.get_submodule(self.projections.down)(inner)
         return flags.post_expert_norm(output) if getattr(flags, "has_post_expert_norm", False) else output
+
+
+def _chosen_by_expert(
+    top_k_index: Tensor,  # (T, k) int64
+    experts: int,
+) -> Sequence[Tensor]:
+    """Returns the places in the flattened index where each expert is chosen, in order. The host waits once, for sizes.
+
+    Places that name no expert of 0 … `experts` - 1 are left out.
+    """
+    sorted_index, order = top_k_index.reshape(-1).sort(stable=True)
+    borders = torch.arange(experts + 1, dtype=sorted_index.dtype, device=sorted_index.device)
+    begin, *ends = torch.searchsorted(sorted_index, borders).tolist()
+    return order[begin : ends[-1]].split([end - start for start, end in zip([begin, *ends], ends, strict=False)])

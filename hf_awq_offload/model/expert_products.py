@@ -79,7 +79,7 @@ class FusedWeight(Tensor):
         if func in _PRODUCTS:
             return _PRODUCTS[func](*args, **kwargs)
         with DisableTorchFunctionSubclass():
-            if weight is None or func in _ATTRIBUTES:
+            if weight is None or func in FORM:
                 return func(*args, **kwargs)
             use = getattr(func, "__name__", str(func))
             if func is Tensor.__getitem__:
@@ -223,7 +223,7 @@ _PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     ),
 }
 
-_ATTRIBUTES = {
+FORM = {
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "ndim", "layout", "is_meta", "requires_grad", "grad", "is_cuda", "is_sparse")
 } | {
@@ -238,4 +238,4 @@ _ATTRIBUTES = {
     Tensor.element_size,
     Tensor.__len__,
 }
-"""Uses of a fused parameter that read nothing but its form."""
+"""Uses of a parameter that read nothing but its form."""

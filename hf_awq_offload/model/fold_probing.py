@@ -10,8 +10,8 @@
 4. A fold is used only after a proof on the layer at hand: random scales, compensated in the consumers, must leave all
    outputs of the layer unchanged.
 
-The same projection of all experts is probed at once. Probes run in fp32 on copies (`torch.func.functional_call`); the
-layer's own weights are never written.
+The same projection of all experts is probed at once. Probes run in fp32 and never write to the layer's weights, which
+are cast and scaled where they are used (`cast_parameters.py`). The host waits for the device once per probe.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
-from .decoder_layers import LayerRunner, ProbeCalls
+from .decoder_layers import ProbeCalls
 from .experts import Routing, UnfusedExperts, expert_parts, routed
-from .folds import NOT_EXACT, Fold, InputGroup, LayerStructure, ProducerKind, Reader, scaled_producer
-from .input_groups import experts_beside, group_equal_inputs, readers_in, readers_of
+from .folds import NOT_EXACT, Fold, InputGroup, LayerStructure, ProducerKind, Reader, producer_scalings
+from .input_groups import experts_beside, group_equal_inputs, parameter_shapes, readers_in, readers_of
 from .linears import is_linear, linears_in
+from .probe_runner import ProbeRunner
 from .row_maps import LEVELS, complete_row_map, factor_index, level_factors, row_subsets
+from .scalings import Scaling, Scalings
+from .transfers import all_to_device, all_to_host, numbers_of
 
 PROOF_SENSITIVITY = 1e-4
 """Least relative change of the output that scaling *without* compensation must cause for a proof to count …"""
@@ -54,13 +58,14 @@ def discover_structure(layer: nn.Module, probes: ProbeCalls, device: torch.devic
     """Probes `layer` (on `device`) with one short forward per linear and norm, and a few more for each fold found."""
     with routed(layer, Routing.UNIFORM):  # so that every expert contributes to the output
         probe = _Probe(layer, probes, device, seed)
-        inputs, reads = probe.inputs({}), probe.reads
+        inputs = probe.inputs({})
+        on_host, reads_on_host = all_to_host(inputs), all_to_host(probe.reads)
         groups = [
-            InputGroup(consumers, None, readers_of(inputs[consumers[0]], reads))
-            for consumers in group_equal_inputs(inputs)
+            InputGroup(consumers, None, readers_of(on_host[consumers[0]], reads_on_host))
+            for consumers in group_equal_inputs(on_host)
         ]
         groups = _with_folds(probe, inputs, groups)
-        groups = _with_experts_joined(probe, inputs, groups)
+        groups = _with_experts_joined(probe, inputs, on_host, groups)
         softmax_only = probe.without_influence_on_a_lone_token()
         softmax_only |= probe.factors_of_a_softmax([group.consumers for group in groups], softmax_only)
     return without_refuted_folds(layer, LayerStructure(tuple(groups), softmax_only), probes, device, seed)
@@ -89,22 +94,21 @@ def without_refuted_folds(
 
 
 class _Probe:
-    """Runs one layer in fp32 with overridden parameters and observes its outputs and the inputs of its linears."""
+    """Runs one layer in fp32 with scaled parameters and observes its outputs and the inputs of its linears."""
 
     def __init__(self, layer: nn.Module, probes: ProbeCalls, device: torch.device, seed: int):
         self.layer = layer
         self.linears = linears_in(layer)
         self.experts = expert_parts(layer)
-        self.runner = LayerRunner(layer, device, torch.float32)
-        names = [name for name, _ in layer.named_parameters(remove_duplicate=False)]
-        self.parameters = {name: self.runner.tensors[name] for name in names}
-        self.probes = probes
+        self.runner = ProbeRunner(layer, device)
+        self.parameters = dict(layer.named_parameters(remove_duplicate=False))
+        self.probes = ProbeCalls(self.runner.on_device(probes.several), self.runner.on_device(probes.single))
         self.generator = torch.Generator().manual_seed(seed)
         self.device = device
-        self.reference = self.runner.observe(*probes.several)
+        self.reference = self.runner.observe(self.probes.several)
         self.reads: dict[Reader, Tensor] = {}
 
-    def inputs(self, overrides: dict[str, Tensor], lone: bool = False) -> dict[str, Tensor]:
+    def inputs(self, scalings: Scalings, lone: bool = False) -> dict[str, Tensor]:
         """Returns the input of every linear that ran, (tokens, in) fp32, in call order; of a single token if `lone`.
 
         Also stores the inputs of other parameters in `reads`.
@@ -115,24 +119,23 @@ class _Probe:
         def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             return lambda module, args: seen.update({name: args[0].detach().reshape(-1, args[0].shape[-1])})
 
-        def remember_read(name: str) -> Callable[..., None]:
+        def remember_read(name: str, shapes: Mapping[str, torch.Size]) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
                 for x in (*args, *kwargs.values()):
                     if isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 2:
                         rows = x.detach().reshape(-1, x.shape[-1])
-                        self.reads.update(dict.fromkeys(readers_in(name, module, x.shape[-1]), rows))
+                        self.reads.update(dict.fromkeys(readers_in(name, shapes, x.shape[-1]), rows))
                         break
 
             return hook
 
         handles = [module.register_forward_pre_hook(remember(name)) for name, module in self.linears.items()]
-        handles += [
-            module.register_forward_pre_hook(remember_read(name), with_kwargs=True)
-            for name, module in self.layer.named_modules()
-            if not is_linear(module) and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
-        ]
+        for name, module in self.layer.named_modules():
+            shapes = {} if is_linear(module) else parameter_shapes(module)
+            if any(len(shape) >= 2 for shape in shapes.values()):
+                handles.append(module.register_forward_pre_hook(remember_read(name, shapes), with_kwargs=True))
         try:
-            self.runner.observe(*(self.probes.single if lone else self.probes.several), overrides)
+            self.runner.observe(self.probes.single if lone else self.probes.several, scalings)
         finally:
             for handle in handles:
                 handle.remove()
@@ -174,39 +177,43 @@ class _Probe:
         The residual stream would mask an error of the linears, so the change is compared with the one that the same
         scales cause without compensation.
         """
-        scaled = dict(self.parameters)
-        compensation: dict[str, Tensor] = {}
-        for group in groups:
-            assert group.fold is not None
-            log_scale = torch.rand(group.fold.rows, generator=self.generator) * 2 - 1
-            row_scale = torch.where(group.fold.fed_rows(), torch.exp(log_scale), 1.0).to(self.device)
-            scaled.update(scaled_producer(scaled, group.fold, 1 / row_scale))
-            channel_scale = group.fold.channel_scale(row_scale)
-            compensation.update({f"{consumer}.weight": channel_scale for consumer in group.consumers})
+        log_scales = [torch.rand(_fold_of(group).rows, generator=self.generator) * 2 - 1 for group in groups]
+        factors: list[Tensor] = []
+        for group, log_scale in zip(groups, log_scales, strict=True):
+            row_scale = torch.where(_fold_of(group).fed_rows(), torch.exp(log_scale), 1.0)
+            factors += [1 / row_scale, _fold_of(group).channel_scale(row_scale)]
+        factors = all_to_device(factors, self.device)
+        scalings: dict[str, list[Scaling]] = defaultdict(list)
+        compensation: dict[str, Scaling] = {}
+        for group, factor, channel_scale in zip(groups, factors[::2], factors[1::2], strict=True):
+            for name, scaling in producer_scalings(self.parameters, _fold_of(group), factor).items():
+                scalings[name].append(scaling)
+            compensation.update({f"{consumer}.weight": Scaling(channel_scale[None]) for consumer in group.consumers})
             for reader in group.readers:
                 ndim = self.parameters[reader.parameter].ndim
-                compensation[reader.parameter] = reader.multiplier(channel_scale, ndim)
-        uncompensated = self._change(scaled)
-        scaled.update({name: scaled[name] * channel_scale for name, channel_scale in compensation.items()})
-        compensated = self._change(scaled)
+                compensation[reader.parameter] = Scaling(reader.multiplier(channel_scale, ndim))
+        uncompensated = self._change(self.runner.observe(self.probes.several, scalings))
+        for name, scaling in compensation.items():
+            scalings[name].append(scaling)
+        compensated = self._change(self.runner.observe(self.probes.several, scalings))
         allowed = max(PROOF_TOLERANCE * uncompensated, ROUNDING_CHANGE)
         return uncompensated >= PROOF_SENSITIVITY and compensated <= allowed
 
     def without_influence_on_a_lone_token(self) -> frozenset[str]:
         """Returns the linears that do not influence the output for a single token, where the softmax is constant."""
-        reference = self.runner.observe(*self.probes.single)
+        reference = self.runner.observe(self.probes.single)
         families: dict[str, list[str]] = defaultdict(list)
         for name in self.inputs({}, lone=True):  # a linear that did not run proves nothing
             families[self.family(name)].append(name)
         without_influence: list[str] = []
         for names in families.values():
-            scaled = {}
-            for name in names:
-                weight = self.parameters[f"{name}.weight"]
-                factor = 1.5 + torch.rand(weight.shape[0], generator=self.generator).to(self.device)
-                scaled[f"{name}.weight"] = weight * factor.unsqueeze(1)
-            output = self.runner.observe(*self.probes.single, scaled)
-            if all(map(torch.equal, output, reference)):  # exactly: the softmax of a single logit is 1.0
+            rows = [self.parameters[f"{name}.weight"].shape[0] for name in names]
+            factors = all_to_device([1.5 + torch.rand(n, generator=self.generator) for n in rows], self.device)
+            scalings = {
+                f"{name}.weight": [Scaling(factor.unsqueeze(1))] for name, factor in zip(names, factors, strict=True)
+            }
+            output = self.runner.observe(self.probes.single, scalings)
+            if _equal(output, reference):  # exactly: the softmax of a single logit is 1.0
                 without_influence += names
         return frozenset(without_influence)
 
@@ -219,37 +226,48 @@ class _Probe:
         for consumers in groups:
             names = [name for name in consumers if name not in known and name not in self.experts]
             for first, second in combinations(names if len(names) <= MAX_PAIRED else [], 2):
-                opposed = self._multiplied(first, 2.0) | self._multiplied(second, 0.5)
-                doubled = self._multiplied(first, 2.0)
+                doubled = self.runner.observe(self.probes.several, self._multiplied(first, 2.0))
                 changed = self._change(doubled)
-                if changed < PROOF_SENSITIVITY or self._change(opposed) > max(
+                if changed < PROOF_SENSITIVITY:
+                    continue
+                opposed = self._multiplied(first, 2.0) | self._multiplied(second, 0.5)
+                if self._change(self.runner.observe(self.probes.several, opposed)) > max(
                     PROOF_TOLERANCE * changed, ROUNDING_CHANGE
                 ):
                     continue
-                once, twice = (
-                    self.runner.observe(*self.probes.several, self._multiplied(first, c)) for c in (2.0, 3.0)
-                )
-                bent = sum((b - 2 * a + r).norm() for r, a, b in zip(self.reference, once, twice, strict=True))
-                if float(bent) > CURVATURE * sum(
-                    float((a - r).norm()) for r, a in zip(self.reference, once, strict=True)
-                ):
+                tripled = self.runner.observe(self.probes.several, self._multiplied(first, 3.0))
+                outputs = list(zip(self.reference, doubled, tripled, strict=True))
+                bent = sum((b - 2 * a + r).norm() for r, a, b in outputs)
+                curvature, *moved = numbers_of([torch.as_tensor(bent), *((a - r).norm() for r, a, _ in outputs)])
+                if curvature > CURVATURE * sum(moved):
                     factors |= {first, second}
         return frozenset(factors)
 
-    def _multiplied(self, name: str, factor: float) -> dict[str, Tensor]:
-        """Returns a linear's parameters times `factor`."""
+    def _multiplied(self, name: str, factor: float) -> dict[str, list[Scaling]]:
+        """Returns the scalings that multiply a linear's parameters by `factor`."""
         names = [key for key in (f"{name}.weight", f"{name}.bias") if key in self.parameters]
-        return {key: self.parameters[key] * factor for key in names}
+        return {key: [Scaling(factor)] for key in names}
 
-    def _change(self, overrides: dict[str, Tensor]) -> float:
+    def _change(self, outputs: Sequence[Tensor]) -> float:
         """Returns the largest ‖output - reference‖ / ‖reference‖ over all outputs, infinite if any is not finite."""
-        largest = 0.0
-        for output, reference in zip(self.runner.observe(*self.probes.several, overrides), self.reference, strict=True):
+        changes = []
+        for output, reference in zip(outputs, self.reference, strict=True):
             if output.shape != reference.shape:
                 return float("inf")
-            change = (output - reference).norm() / reference.norm().clamp(min=torch.finfo(reference.dtype).tiny)
-            largest = max(largest, float(change) if bool(torch.isfinite(change)) else float("inf"))
-        return largest
+            changes.append((output - reference).norm() / reference.norm().clamp(min=torch.finfo(reference.dtype).tiny))
+        return max((change if isfinite(change) else float("inf") for change in numbers_of(changes)), default=0.0)
+
+
+def _fold_of(group: InputGroup) -> Fold:
+    assert group.fold is not None
+    return group.fold
+
+
+def _equal(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> bool:
+    """Returns whether all tensors are equal, with one wait for the device."""
+    if any(a.shape != b.shape for a, b in zip(outputs, reference, strict=False)):
+        return False
+    return all(numbers_of([(a == b).all() for a, b in zip(outputs, reference, strict=False)]))
 
 
 def _with_folds(
@@ -296,13 +314,15 @@ def _with_folds(
     return folded
 
 
-def _with_experts_joined(probe: _Probe, inputs: Mapping[str, Tensor], groups: Sequence[InputGroup]) -> list[InputGroup]:
+def _with_experts_joined(
+    probe: _Probe, inputs: Mapping[str, Tensor], on_host: Mapping[str, Tensor], groups: Sequence[InputGroup]
+) -> list[InputGroup]:
     """Joins experts without a fold to the linears whose input they get in another form, where that yields a fold.
 
     Experts may get rows that were gathered, or multiplied by the router's scores.
     """
     open_groups = {index: group.consumers for index, group in enumerate(groups) if group.fold is None}
-    joined = experts_beside(open_groups, inputs, probe.experts)
+    joined = experts_beside(open_groups, on_host, probe.experts)
     kept: dict[int, InputGroup] = dict(enumerate(groups))
     for other, members in joined.items():
         consumers = [name for index in (other, *members) for name in groups[index].consumers]
@@ -367,21 +387,23 @@ def _rows_feeding(
         factor = factors[(rows // place) % LEVELS]
         if subset is not None:
             factor = torch.where(subset, factor, 1.0)
-        overrides: dict[str, Tensor] = {}
+        scalings: dict[str, list[Scaling]] = {}
         for member in candidate:
-            overrides |= scaled_producer(probe.parameters, member, factor)
-        changed = probe.inputs(overrides, lone)
-        still_fed = []
+            parts = producer_scalings(probe.parameters, member, factor)
+            scalings |= {name: [scaling] for name, scaling in parts.items()}
+        changed = probe.inputs(scalings, lone)
+        digits: dict[int, Tensor] = {}
+        fits: dict[int, Tensor] = {}
         for index in remaining:
             name = groups[index].consumers[0]
-            digits = factor_index(inputs[name], changed[name], factors) if name in changed else None
-            if digits is not None:
-                decoded[index] = decoded.get(index, 0) + torch.where(digits < 0, -total * place, digits * place)
-                still_fed.append(index)
-        remaining = still_fed
+            if name in changed and changed[name].shape == inputs[name].shape:
+                digits[index], fits[index] = factor_index(inputs[name], changed[name], factors)
+        del changed  # before the next probe collects as many
+        remaining = [index for index, fit in zip(fits, numbers_of(list(fits.values())), strict=True) if fit]
+        for index in remaining:
+            is_known = digits[index] >= 0
+            decoded[index] = decoded.get(index, 0) + torch.where(is_known, digits[index] * place, -total * place)
         place *= LEVELS
-    return {
-        index: row_of_channel.cpu()
-        for index in remaining
-        if (row_of_channel := complete_row_map(decoded[index], total)) is not None
-    }
+    on_host = all_to_host({index: decoded[index] for index in remaining})
+    complete = {index: complete_row_map(rows_of_channels, total) for index, rows_of_channels in on_host.items()}
+    return {index: row_of_channel for index, row_of_channel in complete.items() if row_of_channel is not None}

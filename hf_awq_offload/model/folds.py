@@ -13,6 +13,8 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from .scalings import Scaling
+
 SHARED = "its parameters, or those of what feeds it, are shared with another module"
 NOT_EXACT = "a scale would change what this layer yields: the proof failed"
 
@@ -119,21 +121,29 @@ def without_folds_of(
     return LayerStructure(tuple(kept), structure.softmax_only)
 
 
+def producer_scalings(
+    tensors: Mapping[str, Tensor],  # the layer's parameters by name
+    fold: Fold,
+    factor: Tensor,  # (rows,)
+) -> dict[str, Scaling]:
+    """Returns what to scale each of the producer's parameters by to multiply output row r by factor[r]."""
+    name, bias_name = f"{fold.producer}.weight", f"{fold.producer}.bias"
+    plus_one = fold.kind is ProducerKind.NORM_PLUS_ONE
+    scalings = {name: Scaling(factor if plus_one or tensors[name].ndim == 1 else factor.unsqueeze(1), plus_one)}
+    if tensors.get(bias_name) is not None:
+        scalings[bias_name] = Scaling(factor)
+    return scalings
+
+
 def scaled_producer(
     tensors: Mapping[str, Tensor],  # the layer's parameters by name
     fold: Fold,
     factor: Tensor,  # (rows,)
 ) -> dict[str, Tensor]:
     """Returns the producer's parameters with output row r multiplied by factor[r], computed in factor's dtype."""
-    weight = tensors[f"{fold.producer}.weight"].to(factor.dtype)
-    if fold.kind is ProducerKind.NORM_PLUS_ONE:
-        scaled = (1 + weight) * factor - 1
-    else:
-        scaled = weight * (factor if weight.ndim == 1 else factor.unsqueeze(1))
-    result = {f"{fold.producer}.weight": scaled}
-    bias = tensors.get(f"{fold.producer}.bias")
-    if bias is not None:
-        result[f"{fold.producer}.bias"] = bias.to(factor.dtype) * factor
+    result = {}
+    for name, scaling in producer_scalings(tensors, fold, factor).items():
+        result[name] = scaling.of(tensors[name].to(factor.dtype))
     return result
 
 

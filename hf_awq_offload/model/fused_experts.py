@@ -40,6 +40,14 @@ class FusedExperts:
         distinct = {parameter.in_features: parameter for parameter in self.layout.parameters.values()}
         return [width for width, parameter in distinct.items() for _ in range(parameter.experts)]
 
+    def matrix_size(self, matrix: str) -> int:
+        """Returns the number of elements of each linear's weight that a fused matrix will be divided into."""
+        if self.layout is not None:
+            parameter = self.layout.parameters[matrix]
+            return parameter.rows * parameter.columns // len(parameter.projections)
+        size = self.module.get_parameter(matrix)[0].numel()
+        return size // 2 if matrix == "gate_up_proj" else size
+
     def unfused(self, name: str, conversions: Sequence[Any]) -> UnfusedExperts:
         """Returns the experts one by one; `name` is that of the module, for the names in the checkpoint."""
         if self.layout is None:

@@ -26,14 +26,19 @@ def group_equal_inputs(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups]
 
 
-def readers_in(name: str, module: nn.Module, channels: int) -> list[Reader]:
-    """Returns the direct parameters of `module` that can multiply `channels` input channels."""
+def parameter_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """Returns the shapes of a module's direct parameters by name."""
+    return {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
+
+
+def readers_in(name: str, shapes: Mapping[str, torch.Size], channels: int) -> list[Reader]:
+    """Returns those of a module's direct parameters that can multiply `channels` input channels."""
     readers = []
-    for parameter_name, parameter in module.named_parameters(recurse=False):
+    for parameter_name, shape in shapes.items():
         full_name = f"{name}.{parameter_name}" if name else parameter_name
-        if parameter.ndim in (2, 3) and parameter.shape[-1] == channels:
-            readers.append(Reader(full_name, parameter.ndim - 1))
-        elif parameter.ndim == 3 and parameter.shape[1] == channels:
+        if len(shape) in (2, 3) and shape[-1] == channels:
+            readers.append(Reader(full_name, len(shape) - 1))
+        elif len(shape) == 3 and shape[1] == channels:
             readers.append(Reader(full_name, 1))
     return readers
 

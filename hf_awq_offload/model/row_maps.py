@@ -32,17 +32,14 @@ def factor_index(
     before: Tensor,  # (tokens, in)
     after: Tensor,  # (tokens, in)
     factors: Tensor,  # (LEVELS,)
-) -> Tensor | None:
+) -> tuple[Tensor, Tensor]:
     """Returns the index of the factor that every channel was multiplied by, (in,) int64; -1 for all-zero channels.
 
-    Returns None if a channel changed in any other way: not at all, by another factor, or differently between tokens.
+    The second tensor, () bool, is False if a channel changed in any other way: not at all, by another factor, or
+    differently between tokens; or if all channels are zero. It stays on the device, so that many are read at once.
     """
-    if before.shape != after.shape:
-        return None
     energy = before.square().sum(dim=0)
     alive = energy > 0
-    if not bool(alive.any()):
-        return None
     ratio = (before * after).sum(dim=0) / energy.clamp(min=torch.finfo(energy.dtype).tiny)
     residual = (after - ratio * before).norm(dim=0)
     index = (ratio.unsqueeze(1).log() - factors.log()).abs().nan_to_num(nan=torch.inf).argmin(dim=1)
@@ -50,9 +47,7 @@ def factor_index(
     noise = ROUNDING_NOISE * (energy.mean() / energy).sqrt()
     tolerance = (RATIO_TOLERANCE + noise).clamp(max=LARGEST_TOLERANCE)
     linear = (residual <= tolerance * after.norm(dim=0)) & (deviation <= tolerance)
-    if not bool((linear | ~alive).all()):
-        return None
-    return torch.where(alive, index, -1)
+    return torch.where(alive, index, -1), (linear | ~alive).all() & alive.any()
 
 
 def complete_row_map(

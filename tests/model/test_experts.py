@@ -11,7 +11,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from hf_awq_offload import AwqLinear, AwqOffloadConfig, quantize_model
-from hf_awq_offload.model.expert_interface import Projections, is_fused_experts, original_projections, unfused
+from hf_awq_offload.model.expert_interface import (
+    Projections,
+    _chosen_by_expert,
+    is_fused_experts,
+    original_projections,
+    unfused,
+)
 from hf_awq_offload.model.expert_names import conversions_without_merging
 from hf_awq_offload.model.experts import Routing, expert_parts, routed, router_linears
 
@@ -193,3 +199,13 @@ def test_a_failed_run_puts_fused_experts_back(monkeypatch):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_tokens_are_found_by_expert_in_their_order(tokens):
+    index = torch.randint(-1, 6, (tokens, 3), generator=torch.Generator().manual_seed(0))  # -1 and 5 name no expert
+    found = _chosen_by_expert(index, 5)
+    assert len(found) == 5
+    for expert, chosen in enumerate(found):
+        token, place = torch.where(index == expert)
+        assert torch.equal(chosen, token * 3 + place)

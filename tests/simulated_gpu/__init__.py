@@ -11,7 +11,7 @@ first import of torch. `test_on_simulated_gpu.py` starts such processes from an 
 | device/ | the C++ part: allocator, streams, dispatch (device.cpp lists its files) |
 | build.py | compiles it on first use |
 | torch_cuda.py | what torch.cuda expects of its C extension |
-| triton_stand_ins.py, int4_stand_ins.py | kernels that the CPU does not have |
+| triton_stand_ins.py, int4_stand_ins.py, half_products.py | kernels that the CPU does not have |
 | observed.py | counters, findings, and limits of memory |
 | plugin.py, __main__.py | pytest on the simulated GPU |
 | suites.py | which of the product's tests run on it |
@@ -51,10 +51,11 @@ def start(devices: int = 1) -> None:
     ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     os.environ["SIMULATED_GPU_STARTED"] = str(os.getpid())  # not true of processes that this one starts
 
-    from . import int4_stand_ins, torch_cuda
+    from . import half_products, int4_stand_ins, torch_cuda
 
     torch_cuda.install(devices)
     int4_stand_ins.install()
+    half_products.install()
 
 
 def add_project_to_path() -> None:
