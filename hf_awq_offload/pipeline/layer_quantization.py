@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from ..search.rounding import feedback_order
 from ..search.scale import ScaleSearch, weights_mse
 from ..search.statistics import InputStatistics
 from .layer_context import LayerContext
-from .scaling import UNSCALED, LinearScales, fold_scales, search_group_scale, why_unscaled
+from .scaling import UNSCALED, LinearScales, fold_scales, search_group_scales, why_unscaled
 from .stack_rounding import (
     Rounder,
     RoundingData,
@@ -33,6 +34,26 @@ from .stack_rounding import (
 )
 
 NO_DATA = "quantized without calibration data"
+
+
+class _QuantizedGroup(NamedTuple):
+    """A group whose linears are replaced. What was measured may still be on the device."""
+
+    group: InputGroup
+    search: ScaleSearch
+    losses_nearest: Sequence[Tensor | float]  # one per distinct input
+    outcomes: Sequence[StackOutcome]
+    tokens: int
+
+    def measured(self) -> list[list[Tensor | float]]:
+        """Returns what is to be summed: losses to nearest, as quantized and if only scaled, rows to nearest, clips."""
+        return [
+            [*self.losses_nearest],
+            [outcome.loss for outcome in self.outcomes],
+            [outcome.loss_scaled for outcome in self.outcomes],
+            [outcome.rows_nearest for outcome in self.outcomes],
+            [outcome.clip_counts for outcome in self.outcomes if outcome.clip_counts is not None],
+        ]
 
 
 def quantize_with_statistics(
@@ -56,26 +77,24 @@ def _quantize_groups(
     context: LayerContext, structure: LayerStructure, statistics: GatheredStatistics, rounder: Rounder
 ) -> list[GroupReport]:
     device = next(context.layer.parameters()).device  # statistics may be elsewhere, see budget.py
-    searched = [
-        (group, group_statistics, search_group_scale(context, group, group_statistics.to(device)))
-        for group in structure.groups
-        if (group_statistics := statistics.of_group(group)) is not None
-    ]
-    scales = fold_scales(context, [(group, search) for group, _, search in searched])
-    reports = []
-    for group, group_statistics, search in searched:
+    of_groups = [(group, found) for group in structure.groups if (found := statistics.of_group(group)) is not None]
+    searches = search_group_scales(context, of_groups, device)
+    scales = fold_scales(context, [(group, search) for (group, _), search in zip(of_groups, searches, strict=True)])
+    quantized: list[_QuantizedGroup] = []
+    for (group, group_statistics), search in zip(of_groups, searches, strict=True):
         names = context.quantizable_of(group)
         rows = [context.linear(name).out_features for name in names]
         nearest_mse = dict(zip(names, search.row_mse.split(rows), strict=True))
-        outcomes = []
-        loss_nearest = 0.0
+        outcomes: list[StackOutcome] = []
+        losses_nearest: list[Tensor | float] = []
         inputs = _by_input(names, statistics)
         for sharing in inputs:
             own = statistics.of_linear(group, sharing[0])
             here = own.to(device)
-            loss_nearest += _identity_loss(context, sharing, here) if len(inputs) > 1 else search.identity_loss
+            losses_nearest.append(_identity_loss(context, sharing, here) if len(inputs) > 1 else search.identity_loss)
             scale = scales.get(sharing[0], UNSCALED).channels
             gram = here.gram if scale is None else here.divided(scale).gram
+            del here  # where the statistics are elsewhere, this is a copy
             data = RoundingData(
                 gram=gram,
                 order=feedback_order(gram) if context.recipe.rounding == "error_feedback" else None,
@@ -84,8 +103,8 @@ def _quantize_groups(
             )
             outcomes += [_quantize_stack(context, stack, scales, data, rounder) for stack in stacks(context, sharing)]
         tokens = min(statistics.tokens_behind(group, name) for name in names)
-        reports.append(_group_report(context, group, search, loss_nearest, outcomes, tokens))
-    return reports
+        quantized.append(_QuantizedGroup(group, search, losses_nearest, outcomes, tokens))
+    return _group_reports(context, quantized)
 
 
 def quantize_without_data(context: LayerContext) -> list[GroupReport]:
@@ -137,33 +156,45 @@ def _by_input(names: Sequence[str], statistics: GatheredStatistics) -> list[list
     return list(sharing.values())
 
 
-def _identity_loss(context: LayerContext, names: list[str], statistics: InputStatistics) -> float:
-    """Returns the loss of rounding linears to nearest, on the tokens that reach them."""
+def _identity_loss(context: LayerContext, names: list[str], statistics: InputStatistics) -> Tensor:
+    """Returns the loss of rounding linears to nearest, on the tokens that reach them, () fp64."""
     weights = [context.weight(name) for name in names]
     mse = weights_mse(weights, [context.grid(name) for name in names], statistics.gram)
-    return float(mse.sum(dtype=torch.float64))
+    return mse.sum(dtype=torch.float64)
 
 
-def _group_report(
-    context: LayerContext,
-    group: InputGroup,
-    search: ScaleSearch,
-    loss_nearest: float,
-    outcomes: Sequence[StackOutcome],
-    tokens: int,
-) -> GroupReport:
-    clip_counts = [outcome.clip_counts for outcome in outcomes if outcome.clip_counts is not None]
-    return GroupReport(
-        consumers=context.quantizable_of(group),
-        producer=group.fold.producer if group.fold is not None else None,
-        alpha=search.alpha,
-        loss_nearest=loss_nearest,
-        loss=sum(outcome.loss for outcome in outcomes),
-        unscaled=why_unscaled(context, group, search),
-        loss_scaled=sum(outcome.loss_scaled for outcome in outcomes),
-        rows=sum(outcome.rows for outcome in outcomes),
-        rows_nearest=sum(outcome.rows_nearest for outcome in outcomes),
-        clip_counts=tuple(torch.stack(clip_counts).sum(dim=0).tolist()) if clip_counts else (),
-        tokens=tokens,
-        channels=context.linear(context.quantizable_of(group)[0]).in_features,
-    )
+def _group_reports(context: LayerContext, quantized: Sequence[_QuantizedGroup]) -> list[GroupReport]:
+    """Reads what was measured on the device, with one wait for the layer, and reports on each group."""
+    fields = [field for each in quantized for field in each.measured()]
+    numbers = iter(_on_host([value for field in fields for value in field]))
+    sums = iter([[sum(column) for column in zip(*(next(numbers) for _ in field), strict=True)] for field in fields])
+    reports = []
+    for group, search, _, outcomes, tokens in quantized:
+        (loss_nearest,), (loss,), (loss_scaled,), (rows_nearest,), clip_counts = (next(sums) for _ in range(5))
+        report = GroupReport(
+            consumers=context.quantizable_of(group),
+            producer=group.fold.producer if group.fold is not None else None,
+            alpha=search.alpha,
+            loss_nearest=loss_nearest,
+            loss=loss,
+            unscaled=why_unscaled(context, group, search),
+            loss_scaled=loss_scaled,
+            rows=sum(outcome.rows for outcome in outcomes),
+            rows_nearest=int(rows_nearest),
+            clip_counts=tuple(int(count) for count in clip_counts),
+            tokens=tokens,
+            channels=context.linear(context.quantizable_of(group)[0]).in_features,
+        )
+        reports.append(report)
+    return reports
+
+
+def _on_host(values: Sequence[Tensor | float]) -> list[list[float]]:
+    """Returns the numbers in each value; the host waits once for all that are on a device."""
+    there = [value.flatten().double() for value in values if isinstance(value, Tensor) and not value.is_cpu]
+    read = iter(torch.cat(there).cpu().split([len(value) for value in there]) if there else ())
+    here = [
+        next(read) if isinstance(value, Tensor) and not value.is_cpu else torch.as_tensor(value, dtype=torch.float64)
+        for value in values
+    ]
+    return [value.flatten().tolist() for value in here]
