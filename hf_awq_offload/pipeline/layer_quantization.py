@@ -21,6 +21,7 @@ from ..report import GroupReport, LayerReport
 from ..search.rounding import feedback_order
 from ..search.scale import ScaleSearch, weights_mse
 from ..search.statistics import InputStatistics
+from ..search.waiting import numbers_of
 from .layer_context import LayerContext
 from .scaling import UNSCALED, LinearScales, fold_scales, search_group_scales, why_unscaled
 from .stack_rounding import (
@@ -45,14 +46,15 @@ class _QuantizedGroup(NamedTuple):
     outcomes: Sequence[StackOutcome]
     tokens: int
 
-    def measured(self) -> list[list[Tensor | float]]:
+    def measured(self) -> list[list[Tensor]]:
         """Returns what is to be summed: losses to nearest, as quantized and if only scaled, rows to nearest, clips."""
+        clip_counts = [outcome.clip_counts for outcome in self.outcomes if outcome.clip_counts is not None]
         return [
-            [*self.losses_nearest],
-            [outcome.loss for outcome in self.outcomes],
-            [outcome.loss_scaled for outcome in self.outcomes],
-            [outcome.rows_nearest for outcome in self.outcomes],
-            [outcome.clip_counts for outcome in self.outcomes if outcome.clip_counts is not None],
+            [_vector(loss) for loss in self.losses_nearest],
+            [_vector(outcome.loss) for outcome in self.outcomes],
+            [_vector(outcome.loss_scaled) for outcome in self.outcomes],
+            [_vector(outcome.rows_nearest) for outcome in self.outcomes],
+            clip_counts,
         ]
 
 
@@ -166,8 +168,8 @@ def _identity_loss(context: LayerContext, names: list[str], statistics: InputSta
 def _group_reports(context: LayerContext, quantized: Sequence[_QuantizedGroup]) -> list[GroupReport]:
     """Reads what was measured on the device, with one wait for the layer, and reports on each group."""
     fields = [field for each in quantized for field in each.measured()]
-    numbers = iter(_on_host([value for field in fields for value in field]))
-    sums = iter([[sum(column) for column in zip(*(next(numbers) for _ in field), strict=True)] for field in fields])
+    numbers = iter(numbers_of([value for field in fields for value in field]))
+    sums = iter([_columns_summed([[next(numbers) for _ in range(len(value))] for value in field]) for field in fields])
     reports = []
     for group, search, _, outcomes, tokens in quantized:
         (loss_nearest,), (loss,), (loss_scaled,), (rows_nearest,), clip_counts = (next(sums) for _ in range(5))
@@ -189,12 +191,10 @@ def _group_reports(context: LayerContext, quantized: Sequence[_QuantizedGroup]) 
     return reports
 
 
-def _on_host(values: Sequence[Tensor | float]) -> list[list[float]]:
-    """Returns the numbers in each value; the host waits once for all that are on a device."""
-    there = [value.flatten().double() for value in values if isinstance(value, Tensor) and not value.is_cpu]
-    read = iter(torch.cat(there).cpu().split([len(value) for value in there]) if there else ())
-    here = [
-        next(read) if isinstance(value, Tensor) and not value.is_cpu else torch.as_tensor(value, dtype=torch.float64)
-        for value in values
-    ]
-    return [value.flatten().tolist() for value in here]
+def _columns_summed(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def _vector(value: Tensor | float) -> Tensor:
+    """Returns a number, a tensor of one, or a vector as a vector on its device."""
+    return value.reshape(-1) if isinstance(value, Tensor) else torch.tensor([value], dtype=torch.float64)

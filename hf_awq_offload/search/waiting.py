@@ -39,6 +39,16 @@ def side_by_side(steps: Sequence[Reading[Result]]) -> list[Result]:
     return [results[index] for index in range(len(steps))]
 
 
+def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
+    """Returns the numbers in all tensors, one after another; the host waits once for those on each device."""
+    places = list(dict.fromkeys(tensor.device for tensor in tensors))
+    read = {
+        place: iter(torch.cat([each.flatten().double() for each in tensors if each.device == place]).tolist())
+        for place in places
+    }
+    return [next(read[tensor.device]) for tensor in tensors for _ in range(tensor.numel())]
+
+
 def sent(values: Tensor, device: torch.device) -> Tensor:
     """Copies values from the CPU to a device; the host does not wait where that can be had."""
     if values.is_cpu and device.type == "cuda":
