@@ -123,6 +123,14 @@ class GatheredStatistics:
             return self.own[leader]
         return blended(self.own[leader], self._pool(group, leader), self.min_expert_tokens)
 
+    def is_of_group(self, group: InputGroup, name: str) -> bool:
+        """Whether a linear's statistics are those that its group shares, not filled up or pooled."""
+        leader = self.leader_of[name]
+        if leader not in self.parts:
+            return True
+        leaders = {self.leader_of[other] for other in group.consumers if other in self.leader_of}
+        return len(leaders) == 1 and self.own[leader].tokens >= self.min_expert_tokens
+
     def tokens_behind(self, group: InputGroup, name: str) -> int:
         """Returns how many tokens the statistics of a linear rest on: those of the pool if that fills them up."""
         own = self.own[self.leader_of[name]].tokens

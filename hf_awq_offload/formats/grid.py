@@ -86,10 +86,8 @@ def group_parameters(ranges: GroupRange, grid: Grid) -> GroupParameters:
     """The scale and zero point that map `ranges` onto the integers; see the module's formulas."""
     scale = stored_scale(exact_scale(ranges, grid), grid)
     if grid.zero_point:
-        zero = (-torch.round(ranges.low / scale)).clamp(0, grid.levels)
-    else:
-        zero = torch.full_like(scale, grid.levels // 2 + 1)
-    return GroupParameters(scale, zero)
+        return GroupParameters(scale, _least_integer(ranges, scale, grid).neg_())
+    return GroupParameters(scale, torch.full_like(scale, grid.levels // 2 + 1))
 
 
 def exact_scale(ranges: GroupRange, grid: Grid) -> Tensor:
@@ -130,19 +128,33 @@ def quantize_dequantize(
 
     Equals `dequantize(quantize(…))`, in fewer passes over the weight.
     """
-    parameters = group_parameters(group_range(weight, grid) if ranges is None else ranges, grid)
-    scale, zero = (parameter.unsqueeze(-1) for parameter in parameters)
-    integers = (grid.groups(weight) / scale).round_()
-    return integers.clamp_(-zero, grid.levels - zero).mul_(scale).flatten(-2)
+    ranges = group_range(weight, grid) if ranges is None else ranges
+    scale = stored_scale(exact_scale(ranges, grid), grid)
+    integers = (grid.groups(weight) / scale.unsqueeze(-1)).round_()
+    if grid.zero_point:
+        least = _least_integer(ranges, scale, grid).unsqueeze(-1)
+        integers.clamp_(least, least + grid.levels)
+    else:
+        integers.clamp_(-(grid.levels // 2 + 1), grid.levels // 2)
+    return integers.mul_(scale.unsqueeze(-1)).flatten(-2)
 
 
 def stored_scale(scale: Tensor, grid: Grid) -> Tensor:
     """Rounds a positive scale as the format stores it: at least the smallest fp16 step, at most the largest finite."""
     info = torch.finfo(SCALE_DTYPE)
-    rounded = scale.clamp(max=largest_scale(grid)).to(grid.scale_dtype).to(SCALE_DTYPE).to(scale.dtype)
-    return rounded.clamp(info.smallest_normal * info.eps)
+    within = scale.clamp(info.smallest_normal * info.eps, largest_scale(grid))  # both are exact in either dtype
+    return within.to(grid.scale_dtype).to(SCALE_DTYPE).to(scale.dtype)
 
 
 def largest_scale(grid: Grid) -> float:
     """The largest scale that the format can store; `stored_scale` cuts off what is larger."""
     return torch.finfo(SCALE_DTYPE).max if grid.scale_dtype == SCALE_DTYPE else LARGEST_BF16_SCALE
+
+
+def _least_integer(
+    ranges: GroupRange,
+    scale: Tensor,  # (out, n)
+    grid: Grid,
+) -> Tensor:
+    """The integer that the low end of each range is rounded to, -z, (out, n); at least -(2^b - 1)."""
+    return (ranges.low / scale).round_().clamp_(-grid.levels, 0)

@@ -147,35 +147,41 @@ def scaled_producer(
     return result
 
 
-def storable_scale(
+def storable_scales(
     layer: nn.Module,
     fold: Fold,
-    row_scale: Tensor,  # (rows,) fp32
-) -> Tensor | None:
-    """Returns the effective scale of dividing the producer by `row_scale`, (rows,) fp32; None if it cannot be stored.
+    row_scales: Tensor,  # (n, rows) fp32
+) -> tuple[Tensor, Tensor]:
+    """Returns the effective scales of dividing the producer by each of `row_scales`, and which can be stored.
 
     After the division by s, a norm's weight w is rounded to its dtype. Multiplying the consumers by w / round(w / s)
-    makes the fold exact despite that (except for a bias, whose own rounding remains). The scale cannot be stored if a
-    channel would overflow, vanish or change its sign.
+    makes the fold exact despite that (except for a bias, whose own rounding remains). A scale cannot be stored if a
+    channel would overflow, vanish or change its sign. The host does not wait for the device.
+
+    Returns:
+        The scales, (n, rows) fp32, and (n,) bool.
     """
-    divided = _divided_producer(layer, fold, row_scale)
-    if not all(bool(torch.isfinite(value).all()) for value in divided.values()):
-        return None
-    if fold.kind is ProducerKind.ROWS:
-        return row_scale
     name = f"{fold.producer}.weight"
+    if fold.kind is ProducerKind.ROWS:
+        tensors = layer.get_submodule(fold.producer).named_parameters(recurse=False)
+        # Rounding is monotone: a row overflows only if the largest of its weights does.
+        largest = [value.detach().abs().flatten(1).amax(dim=1) if value.ndim > 1 else value for _, value in tensors]
+        divided = [(value.detach().float() * (1 / row_scales)).to(value.dtype) for value in largest]
+        return row_scales, torch.stack([torch.isfinite(value).all(dim=1) for value in divided]).all(dim=0)
+    stored = _divided_producer(layer, fold, row_scales)
     offset = 1 if fold.kind is ProducerKind.NORM_PLUS_ONE else 0
     before = layer.get_parameter(name).detach().float() + offset
-    after = divided[name].float() + offset
-    if bool(((before != 0) & (before * after <= 0)).any()):
-        return None
-    return torch.where(before == 0, row_scale, before / after)
+    after = stored[name].float() + offset
+    lost = (before != 0) & (before * after <= 0)
+    for value in stored.values():
+        lost |= ~torch.isfinite(value)
+    return torch.where(before == 0, row_scales, before / after), ~lost.any(dim=1)
 
 
 def absorb(
     layer: nn.Module,
     fold: Fold,
-    row_scale: Tensor,  # (rows,) fp32, as `storable_scale` returned it
+    row_scale: Tensor,  # (rows,) fp32, as `storable_scales` returned it
 ) -> None:
     """Divides the producer's output channels by `row_scale`, in place."""
     for name, value in _divided_producer(layer, fold, row_scale).items():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..model.folds import InputGroup, ProducerKind, absorb, storable_scale
-from ..search.scale import ScaleSearch, search_scale, without_scale
+from ..model.folds import InputGroup, ProducerKind, absorb, storable_scales
+from ..search.chunks import ACCELERATOR_ELEMENTS, at_once
+from ..search.scale import ScaleSearch, kept_elements, scale_steps, without_scale
 from ..search.statistics import InputStatistics
+from ..search.waiting import Reading, sent, side_by_side
 from .layer_context import LayerContext
 from .weight_checks import scalable_magnitude
 
@@ -30,32 +33,55 @@ class LinearScales(NamedTuple):
 UNSCALED = LinearScales()
 
 
-def search_group_scale(context: LayerContext, group: InputGroup, statistics: InputStatistics) -> ScaleSearch:
-    """Returns the best scale of a group; the identity if nothing can absorb one, or if the search is off."""
+def search_group_scales(
+    context: LayerContext,
+    groups: Sequence[tuple[InputGroup, InputStatistics]],
+    device: torch.device,  # of the layer
+) -> list[ScaleSearch]:
+    """Returns the best scale of each group. As many are searched side by side as fit: the host waits for all together.
+
+    Statistics that are on another device than the layer come to it one after another.
+    """
+    results: list[ScaleSearch] = []
+    batch: list[Reading[ScaleSearch]] = []
+    elements = 0
+    for group, statistics in groups:
+        more = kept_elements(statistics.gram.shape[0])
+        if batch and (elements + more > at_once(ACCELERATOR_ELEMENTS) or statistics.gram.device != device):
+            results += side_by_side(batch)
+            batch, elements = [], 0
+        batch.append(search_group_scale(context, group, statistics.to(device)))
+        elements += more
+    return results + side_by_side(batch)
+
+
+def search_group_scale(context: LayerContext, group: InputGroup, statistics: InputStatistics) -> Reading[ScaleSearch]:
+    """Finds the best scale of a group; the identity if nothing can absorb one, or if the search is off."""
     names = context.quantizable_of(group)
     weights = [context.weight(name) for name in names]
     grids = [context.grid(name) for name in names]
     fold = group.fold
     if fold is None or context.recipe.n_grid == 0:
         return without_scale(weights, grids, statistics.gram, rows=weights[0].shape[1])
-    magnitudes = [weight.abs().amax(dim=0).float() for weight in weights]  # (in,) each
-    limits = [scalable_magnitude(grid, weight.dtype) for grid, weight in zip(grids, weights, strict=True)]
+    row_of_channel = sent(fold.row_of_channel, statistics.gram.device)
+    magnitudes: dict[float, list[Tensor]] = defaultdict(list)  # (in,) each, by the largest that a scale may make of one
+    for weight, grid in zip(weights, grids, strict=True):
+        magnitudes[scalable_magnitude(grid, weight.dtype)].append(weight.abs().amax(dim=0).float())
 
-    def storable(row_scale: Tensor) -> Tensor | None:
-        effective = storable_scale(context.layer, fold, row_scale)
-        if effective is None:
-            return None
-        scale = fold.channel_scale(effective)
-        fits = [(magnitude * scale).max() <= limit for magnitude, limit in zip(magnitudes, limits, strict=True)]
-        return effective if bool(torch.stack(fits).all()) else None  # the host waits once, not for each linear
+    def storable(row_scales: Tensor) -> tuple[Tensor, Tensor]:
+        effective, usable = storable_scales(context.layer, fold, row_scales)
+        scales = effective.index_select(1, row_of_channel)
+        for limit, of_weights in magnitudes.items():
+            usable &= (torch.stack(of_weights).amax(dim=0) * scales).amax(dim=1) <= limit
+        return effective, usable
 
-    return search_scale(
+    return scale_steps(
         weights,
         statistics,
         grids,
         n_grid=context.recipe.n_grid,
         duo_scaling=context.recipe.duo_scaling,
-        row_of_channel=fold.row_of_channel,
+        row_of_channel=row_of_channel,
         rows=fold.rows,
         with_feedback=context.recipe.rounding == "error_feedback",
         storable=storable,
@@ -81,7 +107,7 @@ def fold_scales(context: LayerContext, searched: Sequence[tuple[InputGroup, Scal
     """
     scales: dict[str, LinearScales] = {}
     for group, search in searched:
-        if group.fold is None or search.alpha is None:
+        if group.fold is None or search.channel_scale is None:
             continue
         producer, row_scale = group.fold.producer, search.row_scale
         if group.fold.kind is ProducerKind.ROWS and producer in context.quantizable:
@@ -91,7 +117,7 @@ def fold_scales(context: LayerContext, searched: Sequence[tuple[InputGroup, Scal
         else:
             context.remember([f"{producer}.weight", f"{producer}.bias"])
             absorb(context.layer, group.fold, row_scale)
-        scale = group.fold.channel_scale(row_scale)
+        scale = search.channel_scale
         for name in group.consumers:
             if name in context.quantizable:
                 scales[name] = scales.get(name, UNSCALED)._replace(channels=scale)

@@ -31,8 +31,8 @@ def feedback_losses(
     gram: Tensor,  # (in, in) fp32
     reference: Tensor,  # (in,) a scale close to the best one
     candidates: Sequence[Tensor],  # (in,) each
-) -> list[float]:
-    """Returns the loss of rounding W·s with error feedback on full ranges, one per candidate.
+) -> Tensor:
+    """Returns the loss of rounding W·s with error feedback on full ranges, (candidates,) fp64 on the gram's device.
 
     The losses can be compared only with each other.
 
@@ -40,7 +40,7 @@ def feedback_losses(
         NumericalError: the gram matrix could not be factorized.
     """
     inverse = reference.reciprocal()
-    order = feedback_order(gram * inverse[:, None] * inverse)
+    order = feedback_order((gram * inverse[:, None]).mul_(inverse))
     order = order._replace(damping=torch.zeros_like(order.damping))  # keeps λ in the losses
     losses = torch.zeros(len(candidates), dtype=torch.float64, device=gram.device)
     most_elements = at_once(CPU_ELEMENTS if gram.device.type == "cpu" else ACCELERATOR_ELEMENTS)
@@ -49,24 +49,23 @@ def feedback_losses(
         weight = sample.rows * reference
         grid = replace(sample.grid, group_size=1)
         for start in range(0, len(candidates), n_at_once):
-            part = candidates[start : start + n_at_once]
+            part = torch.stack([*candidates[start : start + n_at_once]])
             steps = _steps(sample, reference, part)
             _, damped_mse = round_with_feedback(weight.repeat(len(part), 1), order, steps, grid)
             shares = damped_mse.view(len(part), len(sample.rows)) * sample.share
-            losses[start : start + len(part)] += shares.sum(dim=1, dtype=torch.float64)
-    return losses.tolist()
+            losses[start : start + len(part)].add_(shares.sum(dim=1, dtype=torch.float64))
+    return losses
 
 
 def _steps(
     sample: RowSample,
     reference: Tensor,  # (in,)
-    candidates: Sequence[Tensor],  # (in,) each
+    candidates: Tensor,  # (candidates, in)
 ) -> GroupParameters:
     """Returns the grid of rows · scale per channel, in the units of the reference, (candidates · rows, in)."""
-    steps, zeros = [], []
-    for scale in candidates:
-        parameters = group_parameters(group_range(sample.rows * scale, sample.grid), sample.grid)
-        step, zero = (part.repeat_interleave(sample.grid.group_size, dim=1) for part in parameters)
-        steps.append(step.mul_(reference / scale))
-        zeros.append(zero)
-    return GroupParameters(torch.cat(steps), torch.cat(zeros))
+    scaled = sample.rows * candidates[:, None]  # (candidates, rows, in)
+    step, zero = group_parameters(group_range(scaled, sample.grid), sample.grid)  # (candidates, rows, n)
+    factors = sample.grid.groups(reference / candidates)[:, None]  # (candidates, 1, n, group_size)
+    steps = (step.unsqueeze(-1) * factors).flatten(-2)
+    zeros = zero.unsqueeze(-1).expand(*zero.shape, sample.grid.group_size).flatten(-2)
+    return GroupParameters(steps.flatten(0, 1), zeros.flatten(0, 1))

@@ -30,7 +30,8 @@ class InputStatistics:
         scale: Tensor,  # (in,)
     ) -> InputStatistics:
         """Returns the statistics of X / scale: the input once `scale` has been folded into the producer of X."""
-        return InputStatistics(self.gram / torch.outer(scale, scale), self.mean_abs / scale, self.tokens)
+        divisors = torch.outer(scale, scale)
+        return InputStatistics(torch.div(self.gram, divisors, out=divisors), self.mean_abs / scale, self.tokens)
 
     def to(self, device: torch.device) -> InputStatistics:
         """Returns these statistics on `device`."""

@@ -21,7 +21,7 @@ from hf_awq_offload.machine_errors import is_out_of_memory
 from hf_awq_offload.model.linears import is_linear
 from hf_awq_offload.offload.onloader import Onloader
 from hf_awq_offload.offload.stored_weights import StoredWeights
-from hf_awq_offload.pipeline import layer_quantization, stack_rounding
+from hf_awq_offload.pipeline import layer_quantization, scaling, stack_rounding
 from hf_awq_offload.pipeline.run_storage import RunStorage
 from hf_awq_offload.pipeline.structures import Structures
 
@@ -40,7 +40,7 @@ SMALLER_BATCHES_HELP: dict[str, tuple[Any, str]] = {
 }
 NOTHING_HELPS: dict[str, tuple[Any, str, str]] = {
     "the skeleton": (opened_inputs, "record_skeleton", "'skeleton'"),
-    "searching": (layer_quantization, "search_group_scale", r"'search' of layer model\.layers\.\d"),
+    "searching": (scaling, "search_group_scale", r"'search' of layer model\.layers\.\d"),
     "rounding": (layer_quantization, "_quantize_stack", r"'search' of layer model\.layers\.\d"),
     "packing": (stack_rounding._RoundedStack, "packed", r"'search' of layer model\.layers\.\d"),
     "storing": (RunStorage, "store_layer", r"'commit' of layer model\.layers\.\d"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_awq_offload.calibration.skeleton import record_skeleton
 from hf_awq_offload.model.decoder_layers import HIDDEN, LayerCall, LayerRunner, ProbeCalls
 from hf_awq_offload.model.fold_probing import discover_structure, without_refuted_folds
-from hf_awq_offload.model.folds import Fold, LayerStructure, ProducerKind, absorb, storable_scale, structure_key
+from hf_awq_offload.model.folds import Fold, LayerStructure, ProducerKind, absorb, storable_scales, structure_key
 
 CPU = torch.device("cpu")
 Q, K, V, O = (f"self_attn.{part}_proj" for part in "qkvo")  # noqa: E741
@@ -265,10 +265,10 @@ def wide_scale(rows: int, seed: int = 0) -> Tensor:
 
 def fold_in(layer: nn.Module, fold: Fold, scale: Tensor) -> Tensor:
     """Folds the storable scale for `scale`, and returns it."""
-    effective = storable_scale(layer, fold, scale)
-    assert effective is not None
-    absorb(layer, fold, effective)
-    return effective
+    effective, fits = storable_scales(layer, fold, scale[None])
+    assert fits.tolist() == [True]
+    absorb(layer, fold, effective[0])
+    return effective[0]
 
 
 def relative_change(output: Tensor, reference: Tensor) -> float:
@@ -317,11 +317,11 @@ def test_a_scale_is_folded_exactly_or_said_not_to_be_storable(dtype, kind, size)
     with torch.no_grad():
         layer.norm.weight.fill_(1.25 - offset)
     fold = Fold("norm", kind, torch.arange(16), 16)
-    effective = storable_scale(layer, fold, torch.full((16,), size))
+    (effective,), fits = storable_scales(layer, fold, torch.full((1, 16), size))
     if kind is ProducerKind.NORM_PLUS_ONE and dtype == torch.bfloat16 and size == 3000.0:
-        assert effective is None
+        assert not fits
         return
-    assert effective is not None
+    assert fits
     absorb(layer, fold, effective)
     folded = layer.norm.weight.detach().float() + offset
     torch.testing.assert_close(folded * effective, torch.full((16,), 1.25), rtol=3e-7, atol=0)
@@ -372,7 +372,10 @@ def test_a_scale_that_would_overflow_fp16_is_not_storable(fold, key):
     with torch.no_grad():
         layer.get_parameter(key)[5] = 3e4
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    assert storable_scale(layer, fold, torch.full((fold.rows,), 0.4)) is None
+    assert storable_scales(layer, fold, torch.tensor([0.4, 0.5])[:, None].expand(2, fold.rows))[1].tolist() == [
+        False,
+        True,
+    ]
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
     fold_in(layer, fold, torch.full((fold.rows,), 0.5))
     assert all(bool(torch.isfinite(parameter).all()) for parameter in layer.parameters())

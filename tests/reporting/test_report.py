@@ -105,7 +105,10 @@ def test_why_a_group_has_no_scale(monkeypatch):
     assert all(group.rows_nearest == group.rows > 0 for layer in without_data.layers for group in layer.groups)
     experts = [group for group in report_of(tiny_gpt_oss()).layers[0].groups if "down_proj" in group.consumers[0]]
     assert {group.unscaled for group in experts} == {NO_PRODUCER}
-    monkeypatch.setattr("hf_awq_offload.pipeline.scaling.storable_scale", lambda *args: None)
+    monkeypatch.setattr(
+        "hf_awq_offload.pipeline.scaling.storable_scales",
+        lambda layer, fold, row_scales: (row_scales, torch.zeros(len(row_scales), dtype=torch.bool)),
+    )
     assert {group.unscaled for group in report_of(tiny_llama()).layers[0].groups} == {NOT_STORABLE}
 
 

@@ -70,14 +70,14 @@ def test_losses_are_those_of_optimal_brain_quantization_one_candidate_at_a_time(
     """Allows for a tie that falls the other way in fp32, which changes the channels after it."""
     gram, samples, reference, candidates = inputs(seed)
     expected = [slow_loss(gram, samples, reference, candidate) for candidate in candidates]
-    assert feedback_losses(samples, gram, reference, candidates) == pytest.approx(expected, rel=0.01)
+    assert feedback_losses(samples, gram, reference, candidates).tolist() == pytest.approx(expected, rel=0.01)
 
 
 def test_how_many_candidates_are_rounded_together_changes_next_to_nothing(monkeypatch):
     gram, samples, reference, candidates = inputs(2)
-    together = feedback_losses(samples, gram, reference, candidates)
+    together = feedback_losses(samples, gram, reference, candidates).tolist()
     monkeypatch.setattr(feedback_ranking, "CPU_ELEMENTS", 2 * ROWS * IN)
-    assert feedback_losses(samples, gram, reference, candidates) == pytest.approx(together, rel=1e-3)
+    assert feedback_losses(samples, gram, reference, candidates).tolist() == pytest.approx(together, rel=1e-3)
 
 
 def rounded_loss(case: Case, grid: Grid, found: ScaleSearch) -> float:
@@ -114,11 +114,13 @@ def test_a_scale_that_is_worse_than_none_to_the_nearest_is_not_taken(monkeypatch
     case = [weight], InputStatistics(torch.eye(IN), loudness, tokens=100)  # large means, equal squares
     losses = [
         float(scale.weights_mse([weight], [grid], torch.eye(IN), candidate).sum())
-        for _, candidate in scale.scale_candidates(loudness, scale.mean_relative_magnitude([weight], [grid]), 20)
+        for candidate in scale.scale_candidates(loudness, scale.mean_relative_magnitude([weight], [grid]), 20)[0]
     ]
     worst = max(losses)
     monkeypatch.setattr(scale, "FEEDBACK_STEPS_UP", 20)
-    monkeypatch.setattr(scale, "feedback_losses", lambda samples, gram, reference, near: [*range(len(near), 0, -1)])
+    monkeypatch.setattr(
+        scale, "feedback_losses", lambda samples, gram, reference, near: torch.arange(len(near), 0, -1).double()
+    )
     found = search(case, grid, with_feedback=True)
     assert losses.index(worst) == 19  # feedback_losses prefers this one
     assert worst > found.identity_loss >= found.loss

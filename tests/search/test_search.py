@@ -67,8 +67,10 @@ def run_search(
 ) -> ScaleSearch:
     """Runs `search_scale`; with `smallest` (rows,), a candidate below it in any row counts as not storable."""
 
-    def storable(row_scale: Tensor) -> Tensor | None:
-        return None if smallest is not None and bool((row_scale < smallest).any()) else row_scale
+    def storable(row_scales: Tensor) -> tuple[Tensor, Tensor]:
+        return row_scales, torch.ones(len(row_scales), dtype=torch.bool) if smallest is None else (
+            row_scales >= smallest
+        ).all(dim=1)
 
     return search_scale(
         weights,
@@ -273,7 +275,7 @@ def test_candidates_are_judged_as_they_are_stored():
         duo_scaling=True,
         row_of_channel=torch.arange(IN),
         rows=IN,
-        storable=lambda row_scale: row_scale.log2().round().exp2(),
+        storable=lambda row_scales: (row_scales.log2().round().exp2(), torch.ones(20, dtype=torch.bool)),
     )
     assert torch.equal(search.row_scale, search.row_scale.log2().round().exp2())
     assert search.loss == pytest.approx(explicit_loss(x, weights, search.row_scale, GRID), rel=1e-3)
@@ -312,10 +314,10 @@ def test_when_no_candidate_can_be_stored_the_identity_is_the_result():
 def test_candidates_are_positive_finite_and_normalized_and_dead_channels_keep_one(values, duo_scaling, n_grid):
     x_mean = torch.tensor(values)
     w_mean = torch.rand(len(values), generator=generator(0)) if duo_scaling else None
-    seen = list(scale_candidates(x_mean, w_mean, n_grid))
-    assert [alpha for alpha, _ in seen] == sorted({alpha for alpha, _ in seen})
-    for alpha, scale in seen:
-        assert 0 <= alpha < 1
+    scales, usable = scale_candidates(x_mean, w_mean, n_grid)
+    assert scales.shape == (n_grid, len(values))
+    assert usable.shape == (n_grid,)
+    for scale in scales[usable]:
         assert bool(torch.isfinite(scale).all() & (scale > 0).all())
         assert bool((scale[x_mean == 0] == 1).all())
         alive = scale[x_mean > 0].double()

@@ -11,8 +11,9 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class Phase:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
     launches: dict[str, int] = field(default_factory=dict)
     waits: dict[str, int] = field(default_factory=dict)
+    launches_by_line: Counter[str] = field(default_factory=Counter)
+    waits_by_line: Counter[str] = field(default_factory=Counter)
     allocated_peak_bytes: int = 0
     reserved_peak_bytes: int = 0
 
@@ -44,8 +47,9 @@ class Phase:
 class PhaseCounts:
     """Reads the counters of the simulated GPU around every phase of a run."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_line: bool = False) -> None:
         self.phases: dict[str, Phase] = {}
+        self.by_line = by_line
 
     @contextmanager
     def watching(self, phase: str) -> Iterator[None]:
@@ -53,13 +57,18 @@ class PhaseCounts:
         import torch
 
         from simulated_gpu import observed
+        from simulated_gpu.by_line import CountsByLine
 
         observed.reset_counters()
         torch.cuda.reset_peak_memory_stats()
+        lines = CountsByLine()
         try:
-            yield
+            with lines if self.by_line else nullcontext():
+                yield
         finally:
             found, counters = self.phases.setdefault(phase, Phase()), observed.counters()
+            found.launches_by_line += lines.launches
+            found.waits_by_line += lines.waits
             for name in COUNTED:
                 found.counts[name] += counters[name]
             for sums, added in (
@@ -109,13 +118,13 @@ def counts(arguments: argparse.Namespace, folder: Path) -> tuple[Any, PhaseCount
     recipe = {"dataset": ids, "n_samples": len(ids), "max_seq_len": arguments.length} | json.loads(arguments.recipe)
     planned = plan(source, AwqOffloadConfig(**recipe), probe=False)
     torch.cuda.empty_cache()
-    found = PhaseCounts()
+    found = PhaseCounts(by_line=arguments.lines > 0)
     with found.of_runs():
         quantize(source, folder / "out", AwqOffloadConfig(**recipe))
     return planned, found
 
 
-def report(planned: Any, found: PhaseCounts, operations: int) -> str:
+def report(planned: Any, found: PhaseCounts, operations: int, by_line: int) -> str:
     columns = ("phase", "kernels", "waits", "to the device, MiB", "of it pageable", "to the host, MiB", "GFLOP")
     columns += ("allocated peak, MiB", "reserved peak, MiB")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -136,10 +145,17 @@ def report(planned: Any, found: PhaseCounts, operations: int) -> str:
         f"{allocated / MIB:.1f} MiB ({allocated / wanted:.2f} of it), reserved {reserved / MIB:.1f} MiB "
         f"({reserved / wanted:.2f})",
     ]
-    for name, phase in found.phases.items() if operations else ():
-        for what, numbers in (("kernels", phase.launches), ("waits", phase.waits)):
-            most = sorted(numbers.items(), key=lambda item: -item[1])[:operations]
-            lines += [f"{name}, {what}: " + ", ".join(f"{key} {number}" for key, number in most)] if most else []
+    for name, phase in found.phases.items():
+        for what, numbers, shown in (
+            ("kernels", phase.launches, operations),
+            ("waits", phase.waits, operations),
+            ("kernels", phase.launches_by_line, by_line),
+            ("waits", phase.waits_by_line, by_line),
+        ):
+            most = sorted(numbers.items(), key=lambda item: -item[1])[:shown]
+            lines += (
+                [f"{name}, {what}: " + ", ".join(f"{key} {number}" for key, number in most if number)] if most else []
+            )
     return "\n".join(lines)
 
 
@@ -151,6 +167,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a text")
     parser.add_argument("--recipe", default="{}", help='fields of the recipe in JSON, such as {"batch_tokens": 1024}')
     parser.add_argument("--operations", type=int, default=0, help="also name so many operations of each phase")
+    parser.add_argument("--lines", type=int, default=0, help="also name so many lines of the package in each phase")
     arguments = parser.parse_args()
     simulated_gpu.add_project_to_path()
     simulated_gpu.start()
@@ -162,7 +179,7 @@ def main() -> None:
     triton_stand_ins.install()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        print(report(*counts(arguments, Path(scratch)), arguments.operations))
+        print(report(*counts(arguments, Path(scratch)), arguments.operations, arguments.lines))
     for finding in observed.findings():
         print(f"FINDING: {finding}")
     sys.exit(bool(observed.findings()))

@@ -11,15 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from killing import digests
-from models import save_model, tiny_llama, tiny_mixtral, token_batch
+from models import save_model, tiny_llama, token_batch
 from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    PreTrainedModel,
     Phi3Config,
     Phi3ForCausalLM,
+    PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )

@@ -1,0 +1,56 @@
+"""Lets several searches wait for a device together.
+
+Where the host reads a number from a device, it waits until all that was launched before is done, and the device then
+has nothing to do until the next launch. A search that needs numbers is written as a generator: it yields the tensor
+that it has to read, and goes on with its values. `side_by_side` runs many of these and reads for all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+Reading = Generator[Tensor, Tensor, Result]
+"""Yields 1-D fp64 tensors on a device, is sent each back on the CPU, and returns its result."""
+
+
+def side_by_side(steps: Sequence[Reading[Result]]) -> list[Result]:
+    """Runs generators to their ends, with one wait for all of them between a step and the next; returns their results.
+
+    All of them are alive together, with what they keep between their steps.
+    """
+    results: dict[int, Result] = {}
+    answers: dict[int, Tensor | None] = dict.fromkeys(range(len(steps)))
+    while answers:
+        asked: dict[int, Tensor] = {}
+        for index, answer in answers.items():
+            try:
+                asked[index] = next(steps[index]) if answer is None else steps[index].send(answer)
+            except StopIteration as end:
+                results[index] = end.value
+        values = torch.cat([*asked.values()]).cpu() if asked else None
+        parts = () if values is None else values.split([len(tensor) for tensor in asked.values()])
+        answers = dict(zip(asked, parts, strict=True))
+    return [results[index] for index in range(len(steps))]
+
+
+def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
+    """Returns the numbers in all tensors, one after another; the host waits once for those on each device."""
+    places = list(dict.fromkeys(tensor.device for tensor in tensors))
+    read = {
+        place: iter(torch.cat([each.flatten().double() for each in tensors if each.device == place]).tolist())
+        for place in places
+    }
+    return [next(read[tensor.device]) for tensor in tensors for _ in range(tensor.numel())]
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Copies values from the CPU to a device; the host does not wait where that can be had."""
+    if values.is_cpu and device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
