@@ -34,7 +34,8 @@ from .model.fused_experts import fused_experts_of
 from .offload.devices import accelerator_bytes
 from .offload.memory_use import MemoryMeter
 from .offload.stored_weights import StoredWeights
-from .pipeline.budget import PROCESS_BYTES, LayerSizes, budget_of, hidden_bytes, parameter_bytes
+from .pipeline.budget import PROCESS_BYTES, budget_of, hidden_bytes
+from .pipeline.layer_sizes import LayerSizes, parameter_bytes
 from .pipeline.loop import quantize_layers
 from .pipeline.run_storage import execution_device, free_ram_bytes
 from .report import Plan
@@ -42,6 +43,8 @@ from .report import Plan
 PROBE_LAYERS = 2
 """The first layer's structure is probed; the second is like all that follow."""
 PROBE_BATCHES = 2
+CUDA_CONTEXT_BYTES = 512 << 20
+"""RAM that CUDA's libraries take once a device is used: an estimate, until a card has measured it (docs/gpu.md)."""
 
 
 @one_at_a_time()
@@ -106,11 +109,12 @@ def estimate(model: PreTrainedModel) -> Plan:
     hidden = hidden_bytes(model, calibration)
     beside_bytes = budget.peak_bytes
     if device.type != "cpu":
-        beside_bytes = layer_sizes.weights * (1 + recipe.prefetch)
+        beside_bytes = layer_sizes.weights + (layer_sizes.pinned if budget.prefetch else 0)
         beside_bytes += layer_sizes.statistics if budget.statistics_device != device else 0
+        beside_bytes += CUDA_CONTEXT_BYTES if device.type == "cuda" else 0
     entering_bytes = sizes.outside
     if mtp is not None:  # what enters it is computed beside its prefetched weights and the hidden states that are given
-        entering_bytes += layer_sizes.weights * recipe.prefetch + hidden
+        entering_bytes += layer_sizes.weights * budget.prefetch + hidden
     return Plan(
         device=str(device),
         layers=len(layers),

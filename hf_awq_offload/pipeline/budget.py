@@ -1,15 +1,20 @@
-"""Plans the execution device's memory for one decoder layer: the micro-batch, and where the statistics are.
+"""Plans the execution device's memory for one decoder layer: how much of it is processed at a time, and what is where.
 
-While statistics are collected, the device holds the layer's weights, the next layer's, the sums, and the activations of
-a micro-batch. After that, the search's tensors take the place of the activations. The micro-batch takes what the rest
-leaves. If not even a single sequence fits beside the sums, these go to RAM, and the device holds one gram matrix at a
-time.
+Beside the layer's weights and the next layer's, the device holds what structure probing, forward passes and the search
+take, one after the other (`layer_sizes.py`). If that is too much, the run gives up first what costs least time:
+
+    chunks          fewer weights at a time in the search, down to SMALL_CHUNK
+    prefetch        the next layer's weights are read when it is their turn
+    statistics      in RAM; the device holds one gram matrix at a time
+    chunks          down to LEAST_ELEMENTS
+
+The micro-batch takes what the rest leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -18,65 +23,27 @@ from torch import nn
 from ..calibration.dataset import CalibrationSet
 from ..config import AwqOffloadConfig
 from ..model.decoder_layers import candidate_layers
-from ..model.experts import expert_parts
-from ..model.fused_experts import fused_experts
-from ..model.linears import linears_in
 from ..offload.devices import CPU, accelerator_bytes
-from ..ops.blocks import matmul_dtype
+from ..search.chunks import ACCELERATOR_ELEMENTS
+from .layer_sizes import LayerSizes
+from .memory_pressure import LEAST_ELEMENTS
+from .stack_rounding import STACK_ELEMENTS
 
-FP32_BYTES = 4
-WEIGHT_COPIES = 6
-"""fp32 tensors of a linear's size that its search and rounding hold at once."""
-GRAM_COPIES = 2
-"""Gram matrices that they hold beside these: divided by the scale, and factorized."""
-FACTORIZING_COPIES = 4
-"""Gram matrices that exist while one is factorized."""
 CPU_BATCH_TOKENS = 4096
 """Micro-batch on a CPU: large enough for full-speed matrix products, small beside any model."""
+ACCELERATOR_BATCH_TOKENS = 8192
+"""Micro-batch on an accelerator: more would take memory and save no time (docs/gpu.md)."""
 ACCELERATOR_MEMORY_SHARE = 0.25
 """Share of the accelerator's free memory that a micro-batch's activations may take if no limit is set."""
+SMALL_CHUNK = 2**20
+"""Weights at a time, below which launching kernels takes longer than reading the next layer."""
 
 PROCESS_BYTES = 32 << 20
 """RAM for modules that are imported during a run, and for buffers that libraries keep (docs/log.md)."""
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """Bytes that the largest decoder layer takes, part by part."""
-
-    weights: int
-    computed_copy: int
-    """A copy of the weights in the dtype that the device computes in; 0 if that is their own."""
-    statistics: int
-    largest_gram: int
-    search: int
-    activation_bytes_per_token: int
-
-    @classmethod
-    def of(cls, layers: Collection[nn.Module], device: torch.device) -> LayerSizes:
-        """Returns the sizes of the largest of `layers`."""
-        widest = max(layers, key=parameter_bytes)
-        linears = linears_in(widest).values()
-        dtype = next(widest.parameters()).dtype
-        computed = matmul_dtype(device.type, dtype)
-        weights = parameter_bytes(widest)
-        width = computed.itemsize
-        inputs = {(linear.in_features, linear.out_features) for linear in linears}
-        grams = _gram_sizes(widest)
-        return cls(
-            weights=weights,
-            computed_copy=0 if computed == dtype else weights // dtype.itemsize * width,
-            statistics=sum(grams),
-            largest_gram=max(grams),
-            search=max(
-                max(
-                    WEIGHT_COPIES * FP32_BYTES * in_features * out_features + GRAM_COPIES * _gram_bytes(in_features),
-                    FACTORIZING_COPIES * _gram_bytes(in_features),
-                )
-                for in_features, out_features in inputs
-            ),
-            activation_bytes_per_token=width * sum(linear.in_features + linear.out_features for linear in linears),
-        )
+SEGMENT_BYTES = 20 << 20
+"""torch's allocator takes memory in pieces of this size for tensors of 1 to 10 MiB (c10, kLargeBuffer)."""
+SMALL_SEGMENT_BYTES = 2 << 20
+"""The same for smaller tensors (c10, kSmallBuffer)."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +53,8 @@ class Budget:
     batch_tokens: int
     statistics_device: torch.device
     peak_bytes: int
-    chunk_elements: int | None = None
+    prefetch: bool
+    chunk_elements: int | None
     """Weights that the search works on at a time; None: as many as are fastest."""
 
 
@@ -98,9 +66,12 @@ def budget_of(
     sequences = [] if calibration is None else calibration.sequences
     free_bytes, total_bytes = (None, None) if device.type == "cpu" else accelerator_bytes(device)
     limit_bytes = recipe.memory_limit_bytes(device)
+    beside_bytes = unfilled_bytes(recipe.prefetch) if device.type == "cuda" else 0
     if limit_bytes is not None and device.type == "cpu":
-        limit_bytes = max(1, limit_bytes - PROCESS_BYTES - hidden_bytes(model, calibration))
-    return budget_for(
+        beside_bytes = PROCESS_BYTES + hidden_bytes(model, calibration)
+    if limit_bytes is not None:
+        limit_bytes = max(1, limit_bytes - beside_bytes)
+    budget = budget_for(
         LayerSizes.of(candidate_layers(model).values(), device),
         device,
         prefetch=recipe.prefetch,
@@ -111,6 +82,14 @@ def budget_of(
         free_bytes=free_bytes,
         total_bytes=total_bytes,
     )
+    if device.type != "cuda":
+        return budget
+    return replace(budget, peak_bytes=budget.peak_bytes + unfilled_bytes(budget.prefetch))
+
+
+def unfilled_bytes(prefetch: bool) -> int:
+    """Returns what torch's allocator takes from a card and does not fill: a piece of each size for each stream."""
+    return (SEGMENT_BYTES + SMALL_SEGMENT_BYTES) * (1 + prefetch)
 
 
 def hidden_bytes(model: nn.Module, calibration: CalibrationSet | None) -> int:
@@ -131,48 +110,71 @@ def budget_for(
     free_bytes: int | None = None,  # of an accelerator
     total_bytes: int | None = None,  # of an accelerator
 ) -> Budget:
-    """Returns a micro-batch and a place for the statistics that keep to the limit as far as possible.
+    """Returns a budget that keeps to the limit as far as possible.
 
-    The place depends on the limit, or on the accelerator's size, not on what happens to be free: it changes the order
-    of sums, and a resumed run must repeat the order of the run before it.
+    Where statistics are, and the size of chunks, depend on the limit, or on the accelerator's size, not on what happens
+    to be free: they change the order of sums, and a resumed run must repeat the order of the run before it.
     """
-    held = sizes.weights * (1 + prefetch)
-
-    def peak_bytes(tokens: int, place: torch.device) -> int:
-        beside = sizes.statistics if place == device else sizes.largest_gram
-        activations = max(min(tokens, total_tokens), longest_tokens) * sizes.activation_bytes_per_token
-        return held + beside + max(activations + sizes.computed_copy, sizes.search)
-
-    place = device
     most_bytes = limit_bytes if limit_bytes is not None else total_bytes
-    if device.type != "cpu" and most_bytes is not None and peak_bytes(longest_tokens, device) > most_bytes:
-        place = CPU
-    if batch_tokens is None and limit_bytes is not None:
-        beside = sizes.statistics if place == device else sizes.largest_gram
-        room_bytes = limit_bytes - held - beside - sizes.computed_copy
-        batch_tokens = max(1, room_bytes // sizes.activation_bytes_per_token)
-        batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS) if device.type == "cpu" else batch_tokens
-    elif batch_tokens is None and free_bytes is not None:
-        batch_tokens = max(1, int(free_bytes * ACCELERATOR_MEMORY_SHARE) // sizes.activation_bytes_per_token)
-    batch_tokens = batch_tokens or CPU_BATCH_TOKENS
-    return Budget(batch_tokens, place, peak_bytes(batch_tokens, place))
+    for choice in _choices(prefetch, device):
+        if most_bytes is None or choice.peak_bytes(sizes, longest_tokens) <= most_bytes:
+            break
+    room_bytes = None
+    if limit_bytes is not None:
+        room_bytes = limit_bytes - choice.beside_activations_bytes(sizes)
+    elif free_bytes is not None:
+        room_bytes = int(free_bytes * ACCELERATOR_MEMORY_SHARE)
+    if batch_tokens is None:
+        batch_tokens = CPU_BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
+        if room_bytes is not None:
+            batch_tokens = max(1, min(batch_tokens, room_bytes // sizes.activation_bytes_per_token))
+    tokens = max(min(batch_tokens, total_tokens), longest_tokens)
+    return Budget(
+        batch_tokens,
+        choice.statistics_device,
+        choice.peak_bytes(sizes, tokens),
+        choice.prefetch,
+        choice.chunk_elements,
+    )
 
 
-def parameter_bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+@dataclass(frozen=True)
+class _Choice:
+    """What may be given up to keep to a limit."""
+
+    prefetch: bool
+    statistics_device: torch.device
+    chunk_elements: int | None
+    device: torch.device
+
+    def peak_bytes(self, sizes: LayerSizes, tokens: int) -> int:
+        """Returns the most that is held on the device, in micro-batches of so many tokens."""
+        forward = self.beside_activations_bytes(sizes) + tokens * sizes.activation_bytes_per_token
+        search = self._held_bytes(sizes) + self._statistics_bytes(sizes) + sizes.search_bytes(self.chunk_elements)
+        return max(self._held_bytes(sizes) + sizes.probing, forward, search)
+
+    def beside_activations_bytes(self, sizes: LayerSizes) -> int:
+        """Returns what is held during forward passes beside the activations."""
+        return self._held_bytes(sizes) + self._statistics_bytes(sizes) + sizes.computed_copy
+
+    def _held_bytes(self, sizes: LayerSizes) -> int:
+        return sizes.weights * (1 + self.prefetch)
+
+    def _statistics_bytes(self, sizes: LayerSizes) -> int:
+        return sizes.statistics if self.statistics_device == self.device else sizes.largest_gram
 
 
-def _gram_bytes(in_features: int) -> int:
-    return FP32_BYTES * in_features**2
-
-
-def _gram_sizes(layer: nn.Module) -> list[int]:
-    """Returns the bytes of a layer's gram matrices: one for each distinct input, as far as shapes tell, and expert."""
-    parts, linears = expert_parts(layer), linears_in(layer)
-    shapes = {(linear.in_features, linear.out_features) for name, linear in linears.items() if name not in parts}
-    sizes = [_gram_bytes(in_features) for in_features, _ in shapes]
-    of_experts = {(part.expert_name, linears[name].in_features) for name, part in parts.items()}
-    sizes += [_gram_bytes(in_features) for _, in_features in of_experts]
-    for fused in fused_experts(layer).values():  # not taken apart yet
-        sizes += map(_gram_bytes, fused.input_widths)
-    return sizes
+def _choices(prefetch: bool, device: torch.device) -> Iterator[_Choice]:
+    """Yields what may be given up, the least first."""
+    usual = None if device.type == "cpu" else ACCELERATOR_ELEMENTS
+    sizes = [usual]
+    elements = STACK_ELEMENTS if usual is None else usual
+    while elements > LEAST_ELEMENTS:
+        elements //= 2
+        sizes.append(elements)
+    large = [size for size in sizes if size is None or size >= SMALL_CHUNK]
+    places = [device] if device.type == "cpu" else [device, CPU]
+    for reads_ahead in sorted({prefetch, False}, reverse=True):
+        yield from (_Choice(reads_ahead, device, size, device) for size in large)
+    for place in places:
+        yield from (_Choice(False, place, size, device) for size in sizes)

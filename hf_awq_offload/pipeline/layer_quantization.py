@@ -108,7 +108,7 @@ def _quantize_input(
     rounder: Rounder,
     loss_nearest: Tensor | float | None,  # None: still to be computed
 ) -> tuple[list[StackOutcome], Tensor | float]:
-    """Replaces the linears that read one input; returns what rounding them gave, and the loss of rounding to nearest."""
+    """Replaces linears that read one input; returns what rounding them gave, and the loss of rounding to nearest."""
     scale = scales.get(sharing[0], UNSCALED).channels
     gram, order, own_loss = context.attempt(
         partial(_factorized, context, group, sharing, statistics, scale, loss_nearest is None), statistics.move_to_ram

@@ -85,6 +85,9 @@ def quantize_layers(
         CPU if budget is None else budget.statistics_device,
         None if budget is None else budget.chunk_elements,
     )
+    if budget is not None and recipe.prefetch and not budget.prefetch:
+        logger.info("%s has no room for the next layer: it is not read ahead.", device)
+        storage.onloader.stop_reading_ahead()
     run = Run(model, recipe, storage, record, is_quantizable, undo, most_layers, rounder, pressure, mtp)
     limits = {limited: recipe.memory_limit_bytes(limited) for limited in (device, CPU)}
     bounded = nullcontext() if storage.onloader.weights is None else large_blocks_apart()

@@ -16,12 +16,31 @@ from hf_awq_offload.calibration import statistics_collector
 from hf_awq_offload.calibration.statistics_collector import StatisticsCollector
 from hf_awq_offload.model.expert_interface import unfused
 from hf_awq_offload.offload.devices import CPU
-from hf_awq_offload.pipeline.budget import CPU_BATCH_TOKENS, PROCESS_BYTES, LayerSizes, budget_for
+from hf_awq_offload.pipeline.budget import (
+    ACCELERATOR_BATCH_TOKENS,
+    CPU_BATCH_TOKENS,
+    PROCESS_BYTES,
+    SMALL_CHUNK,
+    budget_for,
+)
+from hf_awq_offload.pipeline.layer_sizes import CHUNK_COPIES, LayerSizes, SearchedInput
+from hf_awq_offload.pipeline.memory_pressure import LEAST_ELEMENTS
+from hf_awq_offload.search.chunks import ACCELERATOR_ELEMENTS
 
 GPU = torch.device("cuda", 0)
+
+
+class FixedSearch(SearchedInput):
+    """A search that takes 500 bytes in whatever chunks."""
+
+    def search_bytes(self, chunk_elements: int) -> int:
+        return 500
+
+
 SIZES = LayerSizes(
-    weights=100, computed_copy=0, statistics=300, largest_gram=120, search=500, activation_bytes_per_token=4
-)
+    weights=100, computed_copy=0, statistics=300, largest_gram=120, probing=0, activation_bytes_per_token=4,
+    inputs=(FixedSearch(0, 0, 0),),
+)  # fmt: skip
 USUAL = {"prefetch": True, "longest_tokens": 20, "total_tokens": 10_000}
 
 
@@ -46,6 +65,23 @@ def test_every_expert_has_statistics_of_its_own():
     assert fused >= 3 * 4 * (64**2 + 96**2)
 
 
+def test_activations_are_those_of_one_expert_at_a_time():
+    """Of a layer whose experts are taken apart and of one whose experts are still fused."""
+    layer = tiny_mixtral().model.layers[0]
+    hidden, intermediate, key_value = 64, 96, 32
+    attention = 2 * (hidden + hidden) + 2 * (hidden + key_value)
+    expected = 4 * (attention + 3 * (hidden + intermediate))
+    assert LayerSizes.of([layer], CPU).activation_bytes_per_token == expected
+    experts = next(name for name, _ in layer.named_modules() if name.endswith("experts"))
+    layer.set_submodule(experts, unfused(layer.get_submodule(experts), None))
+    assert LayerSizes.of([layer], CPU).activation_bytes_per_token == expected
+
+
+def test_pinned_copies_are_counted_as_torch_rounds_them():
+    layer = nn.ModuleList([nn.Linear(48, 64, bias=False), nn.Linear(64, 64, bias=False)])
+    assert LayerSizes.of([layer], CPU).pinned == 2 * 4 * 64 * 64
+
+
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 @pytest.mark.parametrize("limit_bytes", [1_080, 1_500, 5_000, 10_000])
 def test_the_micro_batch_takes_what_the_rest_leaves(device, limit_bytes):
@@ -53,6 +89,7 @@ def test_the_micro_batch_takes_what_the_rest_leaves(device, limit_bytes):
     assert budget.statistics_device == device
     assert budget.peak_bytes <= limit_bytes
     assert budget.batch_tokens == min(CPU_BATCH_TOKENS, (limit_bytes - 200 - 300) // 4)
+    assert budget.prefetch
     assert budget.peak_bytes == 200 + 300 + max(500, 4 * budget.batch_tokens)
 
 
@@ -62,27 +99,41 @@ def test_a_micro_batch_that_is_asked_for_is_taken_and_counted():
 
 
 @pytest.mark.parametrize("total", ["limit_bytes", "total_bytes"])
-def test_statistics_that_an_accelerator_can_not_hold_are_in_RAM(total):
-    enough, short = ({**USUAL, total: each} for each in (1_000, 999))
-    assert budget_for(SIZES, GPU, **enough).statistics_device == GPU
-    in_ram = budget_for(SIZES, GPU, **short)
-    assert in_ram.statistics_device == CPU
-    assert budget_for(SIZES, CPU, **short).statistics_device == CPU
-    assert in_ram.peak_bytes < budget_for(SIZES, GPU, **enough).peak_bytes + 4 * in_ram.batch_tokens
-    long = budget_for(SIZES, GPU, prefetch=True, longest_tokens=200, total_tokens=10_000, limit_bytes=1_200)
+def test_first_the_next_layer_is_given_up_then_statistics_go_to_RAM(total):
+    limits = (1_000, 999, 900, 899, 720)
+    found = [budget_for(SIZES, GPU, **USUAL, **{total: limit}) for limit in limits]
+    assert [budget.prefetch for budget in found] == [True, False, False, False, False]
+    assert [budget.statistics_device for budget in found] == [GPU, GPU, GPU, CPU, CPU]
+    assert all(budget_for(SIZES, CPU, **USUAL, **{total: limit}).statistics_device == CPU for limit in limits)
+    if total == "limit_bytes":
+        assert all(budget.peak_bytes <= limit for budget, limit in zip(found, limits, strict=True))
+    long = budget_for(SIZES, GPU, prefetch=True, longest_tokens=200, total_tokens=10_000, **{total: 1_100})
     assert long.statistics_device == CPU, "a single sequence beside the sums is too much"
-    assert long.peak_bytes <= 1_200
+
+
+def test_chunks_shrink_before_anything_else_is_given_up_and_to_the_least_after_it():
+    weights = 2**26
+    sizes = LayerSizes(0, 0, 300, 120, 0, 4, (SearchedInput(64, weights, weights),))
+    peaks = {}
+    for chunk in (ACCELERATOR_ELEMENTS, SMALL_CHUNK, LEAST_ELEMENTS):
+        peaks[chunk] = 300 + 2 * 4 * 64**2 + CHUNK_COPIES * 4 * chunk + weights
+        budget = budget_for(sizes, GPU, **USUAL, limit_bytes=peaks[chunk])
+        assert (budget.chunk_elements, budget.peak_bytes) == (chunk, peaks[chunk])
+        assert budget.statistics_device == GPU
+    assert budget_for(sizes, GPU, **USUAL, limit_bytes=peaks[SMALL_CHUNK]).prefetch
+    assert not budget_for(sizes, GPU, **USUAL, limit_bytes=peaks[LEAST_ELEMENTS]).prefetch
+    assert budget_for(sizes, CPU, **USUAL).chunk_elements is None
 
 
 def test_the_place_of_the_statistics_does_not_depend_on_what_is_free():
-    places = {
-        budget_for(SIZES, GPU, **USUAL, total_bytes=2_000, free_bytes=free).statistics_device for free in (10, 1_900)
-    }
-    assert places == {GPU}
+    found = [budget_for(SIZES, GPU, **USUAL, total_bytes=2_000, free_bytes=free) for free in (10, 1_900)]
+    assert {(budget.statistics_device, budget.chunk_elements) for budget in found} == {(GPU, ACCELERATOR_ELEMENTS)}
 
 
 def test_without_a_limit_a_share_of_what_is_free_is_taken():
     assert budget_for(SIZES, GPU, **USUAL, total_bytes=9_000, free_bytes=8_000).batch_tokens == 8_000 // 4 // 4
+    large = budget_for(SIZES, GPU, **USUAL, total_bytes=80 * 2**30, free_bytes=80 * 2**30)
+    assert large.batch_tokens == ACCELERATOR_BATCH_TOKENS, "a larger card gives no larger micro-batches"
     assert budget_for(SIZES, CPU, **USUAL).batch_tokens == CPU_BATCH_TOKENS
 
 
@@ -120,7 +171,7 @@ def test_a_run_on_the_cpu_takes_no_more_than_it_is_allowed(room_bytes, llama, tm
     layer_bytes = sum(p.numel() * 4 for p in layer.parameters())
     sizes = LayerSizes.of([layer], CPU)
     hidden_bytes = 2560 * 64 * 4
-    limit = PROCESS_BYTES + hidden_bytes + 2 * layer_bytes + sizes.statistics + sizes.search + room_bytes
+    limit = PROCESS_BYTES + hidden_bytes + 2 * layer_bytes + sizes.statistics + sizes.search_bytes() + room_bytes
     recipe = token_recipe(**RECIPE, max_memory={"cpu": limit})
     batch_tokens = plan(llama, recipe, probe=False).batch_tokens
     tokens, activation_bytes = [], []

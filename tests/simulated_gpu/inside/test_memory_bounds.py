@@ -114,3 +114,14 @@ def least_bytes(source: Path) -> int:
     with pytest.raises(MemoryLimitError, match="of accelerator memory") as refusal:
         planned_bytes(source, max_memory={str(GPU): 1})
     return int(str(refusal.value).split(" bytes")[0].rpartition(" ")[2])
+
+
+def test_a_run_takes_what_was_planned(source, tmp_path, capsys):
+    planned, found = planned_bytes(source), taken(source, tmp_path / "out")
+    with capsys.disabled():
+        print(
+            f"\n{source.parent.name}: planned {planned / MIB:.1f}, reserved {found.reserved / MIB:.1f}, allocated "
+            f"{found.allocated / MIB:.1f} MiB"
+        )
+    assert found.times_out_of_memory == 0
+    assert 0.85 * planned <= found.reserved <= planned
