@@ -25,7 +25,7 @@ from .row_maps import LEVELS
 
 FP32_BYTES = 4
 PROBE_TOKENS = 32
-"""Tokens of the longer of the two probes of text (calibration/batches.py)."""
+"""Tokens of the longer of the two probes of text."""
 ALLOCATION_BYTES = 512
 """What the allocator of an accelerator rounds sizes up to."""
 WIDE_ACTIVATIONS, NARROW_ACTIVATIONS = 3, 4
