@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..model.probe_memory import PROBE_TOKENS
 from .dataset import CalibrationSet, micro_batches
 from .forward_pass import ModelInputs, text_in, token_ids_of
 from .text_decoder import Decoder, RunLayer, find_decoder
-
-PROBE_TOKENS = 32
 
 Probes = tuple[ModelInputs, ModelInputs]
 """Two short batches, of several tokens and of a single one. Layers are probed on them; they are no data."""

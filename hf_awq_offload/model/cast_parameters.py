@@ -7,6 +7,9 @@ that multiplies by a linear's weight itself gets what the linear's own forward g
 exact, so this computes the same bits as a layer that was cast as a whole.
 
 Experts that stay fused in one parameter are read slice by slice: a slice is cast, not the stack.
+
+On a CPU, allocating memory for a cast takes longer than the product that it is for; there, casts may be kept. Even so,
+scaled parameters are not.
 """
 
 from __future__ import annotations
@@ -23,15 +26,21 @@ from torch._C import DisableTorchFunctionSubclass
 from .expert_products import FORM
 from .scalings import Scaling, Scalings, scaled
 
+Casts = dict[Tensor, Tensor]
+"""Parameter -> its cast, which is kept."""
+
 
 @contextmanager
-def parameters_in_fp32(layer: nn.Module, scalings: Scalings, as_they_are: Collection[str]) -> Iterator[None]:
+def parameters_in_fp32(
+    layer: nn.Module, scalings: Scalings, as_they_are: Collection[str], casts: Casts | None = None
+) -> Iterator[None]:
     """Inside, whoever reads a floating-point parameter of `layer` gets an fp32 tensor of its own, scaled.
 
     Args:
         layer: the layer; its parameters do not change.
         scalings: by the parameter's name in the layer.
         as_they_are: parameters that are not cast.
+        casts: takes the casts, to be used again; None: none is kept.
     """
     named: dict[nn.Module, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for module_name, module in layer.named_modules(remove_duplicate=False):
@@ -42,7 +51,7 @@ def parameters_in_fp32(layer: nn.Module, scalings: Scalings, as_they_are: Collec
         for module, keys in named.items():
             by_key = {key: [s for name in names for s in scalings.get(name, ())] for key, names in keys.items()}
             kept = {key for key, names in keys.items() if any(name in as_they_are for name in names)}
-            module._parameters = _CastOnReading(tables[module], by_key, kept)
+            module._parameters = _CastOnReading(tables[module], by_key, kept, casts)
         yield
     finally:
         for module, table in tables.items():
@@ -52,18 +61,22 @@ def parameters_in_fp32(layer: nn.Module, scalings: Scalings, as_they_are: Collec
 class _CastOnReading(dict[str, Any]):
     """A module's parameters by name, of which every reader gets an fp32 tensor of its own."""
 
-    def __init__(self, table: dict[str, Any], scalings: Scalings, as_they_are: Collection[str]):
+    def __init__(self, table: dict[str, Any], scalings: Scalings, as_they_are: Collection[str], casts: Casts | None):
         super().__init__(table)
-        self._scalings, self._as_they_are = scalings, as_they_are
+        self._scalings, self._as_they_are, self._casts = scalings, as_they_are, casts
 
     def __getitem__(self, name: str) -> Any:
         parameter = super().__getitem__(name)
         if not isinstance(parameter, Tensor) or not parameter.is_floating_point() or name in self._as_they_are:
             return parameter
-        scalings = self._scalings.get(name, ())
-        if is_stack(parameter) and (scalings or parameter.dtype != torch.float32):
-            return _StackInFp32.of(parameter.detach(), scalings)
-        return in_fp32(parameter.detach(), scalings)
+        scalings, value = self._scalings.get(name, ()), parameter.detach()
+        if self._casts is not None:
+            if parameter not in self._casts:
+                self._casts[parameter] = in_fp32(value)
+            value = self._casts[parameter]
+        if is_stack(value) and (scalings or value.dtype != torch.float32):
+            return _StackInFp32.of(value, scalings)
+        return in_fp32(value, scalings)
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default  # noqa: SIM401 - dict.get reads past __getitem__

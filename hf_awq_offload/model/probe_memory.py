@@ -4,6 +4,8 @@ A probe holds one parameter in fp32 at a time (`cast_parameters.py`), and the in
 after rows were scaled. In fp32 numbers, for t tokens:
 
     (2 t + 5) · Σ widths of distinct inputs + max(largest parameter + t · activations, decoding of the widest input)
+
+On a CPU, the casts of all parameters are kept beside that.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from .expert_interface import InterfaceExperts
@@ -22,7 +25,7 @@ from .row_maps import LEVELS
 
 FP32_BYTES = 4
 PROBE_TOKENS = 32
-"""Tokens of the longer of the two probes of text (calibration/batches.py)."""
+"""Tokens of the longer of the two probes of text."""
 ALLOCATION_BYTES = 512
 """What the allocator of an accelerator rounds sizes up to."""
 WIDE_ACTIVATIONS, NARROW_ACTIVATIONS = 3, 4
@@ -36,13 +39,16 @@ MOST_SHARED = 2
 """Linears of one module and one width have at most so many inputs: q, k and v share one, o has another."""
 
 
-def probing_bytes(layer: nn.Module, tokens: int = PROBE_TOKENS, takes_apart: bool = True) -> int:
+def probing_bytes(
+    layer: nn.Module, tokens: int = PROBE_TOKENS, takes_apart: bool = True, keeps_casts: bool = False
+) -> int:
     """Returns the most bytes that probing holds on the device beside the layer's own weights.
 
     Args:
         layer: a decoder layer, on the meta device or any other.
         tokens: of the longest probe.
         takes_apart: experts that are still fused will be taken apart before they are probed.
+        keeps_casts: casts to fp32 are kept, as on a CPU.
     """
     fused = fused_experts(layer) if takes_apart else {}
     widths = [*_input_widths(layer), *(width for experts in fused.values() for width in _input_widths_of(experts))]
@@ -54,6 +60,8 @@ def probing_bytes(layer: nn.Module, tokens: int = PROBE_TOKENS, takes_apart: boo
     decoding = (2 * LEVELS + 3 * tokens) * max(widths, default=0)
     per_channel = 2 * tokens + CHANNEL_NUMBERS
     numbers = per_channel * sum(widths) + max(largest + activations, decoding)
+    if keeps_casts:
+        numbers += sum(parameter.numel() for parameter in layer.parameters() if parameter.dtype != torch.float32)
     return FP32_BYTES * numbers + ROUNDED_TENSORS * ALLOCATION_BYTES * len(widths)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.quantized_linear import packed_tensors
-from .cast_parameters import parameters_in_fp32
+from .cast_parameters import Casts, parameters_in_fp32
 from .decoder_layers import LayerCall, map_leaves, observed_tensors
 from .scalings import Scalings
 
@@ -17,11 +17,13 @@ class ProbeRunner:
     Args:
         layer: the decoder layer, already on `device`.
         device: the device to compute on.
+        keeps_casts: keep the parameters' casts to fp32; None: on a CPU only, where allocating them takes the most time.
     """
 
-    def __init__(self, layer: nn.Module, device: torch.device):
+    def __init__(self, layer: nn.Module, device: torch.device, keeps_casts: bool | None = None):
         self._layer = layer
         self._device = device
+        self._casts: Casts | None = {} if keeps_casts or (keeps_casts is None and device.type == "cpu") else None
         self._packed = packed_tensors(layer)
         named = layer.named_buffers(remove_duplicate=False)
         self._buffers = {name: self._moved(buffer) for name, buffer in named if name not in self._packed}
@@ -44,7 +46,7 @@ class ProbeRunner:
         """
         recorded, hidden = call
         bound = recorded.bind(hidden, lambda tensor: self._moved(tensor, copy=True))
-        with parameters_in_fp32(self._layer, scalings or {}, self._packed):
+        with parameters_in_fp32(self._layer, scalings or {}, self._packed, self._casts):
             output = torch.func.functional_call(self._layer, self._buffers, *bound, tie_weights=False)
         return observed_tensors(bound, output)
 

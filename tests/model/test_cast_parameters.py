@@ -67,12 +67,19 @@ SCALINGS = {
 }
 
 
+KEPT = pytest.mark.parametrize("keeps_casts", [False, True], ids=["cast anew", "casts kept"])
+
+
+@KEPT
 @pytest.mark.parametrize("name", SCALINGS)
-def test_a_scaled_parameter_gives_the_bits_of_a_scaled_copy(name):
+def test_a_scaled_parameter_gives_the_bits_of_a_scaled_copy(name, keeps_casts):
     layer, hidden = one_layer(), torch.randn(2, 4, 8)
-    output = ProbeRunner(layer, CPU).observe((LayerCall((HIDDEN,), {}), hidden), {name: [SCALINGS[name]]})
-    assert torch.equal(output[0], scaled_by_hand(layer, name, SCALINGS[name])(hidden).detach())
-    assert not output[0].requires_grad
+    run, call = ProbeRunner(layer, CPU, keeps_casts), (LayerCall((HIDDEN,), {}), hidden)
+    plain = run.observe(call)[0]
+    output = run.observe(call, {name: [SCALINGS[name]]})[0]
+    assert torch.equal(output, scaled_by_hand(layer, name, SCALINGS[name])(hidden).detach())
+    assert not output.requires_grad
+    assert torch.equal(run.observe(call)[0], plain)
 
 
 def test_a_weight_that_its_parent_reads_is_scaled_there_too():
@@ -135,9 +142,10 @@ def test_however_a_table_of_parameters_is_read_it_gives_fp32():
     assert torch.equal(torch.cat([stack, stack]), torch.cat([own, own]))
 
 
+@KEPT
 @pytest.mark.parametrize("apart", [False, True], ids=["as built", "experts taken apart"])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gemma, tiny_mixtral, tiny_ernie_moe, tiny_gpt_oss])
-def test_the_bits_are_those_of_a_layer_that_was_cast_as_a_whole(build, apart):
+def test_the_bits_are_those_of_a_layer_that_was_cast_as_a_whole(build, apart, keeps_casts):
     model = build().to(torch.bfloat16)
     model.config._experts_implementation = "eager"
     if apart:
@@ -145,7 +153,7 @@ def test_the_bits_are_those_of_a_layer_that_was_cast_as_a_whole(build, apart):
     skeleton = record_skeleton(model, [token_batch(1, 16)])
     layer, call = model.model.layers[0], (skeleton.calls["model.layers.0"][0], skeleton.hidden[0])
     expected = LayerRunner(layer, CPU, torch.float32).observe(*call)
-    found = ProbeRunner(layer, CPU).observe(call)
+    found = ProbeRunner(layer, CPU, keeps_casts).observe(call)
     assert len(found) == len(expected)
     assert all(map(torch.equal, found, expected))
 
