@@ -20,7 +20,7 @@ from torch import Tensor
 from ..formats.grid import GroupParameters, group_parameters, group_range
 from .chunks import ACCELERATOR_ELEMENTS, at_once
 from .loss import RowSample
-from .rounding import feedback_order, round_with_feedback
+from .rounding import FeedbackOrder, feedback_order, round_with_feedback
 
 CPU_ELEMENTS = 2**20
 """Weights, over all candidates, that are rounded at once: 4 MiB for each of nine fp32 temporaries."""
@@ -46,15 +46,23 @@ def feedback_losses(
     most_elements = at_once(CPU_ELEMENTS if gram.device.type == "cpu" else ACCELERATOR_ELEMENTS)
     for sample in samples:
         n_at_once = max(1, most_elements // sample.rows.numel())
-        weight = sample.rows * reference
-        grid = replace(sample.grid, group_size=1)
         for start in range(0, len(candidates), n_at_once):
             part = torch.stack([*candidates[start : start + n_at_once]])
-            steps = _steps(sample, reference, part)
-            _, damped_mse = round_with_feedback(weight.repeat(len(part), 1), order, steps, grid)
-            shares = damped_mse.view(len(part), len(sample.rows)) * sample.share
-            losses[start : start + len(part)].add_(shares.sum(dim=1, dtype=torch.float64))
+            losses[start : start + len(part)].add_(_share_of_losses(sample, order, reference, part))
     return losses
+
+
+def _share_of_losses(
+    sample: RowSample,
+    order: FeedbackOrder,
+    reference: Tensor,  # (in,)
+    candidates: Tensor,  # (candidates, in)
+) -> Tensor:
+    """Returns what the rows add to the loss of each candidate, (candidates,) fp64."""
+    steps = _steps(sample, reference, candidates)
+    weight = (sample.rows * reference).repeat(len(candidates), 1)
+    _, damped_mse = round_with_feedback(weight, order, steps, replace(sample.grid, group_size=1))
+    return (damped_mse.view(len(candidates), -1) * sample.share).sum(dim=1, dtype=torch.float64)
 
 
 def _steps(

@@ -27,6 +27,10 @@ class RowSample(NamedTuple):
     grid: Grid
     share: Tensor  # (rows,) weight of each row's error in the total
 
+    def part(self, span: slice) -> RowSample:
+        """Returns a sample of some of the rows."""
+        return RowSample(self.rows[span], self.grid, self.share[span])
+
 
 def row_mse(
     difference: Tensor,  # (rows, in) Ŵ - W

@@ -201,7 +201,7 @@ def scale_candidates(
     largest = scales.masked_fill(dead, -torch.inf).amax(dim=1, keepdim=True)
     least = scales.masked_fill(dead, torch.inf).amin(dim=1, keepdim=True)
     scales = (scales / (largest * least).sqrt()).masked_fill(dead, 1.0)
-    return scales, (torch.isfinite(scales) & (scales > 0)).all(dim=1)
+    return scales, ((scales > 0) & (scales < torch.inf)).all(dim=1)
 
 
 def _powers(
@@ -281,15 +281,24 @@ def sampled_losses(
     A CPU takes one scale at a time, an accelerator as many as fit.
     """
     losses = torch.zeros(len(scales), dtype=torch.float64, device=gram.device)
-    for rows, grid, share in samples:
-        n_at_once = 1 if gram.is_cpu else max(1, at_once(ACCELERATOR_ELEMENTS) // rows.numel())
+    for sample in samples:
+        n_at_once = 1 if gram.is_cpu else max(1, at_once(ACCELERATOR_ELEMENTS) // sample.rows.numel())
         for start in range(0, len(scales), n_at_once):
-            part = torch.stack([*scales[start : start + n_at_once]])[:, None]
-            for span in row_chunks(rows):
-                difference = _difference(rows[span], grid, part)
-                mse = row_mse(difference.flatten(0, 1), gram).view(difference.shape[:2])
-                losses[start : start + n_at_once].add_((mse * share[span]).sum(dim=1, dtype=torch.float64))
+            part = torch.stack([*scales[start : start + n_at_once]])
+            for span in row_chunks(sample.rows):
+                losses[start : start + n_at_once].add_(_share_of_losses(sample.part(span), gram, part))
     return losses
+
+
+def _share_of_losses(
+    sample: RowSample,
+    gram: Tensor,  # (in, in) fp32
+    scales: Tensor,  # (scales, in)
+) -> Tensor:
+    """Returns what the rows add to the loss of each scale, (scales,) fp64."""
+    difference = _difference(sample.rows, sample.grid, scales[:, None])
+    mse = row_mse(difference.flatten(0, 1), gram).view(difference.shape[:2])
+    return (mse * sample.share).sum(dim=1, dtype=torch.float64)
 
 
 def _inclusion(

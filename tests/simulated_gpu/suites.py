@@ -31,6 +31,11 @@ SUITES = [
             f"{INSIDE}/test_statistics_on_cuda.py",
         ),
     ),
+    Suite(
+        "counts and memory of the scale search",
+        1,
+        (f"{INSIDE}/test_search_counts.py", f"{INSIDE}/test_ranking_memory.py"),
+    ),
     Suite("the product on two devices", 2, (f"{INSIDE}/test_product_on_cuda.py",)),
     Suite(
         "kernels and searches",
