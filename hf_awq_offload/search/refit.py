@@ -16,6 +16,8 @@ from .chunks import at_once, row_chunks
 
 MOST_SYSTEM_ELEMENTS = 2**24
 """Matrix elements of the equations that are solved at once: 64 MiB."""
+MOST_PRODUCT_ELEMENTS = 2**25
+"""Products of codes with the gram matrix that an accelerator holds at once: 128 MiB."""
 
 
 def refitted(
@@ -35,7 +37,8 @@ def refitted(
     for span in row_chunks(weight):
         before = parameters.scale[span]
         centered = grid.groups(codes[span]) - parameters.zero[span, :, None]
-        matrix, right = _equations(weight[span], centered, gram)
+        equations = _equations if weight.device.type == "cpu" else _equations_in_blocks
+        matrix, right = equations(weight[span], centered, gram)
         damped_right = right + damping * (grid.groups(weight[span]) * centered).sum(dim=-1)
         best = _solved(matrix, damping * centered.square().sum(dim=-1), damped_right)
         scale[span] = torch.where(best > 0, stored_scale(best, grid), before)
@@ -56,6 +59,29 @@ def _equations(
         products = centered[:, group] @ gram[group * group_size : (group + 1) * group_size]
         right[:, group] = (products * weight).sum(dim=1)
         matrix[:, group] = products.unflatten(1, (n, group_size)).mul_(centered).sum(dim=-1)
+    return matrix, right
+
+
+def _equations_in_blocks(
+    weight: Tensor,  # (rows, in)
+    centered: Tensor,  # (rows, n, group_size): codes - zero point
+    gram: Tensor,  # (in, in), symmetric
+) -> tuple[Tensor, Tensor]:
+    """Returns what `_equations` does, for accelerators: several groups at once, and half of the symmetric matrix.
+
+    A CPU is faster without: its products stay in the cache, so it loses nothing by reading them twice.
+    """
+    rows, n, group_size = centered.shape
+    matrix = weight.new_empty(rows, n, n)
+    right = (weight @ gram).unflatten(1, (n, group_size)).mul_(centered).sum(dim=-1)
+    groups = max(1, at_once(MOST_PRODUCT_ELEMENTS) // weight.numel())
+    for start in range(0, n, groups):
+        own = centered[:, start : start + groups].transpose(0, 1)  # (groups, rows, group_size)
+        couplings = gram.unflatten(0, (n, group_size))[start : start + groups, :, start * group_size :]
+        products = torch.bmm(own, couplings).unflatten(2, (n - start, group_size))  # (groups, rows, n - start, …)
+        block = products.mul_(centered[:, start:]).sum(dim=-1)
+        matrix[:, start : start + groups, start:] = block.transpose(0, 1)
+        matrix[:, start:, start : start + groups] = block.permute(1, 2, 0)
     return matrix, right
 
 
