@@ -8,11 +8,13 @@ codes held fixed, its output error is quadratic in the Δ of its groups. On the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..formats.grid import Grid, GroupParameters, stored_scale
-from .chunks import at_once, row_chunks
+from .chunks import ACCELERATOR_ELEMENTS, at_once, row_chunks
 
 MOST_SYSTEM_ELEMENTS = 2**24
 """Matrix elements of the equations that are solved at once: 64 MiB."""
@@ -34,7 +36,7 @@ def refitted(
     does a row whose equations have no solution.
     """
     scale, change = torch.empty_like(parameters.scale), torch.empty_like(weight[:, 0])
-    for span in row_chunks(weight):
+    for span in _spans(weight, parameters.scale.shape[1]):
         before = parameters.scale[span]
         centered = grid.groups(codes[span]) - parameters.zero[span, :, None]
         equations = _equations if weight.device.type == "cpu" else _equations_in_blocks
@@ -45,6 +47,19 @@ def refitted(
         step, middle = scale[span] - before, (scale[span] + before) / 2
         change[span] = 2 * (step * ((matrix @ middle[..., None]).squeeze(-1) - right)).sum(dim=1)
     return GroupParameters(scale, parameters.zero), change
+
+
+def _spans(
+    weight: Tensor,  # (out, in)
+    groups: int,  # n
+) -> Iterator[slice]:
+    """Yields rows to work on at a time: on an accelerator, neither they nor their equations exceed a chunk."""
+    for span in row_chunks(weight):
+        rows = stop = min(span.stop, len(weight)) - span.start
+        if weight.device.type != "cpu":
+            rows = max(1, at_once(ACCELERATOR_ELEMENTS) // groups**2)
+        for start in range(0, stop, rows):
+            yield slice(span.start + start, span.start + min(stop, start + rows))
 
 
 def _equations(
@@ -78,8 +93,8 @@ def _equations_in_blocks(
     for start in range(0, n, groups):
         own = centered[:, start : start + groups].transpose(0, 1)  # (groups, rows, group_size)
         couplings = gram.unflatten(0, (n, group_size))[start : start + groups, :, start * group_size :]
-        products = torch.bmm(own, couplings).unflatten(2, (n - start, group_size))  # (groups, rows, n - start, …)
-        block = products.mul_(centered[:, start:]).sum(dim=-1)
+        # No name holds the products, (groups, rows, n - start, group_size), while the next ones are computed.
+        block = torch.bmm(own, couplings).unflatten(2, (n - start, -1)).mul_(centered[:, start:]).sum(dim=-1)
         matrix[:, start : start + groups, start:] = block.transpose(0, 1)
         matrix[:, start:, start : start + groups] = block.permute(1, 2, 0)
     return matrix, right
@@ -94,7 +109,17 @@ def _solved(
     rows = max(1, at_once(MOST_SYSTEM_ELEMENTS) // matrix[0].numel())
     solutions = []
     for part, added, side in zip(matrix.split(rows), diagonal.split(rows), right.split(rows), strict=True):
-        factor, failed = torch.linalg.cholesky_ex(part + torch.diag_embed(added))
+        factor, failed = torch.linalg.cholesky_ex(_with_diagonal(part, added))
         solution = torch.cholesky_solve(side[..., None], factor).squeeze(-1)
         solutions.append(torch.where(failed[:, None] == 0, solution, 0))
     return torch.cat(solutions)
+
+
+def _with_diagonal(
+    matrix: Tensor,  # (rows, n, n)
+    added: Tensor,  # (rows, n)
+) -> Tensor:
+    """Returns the matrices with `added` on their diagonals, (rows, n, n)."""
+    damped = matrix.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(added)
+    return damped

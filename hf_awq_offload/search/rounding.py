@@ -123,19 +123,31 @@ def _round_and_refit(
     """Returns codes, mse and grid, each row the best of three: as rounded, with refitted scales, or rounded again."""
     codes, mse, scale = torch.empty_like(weight), torch.empty_like(weight[:, 0]), torch.empty_like(parameters.scale)
     for span in _rows_at_once(weight):
-        rows, own = weight[span], _rows_of(parameters, span)
-        _round_rows(rows, order, own, grid, codes[span], mse[span])
-        fitting, change = refitted(rows, codes[span], own, gram, order.damping, grid)
-        codes_again, mse_again = torch.empty_like(rows), torch.empty_like(mse[span])
-        _round_rows(rows, order, fitting, grid, codes_again, mse_again)
-        fitted_mse = mse[span] + change
-        again = mse_again < torch.minimum(mse[span], fitted_mse)
-        better = again | (change < 0)
-        torch.where(again[:, None], codes_again, codes[span], out=codes[span])
-        kept_mse = torch.where(better, fitted_mse.clamp_(min=0), mse[span])
-        torch.where(again, mse_again, kept_mse, out=mse[span])
-        torch.where(better[:, None], fitting.scale, own.scale, out=scale[span])
+        own = _rows_of(parameters, span)
+        _round_and_refit_rows(weight[span], gram, order, own, grid, codes[span], mse[span], scale[span])
     return codes, mse, GroupParameters(scale, parameters.zero)
+
+
+def _round_and_refit_rows(
+    weight: Tensor,  # (rows, in) fp32
+    gram: Tensor,  # (in, in) fp32
+    order: FeedbackOrder,
+    parameters: GroupParameters,  # (rows, n)
+    grid: Grid,
+    codes: Tensor,  # (rows, in), filled
+    mse: Tensor,  # (rows,), filled
+    scale: Tensor,  # (rows, n), filled
+) -> None:
+    _round_rows(weight, order, parameters, grid, codes, mse)
+    fitting, change = refitted(weight, codes, parameters, gram, order.damping, grid)
+    codes_again, mse_again = torch.empty_like(weight), torch.empty_like(mse)
+    _round_rows(weight, order, fitting, grid, codes_again, mse_again)
+    fitted_mse = mse + change
+    again = mse_again < torch.minimum(mse, fitted_mse)
+    better = again | (change < 0)
+    torch.where(again[:, None], codes_again, codes, out=codes)
+    torch.where(again, mse_again, torch.where(better, fitted_mse.clamp_(min=0), mse), out=mse)
+    torch.where(better[:, None], fitting.scale, parameters.scale, out=scale)
 
 
 def round_with_feedback(

@@ -22,7 +22,7 @@ TYPES = "test_a_model_type_is_quantized_saved_reloaded_and_folds_as_recorded"
 
 SUITES = [
     Suite("the simulation", 2, tuple(f"{INSIDE}/test_simulated_{part}.py" for part in PARTS)),
-    Suite("the product on one device", 1, (f"{INSIDE}/test_product_on_cuda.py",)),
+    Suite("the product on one device", 1, (f"{INSIDE}/test_product_on_cuda.py", f"{INSIDE}/test_rounding_on_cuda.py")),
     Suite("the product on two devices", 2, (f"{INSIDE}/test_product_on_cuda.py",)),
     Suite(
         "kernels and searches",
