@@ -8,14 +8,18 @@ codes held fixed, its output error is quadratic in the Δ of its groups. On the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..formats.grid import Grid, GroupParameters, stored_scale
-from .chunks import at_once, row_chunks
+from .chunks import ACCELERATOR_ELEMENTS, at_once, row_chunks
 
 MOST_SYSTEM_ELEMENTS = 2**24
 """Matrix elements of the equations that are solved at once: 64 MiB."""
+MOST_PRODUCT_ELEMENTS = 2**25
+"""Products of codes with the gram matrix that an accelerator holds at once: 128 MiB."""
 
 
 def refitted(
@@ -32,16 +36,30 @@ def refitted(
     does a row whose equations have no solution.
     """
     scale, change = torch.empty_like(parameters.scale), torch.empty_like(weight[:, 0])
-    for span in row_chunks(weight):
+    for span in _spans(weight, parameters.scale.shape[1]):
         before = parameters.scale[span]
         centered = grid.groups(codes[span]) - parameters.zero[span, :, None]
-        matrix, right = _equations(weight[span], centered, gram)
+        equations = _equations if weight.device.type == "cpu" else _equations_in_blocks
+        matrix, right = equations(weight[span], centered, gram)
         damped_right = right + damping * (grid.groups(weight[span]) * centered).sum(dim=-1)
         best = _solved(matrix, damping * centered.square().sum(dim=-1), damped_right)
         scale[span] = torch.where(best > 0, stored_scale(best, grid), before)
         step, middle = scale[span] - before, (scale[span] + before) / 2
         change[span] = 2 * (step * ((matrix @ middle[..., None]).squeeze(-1) - right)).sum(dim=1)
     return GroupParameters(scale, parameters.zero), change
+
+
+def _spans(
+    weight: Tensor,  # (out, in)
+    groups: int,  # n
+) -> Iterator[slice]:
+    """Yields rows to work on at a time: on an accelerator, neither they nor their equations exceed a chunk."""
+    for span in row_chunks(weight):
+        rows = stop = min(span.stop, len(weight)) - span.start
+        if weight.device.type != "cpu":
+            rows = max(1, at_once(ACCELERATOR_ELEMENTS) // groups**2)
+        for start in range(0, stop, rows):
+            yield slice(span.start + start, span.start + min(stop, start + rows))
 
 
 def _equations(
@@ -59,6 +77,29 @@ def _equations(
     return matrix, right
 
 
+def _equations_in_blocks(
+    weight: Tensor,  # (rows, in)
+    centered: Tensor,  # (rows, n, group_size): codes - zero point
+    gram: Tensor,  # (in, in), symmetric
+) -> tuple[Tensor, Tensor]:
+    """Returns what `_equations` does, for accelerators: several groups at once, and half of the symmetric matrix.
+
+    A CPU is faster without: its products stay in the cache, so it loses nothing by reading them twice.
+    """
+    rows, n, group_size = centered.shape
+    matrix = weight.new_empty(rows, n, n)
+    right = (weight @ gram).unflatten(1, (n, group_size)).mul_(centered).sum(dim=-1)
+    groups = max(1, at_once(MOST_PRODUCT_ELEMENTS) // weight.numel())
+    for start in range(0, n, groups):
+        own = centered[:, start : start + groups].transpose(0, 1)  # (groups, rows, group_size)
+        couplings = gram.unflatten(0, (n, group_size))[start : start + groups, :, start * group_size :]
+        # No name holds the products, (groups, rows, n - start, group_size), while the next ones are computed.
+        block = torch.bmm(own, couplings).unflatten(2, (n - start, -1)).mul_(centered[:, start:]).sum(dim=-1)
+        matrix[:, start : start + groups, start:] = block.transpose(0, 1)
+        matrix[:, start:, start : start + groups] = block.permute(1, 2, 0)
+    return matrix, right
+
+
 def _solved(
     matrix: Tensor,  # (rows, n, n)
     diagonal: Tensor,  # (rows, n), added to the diagonals of `matrix`
@@ -68,7 +109,17 @@ def _solved(
     rows = max(1, at_once(MOST_SYSTEM_ELEMENTS) // matrix[0].numel())
     solutions = []
     for part, added, side in zip(matrix.split(rows), diagonal.split(rows), right.split(rows), strict=True):
-        factor, failed = torch.linalg.cholesky_ex(part + torch.diag_embed(added))
+        factor, failed = torch.linalg.cholesky_ex(_with_diagonal(part, added))
         solution = torch.cholesky_solve(side[..., None], factor).squeeze(-1)
         solutions.append(torch.where(failed[:, None] == 0, solution, 0))
     return torch.cat(solutions)
+
+
+def _with_diagonal(
+    matrix: Tensor,  # (rows, n, n)
+    added: Tensor,  # (rows, n)
+) -> Tensor:
+    """Returns the matrices with `added` on their diagonals, (rows, n, n)."""
+    damped = matrix.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(added)
+    return damped

@@ -28,15 +28,19 @@ for dtype in ("fp16", "bf16", "fp32"):
         compile(ASTSource(fn=kernel, signature=signature, constexprs=values), target=target)
         print("compiled", kernel.__name__, dtype)
 
-from hf_awq_offload.search.feedback_kernel import leaf_kernel
+from hf_awq_offload.search import feedback_kernel
 
-integers = {"start": "i32", "channels": "i32", "rows": "i32", "coupling_stride": "i32", "group_of_channel": "*i64"}
-types = integers | {"levels": "fp32", "LEAF": "constexpr", "BLOCK": "constexpr"}
-names = leaf_kernel.arg_names
+kernel = feedback_kernel.block_kernel
+integers = {"block": "i32", "stop": "i32", "rows": "i32", "coupling_stride": "i32", "group_of_channel": "*i64"}
+constants = {
+    "BLOCK": feedback_kernel.BLOCK_CHANNELS, "INNER": feedback_kernel.INNER_CHANNELS, "ROWS": feedback_kernel.BLOCK_ROWS
+}
+types = integers | {"levels": "fp32"} | dict.fromkeys(constants, "constexpr")
+names = kernel.arg_names
 signature = {name: types.get(name, "*fp32") for name in names}
-constants = {(names.index("LEAF"),): 16, (names.index("BLOCK"),): 64}
-compile(ASTSource(fn=leaf_kernel, signature=signature, constexprs=constants), target=target)
-print("compiled", leaf_kernel.__name__)
+values = {(names.index(name),): value for name, value in constants.items()}
+compile(ASTSource(fn=kernel, signature=signature, constexprs=values), target=target, options={"num_warps": 1})
+print("compiled", kernel.__name__)
 """
 
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from hf_awq_offload import quantize_model
 from hf_awq_offload.formats.grid import Grid, group_parameters, group_range
 from hf_awq_offload.search import feedback_ranking, scale
+from hf_awq_offload.search.factorization import DAMPING
 from hf_awq_offload.search.feedback_ranking import feedback_losses
 from hf_awq_offload.search.loss import RowSample
-from hf_awq_offload.search.rounding import DAMPING, feedback_order, round_weight
+from hf_awq_offload.search.rounding import feedback_order, round_weight
 from hf_awq_offload.search.scale import ScaleSearch
 from hf_awq_offload.search.statistics import InputStatistics
 

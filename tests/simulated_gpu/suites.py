@@ -32,9 +32,13 @@ SUITES = [
         ),
     ),
     Suite(
-        "counts and memory of the scale search",
+        "counts and memory of the search",
         1,
-        (f"{INSIDE}/test_search_counts.py", f"{INSIDE}/test_ranking_memory.py"),
+        (
+            f"{INSIDE}/test_search_counts.py",
+            f"{INSIDE}/test_ranking_memory.py",
+            f"{INSIDE}/test_rounding_on_cuda.py",
+        ),
     ),
     Suite("the product on two devices", 2, (f"{INSIDE}/test_product_on_cuda.py",)),
     Suite(

@@ -57,20 +57,20 @@ def _product(sizes: tuple[int, ...]) -> int:
     return int(torch.Size(sizes).numel())
 
 
-def _leaf(grid, remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots, start, channels, rows,
-          coupling_stride, levels, *, LEAF, BLOCK):  # fmt: skip
+def _block(grid, remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots, block, stop, rows,
+           coupling_stride, levels, *, BLOCK, INNER, ROWS, num_warps):  # fmt: skip
+    from hf_awq_offload.search.feedback import _round_one_by_one
     from hf_awq_offload.search.feedback_state import FeedbackState
-    from hf_awq_offload.search.rounding import _round_leaf
 
-    assert grid[0] * BLOCK >= rows
-    assert channels <= LEAF
+    assert grid[0] * ROWS >= rows
+    assert 0 < stop - block * BLOCK <= BLOCK
     total, groups = remaining.shape[0], scale.shape[0]
     state = FeedbackState(
         _as_the_kernel_sees(remaining, total, rows), _as_the_kernel_sees(errors, total, rows), squares,
         _as_the_kernel_sees(scale, groups, rows), _as_the_kernel_sees(zero, groups, rows),
         group_of_channel, coupling.as_strided(coupling.shape, (coupling_stride, 1)), pivots,
     )  # fmt: skip
-    _round_leaf(state, start, start + channels, int(levels))
+    _round_one_by_one(state, block * BLOCK, stop, int(levels))
 
 
 def _weight(
@@ -132,7 +132,7 @@ def install() -> None:
     from hf_awq_offload.ops import triton_kernels
     from hf_awq_offload.search import feedback_kernel
 
-    feedback_kernel.leaf_kernel = KernelStandIn("leaf_kernel", _leaf, writes=(0, 1, 2))
+    feedback_kernel.block_kernel = KernelStandIn("block_kernel", _block, writes=(0, 1, 2))
     triton_kernels.dequantize_kernel = KernelStandIn("dequantize_kernel", _dequantize, writes=(3,))
     triton_kernels.gemv_kernel = KernelStandIn("gemv_kernel", _gemv, writes=(4,))
     triton_kernels.gemm_kernel = KernelStandIn("gemm_kernel", _gemm, writes=(4,))

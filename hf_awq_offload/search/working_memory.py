@@ -1,0 +1,48 @@
+"""Memory that ordering channels and rounding take on an accelerator, in bytes, for who plans it.
+
+Not counted: what goes in (the weight, its clipped ranges, the gram matrix, and the order when rounding), and what
+libraries take inside a call (cuSOLVER, cuBLAS).
+"""
+
+from __future__ import annotations
+
+from .chunks import ACCELERATOR_ELEMENTS
+from .factorization import ORDER_BLOCKS
+from .refit import MOST_PRODUCT_ELEMENTS
+from .rounding import ROWS_ELEMENTS
+
+FP32_BYTES = 4
+SMALL_BYTES = 2**14
+"""Numbers and vectors, each in a block of 512 bytes at least."""
+
+
+def ordering_bytes(in_features: int) -> int:
+    """Returns what `feedback_order` takes: two matrices, of which one is its result, and four blocks of channels."""
+    block = -(-in_features // ORDER_BLOCKS)
+    return FP32_BYTES * (2 * in_features**2 + 4 * block * in_features + 2 * block**2 + 16 * in_features) + SMALL_BYTES
+
+
+def rounding_bytes(
+    out_features: int,  # rows of the stack
+    in_features: int,
+    group_size: int,
+    elements: int | None = None,  # as for `chunks_of_at_most`
+) -> int:
+    """Returns what `round_weight` takes with error feedback, its result included."""
+    groups = in_features // group_size
+
+    def rows(of: int, usual: int, width: int) -> int:
+        return min(of, max(1, (usual if elements is None else min(usual, elements)) // width))
+
+    fed_back = rows(out_features, ROWS_ELEMENTS, in_features)
+    chunk = rows(fed_back, ACCELERATOR_ELEMENTS, in_features)
+    fitted = rows(chunk, ACCELERATOR_ELEMENTS, groups**2)
+    products = rows(groups, MOST_PRODUCT_ELEMENTS, fitted * in_features)
+    setting_up = products * (in_features + group_size + groups)  # products, a copy of the codes, and sums
+    temporaries = max(
+        fed_back * (3 * in_features + 4 * groups),  # w - ŵ, w' and the codes of the second time; grids
+        fitted * (in_features + groups**2 + max(setting_up, 2 * groups**2) + 4 * groups),  # fitting the scales
+        3 * chunk * in_features,  # rounding to nearest
+    )
+    results = out_features * (in_features + 11 * groups + 8)
+    return FP32_BYTES * (results + temporaries) + SMALL_BYTES
