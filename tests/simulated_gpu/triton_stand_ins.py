@@ -131,7 +131,9 @@ def install() -> None:
         return
     from hf_awq_offload.ops import triton_kernels
     from hf_awq_offload.search import feedback_kernel
+    from hf_awq_offload.triton_trial import kernel
 
+    kernel.trial_kernel = KernelStandIn("trial_kernel", lambda grid, target, *, VALUE: target.fill_(VALUE), writes=(0,))
     feedback_kernel.leaf_kernel = KernelStandIn("leaf_kernel", _leaf, writes=(0, 1, 2))
     triton_kernels.dequantize_kernel = KernelStandIn("dequantize_kernel", _dequantize, writes=(3,))
     triton_kernels.gemv_kernel = KernelStandIn("gemv_kernel", _gemv, writes=(4,))
