@@ -70,7 +70,7 @@ def _choose(environment: str, requested: str, linear: LinearShape) -> Backend:
                 "Choose 'auto' or 'torch' instead."
             )
         return backend
-    for candidate in ORDER.get(linear.device_type, ()):
+    for candidate in ORDER.get(linear.device.type, ()):
         backend = backend_named(candidate)
         if backend.refusal(linear) is None:
             return backend

@@ -28,7 +28,7 @@ def make(backend: str, dtype: torch.dtype, in_features=256, out_features=128, gr
     linear = random_awq_linear(in_features, out_features, dtype=dtype, group_size=group_size, **kwargs)
     linear = linear.to(DEVICE[backend])
     linear.backend = backend
-    shape = ops.LinearShape(DEVICE[backend], dtype, in_features, out_features, group_size)
+    shape = ops.LinearShape(torch.device(DEVICE[backend]), dtype, in_features, out_features, group_size)
     if backend_named(backend).refusal(shape) is not None:
         with pytest.raises(ConfigError, match=f"{backend}.*can't serve"):
             linear(torch.ones(1, in_features, dtype=dtype, device=DEVICE[backend]))

@@ -109,7 +109,7 @@ def test_a_kernel_that_writes_nothing_is_noticed(monkeypatch):
 
     class Idle:
         def __getitem__(self, grid):
-            return lambda target, VALUE: None
+            return lambda target, **constants: None
 
     monkeypatch.setattr(kernel, "trial_kernel", Idle())
     with pytest.raises(RuntimeError, match="should write 7 wrote 0"):
