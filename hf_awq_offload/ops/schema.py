@@ -15,7 +15,7 @@ it. AWQ tensors come from files, so sizes are checked before a kernel gets a poi
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def _linear(
     if not isinstance(chosen, WordsBackend):  # the weight is not in the backend's own layout, as under torch.compile
         chosen = backend_named("torch")
     assert isinstance(chosen, WordsBackend)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if not rows.shape[0]:
         return _output_like(x, scales)
     with without_autocast(x.device.type):
@@ -185,8 +185,15 @@ def native_backend(name: str) -> NativeBackend:
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Disables autocast, so that ops compute in the dtypes that a backend chooses."""
-    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
+
+
+def autocasts(device_type: str) -> bool:
+    """Returns whether autocast is enabled for the type of device."""
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+_has_autocast = cache(torch.amp.is_autocast_available)  # torch takes longer for the answer than for the whole question
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------

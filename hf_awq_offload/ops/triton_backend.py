@@ -6,7 +6,9 @@ and the row count from which a dense product is used, are estimates until a GPU 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -73,20 +75,24 @@ class TritonBackend(WordsBackend):
         return [(slice(0, packed.scales.shape[1]), self.dequantize(packed, dtype))]
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-        from .triton_kernels import dequantize_kernel
-
         (in_features, row_words), groups = packed.qweight.shape, packed.scales.shape[0]
         weight = torch.empty(row_words * COLUMNS_PER_WORD, in_features, dtype=dtype, device=packed.qweight.device)
         block_k = segment_for(in_features // groups, 64)
         grid = (-(-row_words // WORDS_TO_DEQUANTIZE), in_features // block_k)
         _launch(
-            dequantize_kernel, grid, weight, *_contiguous(packed), weight, in_features, row_words,
+            kernels().dequantize_kernel, grid, weight, *_contiguous(packed), weight, in_features, row_words,
             K_GROUP=in_features // groups, BLOCK_K=block_k, WORDS=WORDS_TO_DEQUANTIZE,
         )  # fmt: skip
         return weight
 
 
 BACKEND = TritonBackend()
+
+
+@cache
+def kernels() -> ModuleType:
+    """Returns the module of the kernels, which only imports where Triton is installed."""
+    return import_module(".triton_kernels", __package__)
 
 
 def _contiguous(packed: PackedWeight) -> PackedWeight:
@@ -101,33 +107,54 @@ def _fused(
     bias: Tensor | None,  # (N,)
 ) -> Tensor:
     """Returns x Wᵀ + bias, (M, N), in one launch, without dequantizing the whole weight."""
-    from .triton_kernels import gemm_kernel, gemv_kernel
-
     if x.stride(1) != 1:
         x = x.contiguous()
-    (rows, in_features), (row_words, groups) = x.shape, (packed.qweight.shape[1], packed.scales.shape[0])
+    (rows, in_features), row_words = x.shape, packed.qweight.shape[1]
     output = x.new_empty(rows, row_words * COLUMNS_PER_WORD)
-    group_size = in_features // groups
-    columns = -(-row_words // WORDS)
-    has_bias = bias is not None
+    group_size = in_features // packed.scales.shape[0]
     tensors = (x, *packed, x if bias is None else bias, output)  # a kernel without a bias does not read the pointer
     if rows == 1:
-        segment = segment_for(group_size, 64)
-        lanes = min(segment, LANES)
-        warps = 2 * WARPS if columns <= _processors(x.device) else WARPS
-        _launch(
-            gemv_kernel, (columns,), x, *tensors, row_words, in_features // segment, HAS_BIAS=has_bias,
-            K_GROUP=group_size, STEPS=segment // lanes, LANES=lanes, SEGMENTS=warps, WORDS=WORDS, num_warps=warps,
-        )  # fmt: skip
-        return output
-    tile = tile_for(rows, x.dtype)
-    segment = segment_for(group_size, tile.channels)
-    _launch(
-        gemm_kernel, (columns, -(-rows // tile.rows)), x, *tensors,
-        rows, row_words, in_features // segment, x.stride(0), HAS_BIAS=has_bias, UPCAST=interpreting(), K_GROUP=group_size, BLOCK_M=tile.rows, BLOCK_K=segment,
-        SEGMENTS=WARPS, WORDS=WORDS, num_warps=WARPS, num_stages=_stages(x.device),
-    )  # fmt: skip
+        segment, grid, constants = _gemv_plan(row_words, group_size, x.device)
+        numbers: tuple[int, ...] = (row_words, in_features // segment)
+        _launch(kernels().gemv_kernel, grid, x, *tensors, *numbers, HAS_BIAS=bias is not None, **constants)
+    else:
+        segment, grid, constants = _gemm_plan(rows, row_words, group_size, x.dtype, x.device)
+        numbers = (rows, row_words, in_features // segment, x.stride(0))
+        _launch(kernels().gemm_kernel, grid, x, *tensors, *numbers, HAS_BIAS=bias is not None, **constants)
     return output
+
+
+class Plan(NamedTuple):
+    """How a kernel is launched."""
+
+    segment: int  # input channels that are multiplied together
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@cache
+def _gemv_plan(row_words: int, group_size: int, device: torch.device) -> Plan:
+    """Returns how to multiply one row: with twice the warps if there is no more than one program per processor."""
+    segment, columns = segment_for(group_size, 64), -(-row_words // WORDS)
+    lanes = min(segment, LANES)
+    warps = 2 * WARPS if columns <= _processors(device) else WARPS
+    constants = {
+        "K_GROUP": group_size, "STEPS": segment // lanes, "LANES": lanes, "SEGMENTS": warps, "WORDS": WORDS,
+        "num_warps": warps,
+    }  # fmt: skip
+    return Plan(segment, (columns,), constants)
+
+
+@lru_cache(maxsize=4096)
+def _gemm_plan(rows: int, row_words: int, group_size: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """Returns how to multiply several rows."""
+    tile = tile_for(rows, dtype)
+    segment = segment_for(group_size, tile.channels)
+    constants = {
+        "UPCAST": interpreting(), "K_GROUP": group_size, "BLOCK_M": tile.rows, "BLOCK_K": segment, "SEGMENTS": WARPS,
+        "WORDS": WORDS, "num_warps": WARPS, "num_stages": _stages(device),
+    }  # fmt: skip
+    return Plan(segment, (-(-row_words // WORDS), -(-rows // tile.rows)), constants)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: object, **constants: object) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def _column(words, C: tl.constexpr):
     """Returns 2²³ + q · 2ᵇ of column C of each word, fp32."""

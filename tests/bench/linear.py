@@ -120,12 +120,14 @@ def medians_ms(contestants: list[Callable[[], object]], options: argparse.Namesp
     return [statistics.median(own_ms) for own_ms in times_ms]
 
 
-def random_linear(out_features: int, in_features: int, device: str, backend: str) -> AwqLinear:
+def random_linear(out_features: int, in_features: int, device: str, backend: str, bias: bool = False) -> AwqLinear:
     words, n = out_features // 8, in_features // GROUP_SIZE
     packed = PackedWeight(
         random_words(in_features, words), random_words(n, words), torch.rand(n, out_features).half() / 100
     )
-    linear = AwqLinear.from_packed(packed, None, Grid(4, GROUP_SIZE, True), torch.bfloat16).to(device)
+    linear = AwqLinear.from_packed(
+        packed, torch.randn(out_features) if bias else None, Grid(4, GROUP_SIZE, True), torch.bfloat16
+    ).to(device)
     linear.backend = backend
     return linear
 
