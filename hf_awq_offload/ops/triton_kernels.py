@@ -4,9 +4,9 @@ Column c of eight starts at bit 16 * (c % 2) + b, b = 4 * (c // 2), of its word:
 
     columns 0 … 7  ->  positions 0 4 1 5 2 6 3 7 of four bits
 
-0x4B000000 are the bits of 2²³ in fp32, whose last place is 1. With them in front, (word >> 16 * (c % 2)) & (15 << b) is the fp32 number 2²³ + q · 2ᵇ. Subtracting
-2²³ + z · 2ᵇ, and multiplying by scale · 2⁻ᵇ, gives (q - z) · scale to the bit, without converting integers to floating
-point, which GPUs do at a quarter of the speed or less.
+0x4B000000 are the bits of 2²³ in fp32, whose last place is 1. With them in front, (word >> 16 * (c % 2)) & (15 << b) is
+the number 2²³ + q · 2ᵇ. Subtracting 2²³ + z · 2ᵇ, and multiplying by scale · 2⁻ᵇ, gives (q - z) · scale to the bit,
+without converting integers to floating point, which GPUs do at a quarter of the speed or less.
 
 Both products divide K into segments that lie within a group, and a step takes one segment per warp. A thread loads 16
 bytes, 4 words of one row of `qweight`, and keeps their 32 columns in registers. Sums are in fp32, and a program adds up

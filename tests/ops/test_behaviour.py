@@ -152,6 +152,16 @@ def test_the_gradient_is_that_of_the_dequantized_weight(backend, dtype, shape):
 
 
 @BACKENDS
+def test_a_bias_that_is_trained_gets_its_gradient(backend):
+    linear = make(backend, torch.float32, bias=True)
+    linear.bias.requires_grad_()
+    output = linear(make_input(linear, 3, 256, dtype=torch.float32))
+    upstream = torch.randn_like(output)
+    output.backward(upstream)
+    torch.testing.assert_close(linear.bias.grad, upstream.sum(dim=0))
+
+
+@BACKENDS
 def test_the_gradient_of_the_gradient_is_the_product(backend):
     """A penalty on the gradient's norm needs this."""
     linear = make(backend, torch.float32)

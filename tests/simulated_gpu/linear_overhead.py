@@ -1,6 +1,6 @@
 """Counts the kernels that one call of a quantized linear launches on a GPU, and measures its Python part.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/simulated_gpu/linear_overhead.py [--calls 3000] [--out 4096] [--in 4096]
+    OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/simulated_gpu/linear_overhead.py [--calls 3000] [--out 4096]
 
 The GPU is simulated (docs/gpu.md), and Triton's kernels do nothing here, so that what remains is the processor time of
 one call, without Triton's own launch.
@@ -9,7 +9,6 @@ one call, without Triton's own launch.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 
 import simulated_gpu
