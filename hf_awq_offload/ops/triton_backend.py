@@ -114,7 +114,7 @@ def _fused(
     group_size = in_features // packed.scales.shape[0]
     tensors = (x, *packed, x if bias is None else bias, output)  # a kernel without a bias does not read the pointer
     if rows == 1:
-        segment, grid, constants = _gemv_plan(row_words, group_size, x.device)
+        segment, grid, constants = _gemv_plan(row_words, group_size, x.dtype, x.device)
         numbers: tuple[int, ...] = (row_words, in_features // segment)
         _launch(kernels().gemv_kernel, grid, x, *tensors, *numbers, HAS_BIAS=bias is not None, **constants)
     else:
@@ -133,11 +133,15 @@ class Plan(NamedTuple):
 
 
 @cache
-def _gemv_plan(row_words: int, group_size: int, device: torch.device) -> Plan:
-    """Returns how to multiply one row: with twice the warps if there is no more than one program per processor."""
+def _gemv_plan(row_words: int, group_size: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """Returns how to multiply one row.
+
+    If there is at most one program per processor, it gets twice the warps, which then have 128 registers each: enough
+    for halves, while fp32 inputs would spill some.
+    """
     segment, columns = segment_for(group_size, 64), -(-row_words // WORDS)
     lanes = min(segment, LANES)
-    warps = 2 * WARPS if columns <= _processors(device) else WARPS
+    warps = 2 * WARPS if columns <= _processors(device) and dtype != torch.float32 else WARPS
     constants = {
         "K_GROUP": group_size, "STEPS": segment // lanes, "LANES": lanes, "SEGMENTS": warps, "WORDS": WORDS,
         "num_warps": warps,
