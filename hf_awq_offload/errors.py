@@ -6,7 +6,7 @@
     ├── ModelStructureError  (ValueError)    the model has nothing to quantize, or can't be traced
     ├── NumericalError       (RuntimeError)  activations or weights of a layer are not finite
     ├── CheckpointError      (ValueError)    a quantized checkpoint contradicts its own config
-    ├── QuantizedWeightError (RuntimeError)  something would write to, or train, a quantized weight
+    ├── QuantizedWeightError (RuntimeError)  a quantized weight would be written to, trained or captured too early
     ├── MemoryLimitError     (ValueError)    the model can't be quantized within the available memory or disk space
     ├── JournalError         (ValueError)    checkpoint_dir belongs to another run, or is in use
     └── StorageError         (OSError)       a file can't be written: the disk is full, or the folder read-only
@@ -40,7 +40,7 @@ class CheckpointError(AwqOffloadError, ValueError):
 
 
 class QuantizedWeightError(AwqOffloadError, RuntimeError):
-    """Something would write to, or train, a quantized weight; the change would be lost."""
+    """Something would write to or train a quantized weight, or captures it in a CUDA graph before it is ready."""
 
 
 class MemoryLimitError(AwqOffloadError, ValueError):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import QuantizedWeightError
 from ..formats.awq import COLUMNS_PER_WORD, PackedWeight, pack_weight
 from ..formats.grid import Grid, GroupParameters
 from ..formats.layouts import AWQ_NAMES, GEMM
@@ -51,6 +52,8 @@ class AwqLinear(QuantizedLinear):
         self.backend = backend
         # The backend, and the tensors that `native_parameters` were made from.
         self._native_source: tuple[Any, ...] | None = None
+        self._captured = False  # whether a CUDA graph reads the native tensors
+        self._read_by_graphs: list[Any] = []  # released native tensors that CUDA graphs go on reading
         self.register_parameter("native_words", None)
         self.register_parameter("native_parameters", None)
 
@@ -101,9 +104,14 @@ class AwqLinear(QuantizedLinear):
             self._settle_layout(backend)
         held: dict[str, Any] = self._parameters  # a module's attributes are slower to read
         words, parameters, source = held["native_words"], held["native_parameters"], self._native_source
+        bias = held["bias"]
         if words is None or parameters is None or source is None:
-            return ops.linear(input, self.packed, self.backend, backend)
-        return ops.linear_native(input, ops.NativeWeight(words, parameters), held["qzeros"], held["scales"], source[0])
+            return ops.linear(input, self.packed, self.backend, backend, bias)
+        if words.is_cuda and _is_captured():
+            self._captured = True
+        native = ops.NativeWeight(words, parameters)
+        output = ops.linear_native(input, native, held["qzeros"], held["scales"], source[0])
+        return output if bias is None else output + bias.to(output.dtype)
 
     # -- the layout in memory --------------------------------------------------------------------------------------
 
@@ -119,11 +127,14 @@ class AwqLinear(QuantizedLinear):
         wanted = backend.name if isinstance(backend, ops.NativeBackend) else None
         if wanted is None or self.is_offloaded:
             # This also restores the words for a single input that the native backend refuses, such as fp64.
-            self._restore_words()
+            if self._parameters["native_words"] is not None:
+                self._refuse_in_capture()
+                self._restore_words()
             return
         source = (wanted, *(_identity(tensor) for tensor in (self.qzeros, self.scales)))
         if self._native_source == source:
             return
+        self._refuse_in_capture()
         self._restore_words()
         with _LAYOUT_LOCK, torch.inference_mode(False), torch.no_grad():
             qweight = self._parameters.get("qweight")
@@ -148,7 +159,19 @@ class AwqLinear(QuantizedLinear):
             words = backend.unpack(self.native_words, self.in_features, self.out_features)
             # qweight comes first, as in the format's state dicts. One assignment, because other threads may be reading.
             self.__dict__["_parameters"] = {"qweight": frozen(words)} | self._parameters
+            if self._captured:
+                self._read_by_graphs += [self.native_words, self.native_parameters]
+                self._captured = False
             self.native_words = self.native_parameters = self._native_source = None
+
+    def _refuse_in_capture(self) -> None:
+        """Raises if a graph would record a change of layout: every replay would read memory that is released here."""
+        if self.scales.is_cuda and _is_captured():
+            raise QuantizedWeightError(
+                f"A CUDA graph is being captured, and a quantized linear of {self.in_features} to {self.out_features} "
+                "channels has yet to bring its weight into the layout that its kernel reads. Expected: a forward pass "
+                "before the capture, with inputs of the same shape and dtype."
+            )
 
     def __getattr__(self, name: str) -> Any:
         if name != "qweight":
@@ -166,7 +189,8 @@ class AwqLinear(QuantizedLinear):
         """Copies and pickles hold AWQ words: another machine may choose another layout."""
         with _LAYOUT_LOCK:
             self._restore_words()
-            return self.__dict__ | {"_parameters": dict(self._parameters)}
+            own = {"_parameters": dict(self._parameters), "_captured": False, "_read_by_graphs": []}
+            return self.__dict__ | own
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         with _LAYOUT_LOCK:
@@ -182,6 +206,11 @@ class AwqLinear(QuantizedLinear):
         with _LAYOUT_LOCK:
             self._restore_words()
             return super()._apply(fn, recurse)
+
+
+def _is_captured() -> bool:
+    """Returns whether a CUDA graph records what runs now."""
+    return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:

@@ -48,4 +48,5 @@ class PackedLinear(QuantizedLinear):
     def product(self, input: Tensor) -> Tensor:
         if input.shape[-1:] != (self.in_features,):
             raise ValueError(f"The input is {tuple(input.shape)}; expected (…, {self.in_features}).")
-        return ops.linear(input, self.packed, self.grid.bits)
+        output = ops.linear(input, self.packed, self.grid.bits)
+        return output if self.bias is None else output + self.bias.to(output.dtype)

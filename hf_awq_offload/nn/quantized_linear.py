@@ -90,7 +90,7 @@ class QuantizedLinear(nn.Linear):
         self,
         input: Tensor,  # (..., in)
     ) -> Tensor:
-        """x Wᵀ, (..., out) in the input's dtype, differentiable in the input."""
+        """x Wᵀ + b, (..., out) in the input's dtype, differentiable in the input and the bias."""
 
     @property
     def weight(self) -> Tensor:
@@ -141,8 +141,7 @@ class QuantizedLinear(nn.Linear):
             input = input.to(torch.get_autocast_dtype(device_type))
         if not torch.compiler.is_compiling():
             self._keep_scale_dtype()
-        output = self.product(input)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        return self.product(input)
 
     def _apply(self, fn, recurse: bool = True):
         """A cast (`.to(dtype)`, `.half()`) changes the bias and the dtype of `weight`; the scales keep theirs."""

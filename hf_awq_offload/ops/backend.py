@@ -19,9 +19,9 @@ from .blocks import Blocks, blocks_of_words, joined
 
 
 class LinearShape(NamedTuple):
-    """The shape of a linear, the type of its device, and the dtype of its inputs."""
+    """The shape of a linear, its device, and the dtype of its inputs."""
 
-    device_type: str
+    device: torch.device  # not only its type: a machine may have several kinds of GPU
     dtype: torch.dtype
     in_features: int
     out_features: int
@@ -31,7 +31,7 @@ class LinearShape(NamedTuple):
     def of(cls, x: Tensor, scales: Tensor) -> LinearShape:
         """Returns the shape that an input x (…, K) and a weight with scales (n, N) ask for."""
         in_features = x.shape[-1]
-        return cls(x.device.type, x.dtype, in_features, scales.shape[1], in_features // max(scales.shape[0], 1))
+        return cls(x.device, x.dtype, in_features, scales.shape[1], in_features // max(scales.shape[0], 1))
 
 
 class NativeWeight(NamedTuple):
@@ -61,6 +61,15 @@ class WordsBackend(Backend):
         packed: PackedWeight,
     ) -> Tensor:
         """Returns x Wᵀ, (M, N) in x's dtype."""
+
+    def biased_linear(
+        self,
+        x: Tensor,  # (M, K), M ≥ 1
+        packed: PackedWeight,
+        bias: Tensor,  # (N,)
+    ) -> Tensor:
+        """Returns x Wᵀ + bias, (M, N) in x's dtype."""
+        return self.linear(x, packed).add_(bias.to(x.dtype))
 
     def blocks(
         self,

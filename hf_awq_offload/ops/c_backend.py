@@ -40,8 +40,8 @@ class CBackend(WordsBackend):
     name = "c"
 
     def refusal(self, linear: LinearShape) -> str | None:
-        if linear.device_type != "cpu":
-            return f"it runs on the CPU only, the input is on {linear.device_type!r}"
+        if linear.device.type != "cpu":
+            return f"it runs on the CPU only, the input is on {linear.device.type!r}"
         if linear.dtype not in DTYPES:
             return f"it computes in fp32, which is not precise enough for {linear.dtype}"
         kernels = library()

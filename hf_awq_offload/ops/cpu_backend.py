@@ -44,8 +44,8 @@ class CpuBackend(NativeBackend):
     name = "cpu"
 
     def refusal(self, linear: LinearShape) -> str | None:
-        if linear.device_type != "cpu":
-            return f"it runs on the CPU only, the input is on {linear.device_type!r}"
+        if linear.device.type != "cpu":
+            return f"it runs on the CPU only, the input is on {linear.device.type!r}"
         if linear.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"it computes in bf16, which is not precise enough for {linear.dtype}"
         layout = cpu_layout()

@@ -20,7 +20,11 @@ BACKENDS = ("auto", "torch", "c", "cpu", "triton", "tinygemm", "xpu")
 """The valid values of the environment variable and of the config's field."""
 
 ORDER = {"cpu": ("c", "cpu"), "cuda": ("triton", "tinygemm"), "xpu": ("xpu",)}
-"""Device type -> backends in the order to try; "torch" serves the linears that all of them refuse."""
+"""Device type -> backends in the order to try; "torch" serves the linears that all of them refuse.
+
+On CUDA the order is not based on a measurement (docs/kernels.md). `tests/bench/linear.py --decoding` measures both on a
+card; change the order here if it says so. It can depend on what `LinearShape` says, but not on the number of rows: a
+backend with a layout of its own keeps nothing that another backend could read."""
 
 
 def choose(
@@ -70,7 +74,7 @@ def _choose(environment: str, requested: str, linear: LinearShape) -> Backend:
                 "Choose 'auto' or 'torch' instead."
             )
         return backend
-    for candidate in ORDER.get(linear.device_type, ()):
+    for candidate in ORDER.get(linear.device.type, ()):
         backend = backend_named(candidate)
         if backend.refusal(linear) is None:
             return backend

@@ -15,7 +15,7 @@ it. AWQ tensors come from files, so sizes are checked before a kernel gets a poi
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -44,7 +44,13 @@ for _schema in (
 
 
 def _linear(
-    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, backend: str, chosen: Backend | None = None
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    backend: str,
+    chosen: Backend | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     check_packed(qweight, qzeros, scales)
     check_input(x, qweight.shape[0], qweight.device)
@@ -52,11 +58,12 @@ def _linear(
     if not isinstance(chosen, WordsBackend):  # the weight is not in the backend's own layout, as under torch.compile
         chosen = backend_named("torch")
     assert isinstance(chosen, WordsBackend)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if not rows.shape[0]:
         return _output_like(x, scales)
     with without_autocast(x.device.type):
-        output = chosen.linear(rows, PackedWeight(qweight, qzeros, scales))
+        packed = PackedWeight(qweight, qzeros, scales)
+        output = chosen.linear(rows, packed) if bias is None else chosen.biased_linear(rows, packed, bias)
     return _unflatten(output, x)
 
 
@@ -122,16 +129,18 @@ def linear(
     packed: PackedWeight,
     backend: str = "auto",
     chosen: Backend | None = None,  # the result of `choose`, if the caller already has it
+    bias: Tensor | None = None,  # (N,)
 ) -> Tensor:
-    """Returns x Wᵀ, (…, N) in x's dtype, differentiable with respect to x.
+    """Returns x Wᵀ + bias, (…, N) in x's dtype, differentiable with respect to x and bias.
 
     Raises:
         ConfigError: `backend`, or the one that the environment requests, cannot serve this linear.
         ValueError: the tensors' shapes or dtypes contradict each other.
     """
-    if is_unobserved(x):
-        return _linear(x, *packed, backend, chosen)
-    return _ops.linear(x, *packed, backend)
+    if is_unobserved(x) and not (bias is not None and bias.requires_grad and torch.is_grad_enabled()):
+        return _linear(x, *packed, backend, chosen, bias)
+    output = _ops.linear(x, *packed, backend)
+    return output if bias is None else output + bias.to(output.dtype)
 
 
 def is_unobserved(x: Tensor) -> bool:
@@ -176,8 +185,15 @@ def native_backend(name: str) -> NativeBackend:
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Disables autocast, so that ops compute in the dtypes that a backend chooses."""
-    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
+
+
+def autocasts(device_type: str) -> bool:
+    """Returns whether autocast is enabled for the type of device."""
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+_has_autocast = cache(torch.amp.is_autocast_available)  # torch takes longer for the answer than for the whole question
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -239,9 +255,7 @@ def _output_like(x: Tensor, scales: Tensor) -> Tensor:
 
 def _dequantizer(packed: PackedWeight, dtype: torch.dtype, backend: str) -> WordsBackend:
     (in_features, _), (n, out_features) = packed.qweight.shape, packed.scales.shape
-    return dequantizer(
-        backend, LinearShape(packed.scales.device.type, dtype, in_features, out_features, in_features // n)
-    )
+    return dequantizer(backend, LinearShape(packed.scales.device, dtype, in_features, out_features, in_features // n))
 
 
 def times_blocks(

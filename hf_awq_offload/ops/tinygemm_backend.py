@@ -28,12 +28,13 @@ class TinygemmBackend(Int4PackBackend):
     identity_dtype = torch.bfloat16
 
     def refusal(self, linear: LinearShape) -> str | None:
-        if linear.device_type != "cuda":
-            return f"it runs on CUDA only, the input is on {linear.device_type!r}"
+        if linear.device.type != "cuda":
+            return f"it runs on CUDA only, the input is on {linear.device.type!r}"
         if torch.version.hip is not None:
             return "it runs on NVIDIA GPUs only"
-        if torch.cuda.get_device_capability() < (8, 0):
-            return f"it needs compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
+        capability = torch.cuda.get_device_capability(linear.device)
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0, {linear.device} has {capability[0]}.{capability[1]}"
         if linear.dtype != torch.bfloat16:
             return f"it serves bf16, the input is {linear.dtype}"
         if linear.group_size not in KERNEL_GROUP_SIZES:

@@ -1,12 +1,19 @@
 """Triton kernels on AWQ words that dequantize, multiply one row, or multiply a tile of rows.
 
-A tile of words (BLOCK_K, BLOCK_N / 8) becomes weights (BLOCK_K, BLOCK_N) in registers. Column c of eight starts at bit
+Column c of eight starts at bit 16 * (c % 2) + b, b = 4 * (c // 2), of its word:
 
-    4 * (c // 2) + 16 * (c % 2)        columns 0 … 7  ->  positions 0 4 1 5 2 6 3 7
+    columns 0 … 7  ->  positions 0 4 1 5 2 6 3 7 of four bits
 
-of its word. BLOCK_K divides the group size, so that a tile has one scale and one zero point per column. Sums are in
-fp32. Both products split K, because a few output tiles would leave most of the GPU idle. Each split writes its own
-partial sums, which are then added in a fixed order (atomics would save a few microseconds, but not be reproducible).
+0x4B000000 are the bits of 2²³ in fp32, whose last place is 1. With them in front, (word >> 16 * (c % 2)) & (15 << b) is
+the number 2²³ + q · 2ᵇ. Subtracting 2²³ + z · 2ᵇ, and multiplying by scale · 2⁻ᵇ, gives (q - z) · scale to the bit,
+without converting integers to floating point, which GPUs do at a quarter of the speed or less.
+
+Both products divide K into segments that lie within a group, and a step takes one segment per warp. A thread loads 16
+bytes, 4 words of one row of `qweight`, and keeps their 32 columns in registers. Sums are in fp32, and a program adds up
+its columns over all of K: there is one launch, no scratch memory, and one order of summation, whatever else runs on the
+GPU. Rejected: more programs that each sum a part of K. They would need a counter per tile to tell which is the last,
+memory for partial sums, and at the end a chain of a store, an atomic and a load of the others' sums through the L2
+cache; docs/kernels.md estimates both.
 """
 
 from __future__ import annotations
@@ -16,79 +23,121 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile_of_weights(
-    qweight, qzeros, scales, first_k, columns, words, N, K_GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Returns BLOCK_K rows of Wᵀ from first_k on, (BLOCK_K, BLOCK_N) fp32; `words` are the words of `columns`."""
-    shifts = (tl.arange(0, 8) // 2) * 4 + (tl.arange(0, 8) % 2) * 16
-    group = first_k // K_GROUP
-    row_words = N // 8
-    rows = first_k + tl.arange(0, BLOCK_K)
-    is_word = words < row_words
-    packed = tl.load(qweight + rows[:, None].to(tl.int64) * row_words + words[None, :], mask=is_word[None, :], other=0)
-    codes = tl.reshape((packed[:, :, None] >> shifts[None, None, :]) & 15, (BLOCK_K, BLOCK_N))
-    zero_words = tl.load(qzeros + group * row_words + words, mask=is_word, other=0)
-    zeros = tl.reshape((zero_words[:, None] >> shifts[None, :]) & 15, (BLOCK_N,))
-    scale = tl.load(scales + group * N + columns, mask=columns < N, other=0.0).to(tl.float32)
-    return (codes - zeros[None, :]).to(tl.float32) * scale[None, :]
+def _column(words, C: tl.constexpr):
+    """Returns 2²³ + q · 2ᵇ of column C of each word, fp32."""
+    return (((words >> (16 * (C % 2))) & (15 << (4 * (C // 2)))) | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _columns(words):
+    """Returns 2²³ + q · 2ᵇ of all columns, (…, words, 2, 2, 2) fp32, in the thread that has the word."""
+    even_low, even_high = tl.join(_column(words, 0), _column(words, 4)), tl.join(_column(words, 2), _column(words, 6))
+    odd_low, odd_high = tl.join(_column(words, 1), _column(words, 5)), tl.join(_column(words, 3), _column(words, 7))
+    return tl.join(tl.join(even_low, even_high), tl.join(odd_low, odd_high))
+
+
+@triton.jit
+def _parameters(qzeros, scales, groups, are_groups, row_words, BLOCK_N: tl.constexpr):
+    """Returns 2²³ + z · 2ᵇ and scale · 2⁻ᵇ, (groups, BLOCK_N) fp32 each, of the columns of program_id(0)."""
+    column = tl.arange(0, BLOCK_N)
+    columns = tl.program_id(0) * BLOCK_N + column
+    mask = are_groups[:, None] & (columns < row_words * 8)[None, :]
+    shift, bit = (column % 2) * 16, ((column % 8) // 2) * 4
+    words = tl.load(qzeros + groups[:, None] * row_words + (columns // 8)[None, :], mask=mask, other=0)
+    zeros = (((words >> shift[None, :]) & (15 << bit)[None, :]) | 0x4B000000).to(tl.float32, bitcast=True)
+    scale = tl.load(scales + groups[:, None] * (row_words * 8) + columns[None, :], mask=mask, other=0.0)
+    unit = ((127 - bit) << 23).to(tl.float32, bitcast=True)  # 2⁻ᵇ
+    return zeros, scale.to(tl.float32) * unit[None, :]
 
 
 @triton.jit
 def dequantize_kernel(
-    qweight, qzeros, scales, weight, K, N, K_GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+    qweight, qzeros, scales, weight, K, row_words, K_GROUP: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr
 ):
     """Writes `weight` (N, K), one tile per program."""
-    first_k = tl.program_id(0) * BLOCK_K
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    words = tl.program_id(1) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-    tile = _tile_of_weights(qweight, qzeros, scales, first_k, columns, words, N, K_GROUP, BLOCK_K, BLOCK_N)
+    BLOCK_N: tl.constexpr = WORDS * 8
+    first_k = tl.program_id(1) * BLOCK_K
+    words = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     rows = first_k + tl.arange(0, BLOCK_K)
+    source = qweight + rows[:, None].to(tl.int64) * row_words + words[None, :]
+    packed = tl.load(source, mask=(words < row_words)[None, :], other=0)
+    groups = first_k // K_GROUP + tl.arange(0, 1)
+    zeros, scale = _parameters(qzeros, scales, groups, groups >= 0, row_words, BLOCK_N)
+    tile = (tl.reshape(_columns(packed), (BLOCK_K, BLOCK_N)) - zeros) * scale
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = weight + columns[:, None].to(tl.int64) * K + rows[None, :]
-    tl.store(target, tl.trans(tile).to(weight.dtype.element_ty), mask=columns[:, None] < N)
+    tl.store(target, tl.trans(tile).to(weight.dtype.element_ty), mask=columns[:, None] < row_words * 8)
 
 
 @triton.jit
 def gemv_kernel(
-    x, qweight, qzeros, scales, partial, K, N, stride_xk, TILES: tl.constexpr, K_GROUP: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, qweight, qzeros, scales, bias, output, row_words, segments, HAS_BIAS: tl.constexpr,
+    K_GROUP: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, SEGMENTS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Writes `partial` (splits, N) fp32 for one row x (K,): a program sums TILES tiles of K for BLOCK_N columns."""
+    """Writes `output` (N,) for one contiguous row x (K,): a program computes WORDS * 8 columns.
+
+    A segment has STEPS * LANES rows of `qweight`, and `segments` of them are K. Each thread multiplies STEPS rows
+    before it needs the scales.
+    """
+    BLOCK_N: tl.constexpr = WORDS * 8
+    words = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    row = tl.arange(0, STEPS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    total = tl.zeros((SEGMENTS, LANES, BLOCK_N), dtype=tl.float32)
+    for first in range(0, segments, SEGMENTS):
+        segment = first + tl.arange(0, SEGMENTS)
+        inside = segment < segments
+        ks = segment[None, :, None] * (STEPS * LANES) + row  # (STEPS, SEGMENTS, LANES)
+        source = qweight + ks[:, :, :, None].to(tl.int64) * row_words + words[None, None, None, :]
+        packed = tl.load(
+            source, mask=inside[None, :, None, None] & (words < row_words)[None, None, None, :], other=0
+        )  # fmt: skip
+        values = tl.load(x + ks, mask=inside[None, :, None], other=0.0).to(tl.float32)
+        groups = segment * (STEPS * LANES) // K_GROUP
+        zeros, scale = _parameters(qzeros, scales, groups, inside, row_words, BLOCK_N)
+        codes = tl.reshape(_columns(packed), (STEPS, SEGMENTS, LANES, BLOCK_N)) - zeros[None, :, None, :]
+        total += tl.sum(codes * values[:, :, :, None], axis=0) * scale[:, None, :]
+    sums = tl.sum(tl.reshape(total, (SEGMENTS * LANES, BLOCK_N)), axis=0)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    words = tl.program_id(0) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-    split = tl.program_id(1)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    last_k = tl.minimum((split + 1) * TILES * BLOCK_K, K)
-    for first_k in range(split * TILES * BLOCK_K, last_k, BLOCK_K):
-        tile = _tile_of_weights(qweight, qzeros, scales, first_k, columns, words, N, K_GROUP, BLOCK_K, BLOCK_N)
-        values = tl.load(x + (first_k + tl.arange(0, BLOCK_K)) * stride_xk).to(tl.float32)
-        total += tl.sum(tile * values[:, None], axis=0)
-    tl.store(partial + split * N + columns, total, mask=columns < N)
+    if HAS_BIAS:
+        sums += tl.load(bias + columns, mask=columns < row_words * 8, other=0.0).to(tl.float32)
+    tl.store(output + columns, sums.to(output.dtype.element_ty), mask=columns < row_words * 8)
 
 
 @triton.jit
 def gemm_kernel(
-    x, qweight, qzeros, scales, partial, M, K, N, stride_xm, stride_xk, TILES: tl.constexpr, K_GROUP: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, qweight, qzeros, scales, bias, output, M, row_words, segments, stride_xm, HAS_BIAS: tl.constexpr,
+    UPCAST: tl.constexpr, K_GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SEGMENTS: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Writes `partial` (splits, M, N) fp32: a program sums TILES tiles of K for BLOCK_M rows and BLOCK_N columns.
+    """Writes `output` (M, N) for contiguous rows of x: a program computes BLOCK_M rows and WORDS * 8 columns.
 
-    It multiplies in x's dtype, or in fp32 if UPCAST is set (Triton's interpreter multiplies bf16 tiles wrongly).
+    Each warp multiplies a segment of BLOCK_K channels of its own: a few rows and columns make too few tiles to share.
+    x is multiplied by q - z, which is exact in any dtype, and the sums of a segment by the scales. The products are in
+    x's dtype, or in fp32 if UPCAST is set (Triton's interpreter multiplies bf16 tiles wrongly).
     """
-    rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    words = tl.program_id(0) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-    split = tl.program_id(1)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    last_k = tl.minimum((split + 1) * TILES * BLOCK_K, K)
-    for first_k in range(split * TILES * BLOCK_K, last_k, BLOCK_K):
-        tile = _tile_of_weights(qweight, qzeros, scales, first_k, columns, words, N, K_GROUP, BLOCK_K, BLOCK_N)
-        ks = first_k + tl.arange(0, BLOCK_K)
-        source = x + rows[:, None].to(tl.int64) * stride_xm + ks[None, :] * stride_xk
-        values = tl.load(source, mask=rows[:, None] < M, other=0.0)
+    BLOCK_N: tl.constexpr = WORDS * 8
+    words = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    total = tl.zeros((SEGMENTS, BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(0, segments, SEGMENTS):
+        segment = first + tl.arange(0, SEGMENTS)
+        inside = segment < segments
+        ks = segment[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        source = qweight + ks[:, :, None].to(tl.int64) * row_words + words[None, None, :]
+        packed = tl.load(source, mask=inside[:, None, None] & (words < row_words)[None, None, :], other=0)
+        source_x = x + rows[None, :, None].to(tl.int64) * stride_xm + ks[:, None, :]
+        values = tl.load(source_x, mask=inside[:, None, None] & (rows < M)[None, :, None], other=0.0)
+        zeros, scale = _parameters(qzeros, scales, segment * BLOCK_K // K_GROUP, inside, row_words, BLOCK_N)
+        # (q - z) · 2ᵇ has four significant bits, and 2⁻ᵇ is part of the scale.
+        codes = tl.reshape(_columns(packed), (SEGMENTS, BLOCK_K, BLOCK_N)) - zeros[:, None, :]
         if UPCAST:
-            total += tl.dot(values.to(tl.float32), tile, input_precision="ieee")
+            products = tl.dot(values.to(tl.float32), codes, input_precision="ieee")
         else:
-            total += tl.dot(values, tile.to(values.dtype), input_precision="ieee")
-    target = partial + (split * M + rows[:, None]).to(tl.int64) * N + columns[None, :]
-    tl.store(target, total, mask=(rows[:, None] < M) & (columns[None, :] < N))
+            products = tl.dot(values, codes.to(values.dtype), input_precision="ieee")
+        total += products * scale[:, None, :]
+    sums = tl.sum(total, axis=0)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        sums += tl.load(bias + columns, mask=columns < row_words * 8, other=0.0).to(tl.float32)[None, :]
+    target = output + rows[:, None].to(tl.int64) * (row_words * 8) + columns[None, :]
+    tl.store(target, sums.to(output.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < row_words * 8))

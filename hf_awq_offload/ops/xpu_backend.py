@@ -31,8 +31,8 @@ class XpuBackend(Int4PackBackend):
     identity_dtype = torch.float16
 
     def refusal(self, linear: LinearShape) -> str | None:
-        if linear.device_type != "xpu":
-            return f"it runs on Intel GPUs only, the input is on {linear.device_type!r}"
+        if linear.device.type != "xpu":
+            return f"it runs on Intel GPUs only, the input is on {linear.device.type!r}"
         if not hasattr(torch.ops.aten, "_weight_int4pack_mm_with_scales_and_zeros"):
             return "this torch has no int4 product for Intel GPUs"
         if linear.dtype not in (torch.float16, torch.bfloat16):

@@ -7,12 +7,11 @@ a loop, on a GPU by a kernel (`feedback_kernel.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
+from ..triton_trial import triton_refusal
 from .feedback_state import FeedbackState
 
 LEAF_CHANNELS = 16
@@ -50,16 +49,11 @@ def feed_back(
 
 
 def _leaf_on(device: torch.device) -> Leaf:
-    if device.type == "cuda" and _has_triton():
+    if device.type == "cuda" and triton_refusal(device) is None:
         from .feedback_kernel import BLOCK_CHANNELS, round_block
 
         return Leaf(BLOCK_CHANNELS, BLOCK_CHANNELS, round_block)
     return Leaf(LEAF_CHANNELS, 1, _round_one_by_one)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _round_one_by_one(

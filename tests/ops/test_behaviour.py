@@ -28,7 +28,7 @@ def make(backend: str, dtype: torch.dtype, in_features=256, out_features=128, gr
     linear = random_awq_linear(in_features, out_features, dtype=dtype, group_size=group_size, **kwargs)
     linear = linear.to(DEVICE[backend])
     linear.backend = backend
-    shape = ops.LinearShape(DEVICE[backend], dtype, in_features, out_features, group_size)
+    shape = ops.LinearShape(torch.device(DEVICE[backend]), dtype, in_features, out_features, group_size)
     if backend_named(backend).refusal(shape) is not None:
         with pytest.raises(ConfigError, match=f"{backend}.*can't serve"):
             linear(torch.ones(1, in_features, dtype=dtype, device=DEVICE[backend]))
@@ -149,6 +149,16 @@ def test_the_gradient_is_that_of_the_dequantized_weight(backend, dtype, shape):
     output.backward(upstream)
     assert_close(x.grad, upstream.double() @ reference_weight(linear), linear, dtype)
     assert all(parameter.grad is None for parameter in linear.parameters())
+
+
+@BACKENDS
+def test_a_bias_that_is_trained_gets_its_gradient(backend):
+    linear = make(backend, torch.float32, bias=True)
+    linear.bias.requires_grad_()
+    output = linear(make_input(linear, 3, 256, dtype=torch.float32))
+    upstream = torch.randn_like(output)
+    output.backward(upstream)
+    torch.testing.assert_close(linear.bias.grad, upstream.sum(dim=0))
 
 
 @BACKENDS

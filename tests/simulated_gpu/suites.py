@@ -46,6 +46,7 @@ SUITES = [
         2,
         (
             *ON_THE_SECOND,
+            f"{INSIDE}/test_linear_on_cuda.py",
             "tests/ops/test_behaviour.py",
             "tests/ops/test_int4pack.py",
             "tests/ops/test_native_layout.py",

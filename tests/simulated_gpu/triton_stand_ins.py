@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .observed import count_launch, cpu_alias
 
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+"""Arguments of a launch that are none of the kernel's."""
+
 
 class KernelStandIn:
     """Is called as a Triton kernel is: `kernel[grid](*arguments, **constants)`.
@@ -42,6 +45,7 @@ class KernelStandIn:
             count_launch(
                 self.name, list(tensors.values()), [tensor for i, tensor in tensors.items() if i in self.writes], device
             )
+            constants = {name: value for name, value in constants.items() if name not in LAUNCH_OPTIONS}
             with torch.no_grad():
                 self.compute(grid, *(cpu_alias(a) if isinstance(a, Tensor) else a for a in arguments), **constants)
 
@@ -91,36 +95,42 @@ def _weight(
     return (codes - zeros) * scale
 
 
-def _dequantize(grid, qweight, qzeros, scales, weight, K, N, *, K_GROUP, BLOCK_K, BLOCK_N):
-    assert grid[0] * BLOCK_K == K
-    assert grid[1] * BLOCK_N >= N
+def _dequantize(grid, qweight, qzeros, scales, weight, K, row_words, *, K_GROUP, BLOCK_K, WORDS):
+    assert grid[0] * WORDS >= row_words
+    assert grid[1] * BLOCK_K == K
+    N = row_words * 8
     _as_the_kernel_sees(weight, N, K).copy_(_weight(qweight, qzeros, scales, K, N, K_GROUP).t())
 
 
-def _gemv(grid, x, qweight, qzeros, scales, partial, K, N, stride_xk, **constants):
-    rows = x.as_strided((1, K), (0, stride_xk))
-    _write_partial_sums(grid[1], rows, _weight(qweight, qzeros, scales, K, N, constants["K_GROUP"]), partial, constants)
+def _gemv(grid, x, qweight, qzeros, scales, bias, output, row_words, segments, *, HAS_BIAS, K_GROUP, STEPS, LANES,
+          SEGMENTS, WORDS):  # fmt: skip
+    assert grid[0] * WORDS >= row_words
+    assert K_GROUP % (STEPS * LANES) == 0
+    N, K = row_words * 8, segments * STEPS * LANES
+    weight = _weight(qweight, qzeros, scales, K, N, K_GROUP)
+    _write_product(_as_the_kernel_sees(x, 1, K), weight, bias if HAS_BIAS else None, output)
 
 
-def _gemm(grid, x, qweight, qzeros, scales, partial, M, K, N, stride_xm, stride_xk, **constants):
-    rows = x.as_strided((M, K), (stride_xm, stride_xk))
-    assert grid[2] * constants["BLOCK_M"] >= M
-    _write_partial_sums(grid[1], rows, _weight(qweight, qzeros, scales, K, N, constants["K_GROUP"]), partial, constants)
+def _gemm(grid, x, qweight, qzeros, scales, bias, output, M, row_words, segments, stride_xm, *, HAS_BIAS, UPCAST,
+          K_GROUP, BLOCK_M, BLOCK_K, SEGMENTS, WORDS):  # fmt: skip
+    assert grid[0] * WORDS >= row_words
+    assert grid[1] * BLOCK_M >= M
+    assert K_GROUP % BLOCK_K == 0
+    N, K = row_words * 8, segments * BLOCK_K
+    weight = _weight(qweight, qzeros, scales, K, N, K_GROUP)
+    _write_product(x.as_strided((M, K), (stride_xm, 1)), weight, bias if HAS_BIAS else None, output)
 
 
-def _write_partial_sums(
-    splits: int,
+def _write_product(
     x: Tensor,  # (M, K)
     weight: Tensor,  # (K, N) fp32
-    partial: Tensor,  # (splits, M, N) fp32, contiguous
-    constants: dict[str, int],
+    bias: Tensor | None,  # (N,)
+    output: Tensor,  # (M, N), contiguous
 ) -> None:
-    span = constants["TILES"] * constants["BLOCK_K"]
-    assert splits * span >= len(weight)
-    out = _as_the_kernel_sees(partial, splits, len(x), weight.shape[1])
-    for split in range(splits):
-        own = slice(split * span, min((split + 1) * span, len(weight)))
-        out[split] = x[:, own].float() @ weight[own]
+    product = x.float() @ weight
+    if bias is not None:
+        product += _as_the_kernel_sees(bias, weight.shape[1]).float()
+    _as_the_kernel_sees(output, len(x), weight.shape[1]).copy_(product)
 
 
 def install() -> None:
@@ -131,8 +141,10 @@ def install() -> None:
         return
     from hf_awq_offload.ops import triton_kernels
     from hf_awq_offload.search import feedback_kernel
+    from hf_awq_offload.triton_trial import kernel
 
+    kernel.trial_kernel = KernelStandIn("trial_kernel", lambda grid, target, *, VALUE: target.fill_(VALUE), writes=(0,))
     feedback_kernel.block_kernel = KernelStandIn("block_kernel", _block, writes=(0, 1, 2))
     triton_kernels.dequantize_kernel = KernelStandIn("dequantize_kernel", _dequantize, writes=(3,))
-    triton_kernels.gemv_kernel = KernelStandIn("gemv_kernel", _gemv, writes=(4,))
-    triton_kernels.gemm_kernel = KernelStandIn("gemm_kernel", _gemm, writes=(4,))
+    triton_kernels.gemv_kernel = KernelStandIn("gemv_kernel", _gemv, writes=(5,))
+    triton_kernels.gemm_kernel = KernelStandIn("gemm_kernel", _gemm, writes=(5,))

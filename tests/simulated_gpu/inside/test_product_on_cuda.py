@@ -200,3 +200,14 @@ def test_a_dispatched_model_in_memory_is_quantized_and_runs(third, llama):
     quantize_model(model, token_recipe())
     assert torch.isfinite(model(IDS.to("cuda:0")).logits).all()
     assert {str(p.device) for p in model.model.layers[1].parameters()} == {"cuda:1"}
+
+
+def test_triton_is_tried_once_on_the_device_that_is_asked_about():
+    from hf_awq_offload.triton_trial import trial
+
+    trial._tried.clear()
+    observed.reset_counters()
+    for _ in range(2):
+        assert trial.triton_refusal(torch.device(GPU)) is None
+    assert observed.launches_by_operation()["trial_kernel"] == 1
+    assert list(trial._tried) == [torch.device(GPU)]
