@@ -35,7 +35,7 @@ def run(recorder: Recorder) -> None:
         for way in LINEAR_WAYS:
             with recorder.attempt(f"{way}, {in_features} to {out_features}"):
                 linears = _linears(recorder, way, out_features, in_features)
-                for rows in LINEAR_ROWS[::2] if recorder.is_small else LINEAR_ROWS:
+                for rows in LINEAR_ROWS:
                     recorder.require_seconds(3)
                     found = _measured(recorder, linears, rows, copied)
                     recorder.details("linear", shape=[out_features, in_features], rows=rows, way=way, **found)

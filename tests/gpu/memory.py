@@ -29,9 +29,9 @@ logging.disable_progress_bar()
 
 
 def run(recorder: Recorder) -> None:
-    case = _Case(recorder, SHAPE_SMALL, 1, 256, 64) if recorder.is_small else _Case(recorder, SHAPE_MEMORY, 2, 64, 512)
-    planned_bytes = plan(case.source, case.recipe(batch_tokens=case.length), probe=False).accelerator_peak_bytes
-    reserved_bytes = case.reserved_bytes(batch_tokens=case.length)  # a sequence at a time: less is not possible
+    case = _Case(recorder, SHAPE_SMALL, 1, 256, 64) if recorder.is_small else _Case(recorder, SHAPE_MEMORY, 1, 64, 512)
+    planned_bytes = plan(case.source, case.recipe(batch_tokens=case.few), probe=False).accelerator_peak_bytes
+    reserved_bytes = case.reserved_bytes(batch_tokens=case.few)
     recorder.details("without a limit", planned_gib=planned_bytes / GIB, reserved_gib=reserved_bytes / GIB)
     with recorder.attempt("the least limit that a run keeps to"):
         case.least_limit(planned_bytes)
@@ -58,6 +58,7 @@ class _Case:
     def __post_init__(self) -> None:
         self.source = write_llama(self.recorder.folder / "source", self.layers, self.shape)
         self.out = self.recorder.folder / "out"
+        self.few = self.length * (8 if self.recorder.is_small else 1)  # tokens of a small micro-batch
 
     def recipe(self, **changes: Any) -> AwqOffloadConfig:
         return recipe(self.shape["vocab_size"], self.samples, self.length, **changes)
@@ -113,7 +114,7 @@ class _Case:
         model = random_llama(self.layers, self.shape)
         before = _digest(model)
         try:
-            quantize_model(model, self.recipe(batch_tokens=self.length, max_memory={DEVICE: limit_bytes}))
+            quantize_model(model, self.recipe(batch_tokens=self.few, max_memory={DEVICE: limit_bytes}))
         except MemoryLimitError as error:
             self.recorder.figure("memory.names_phase", self._must_name_the_phase("a run that can't go on", error))
         else:
@@ -122,7 +123,7 @@ class _Case:
 
     def is_refused(self, limit_bytes: int) -> None:
         out = self.recorder.folder / "refused"
-        config = self.recipe(batch_tokens=self.length, max_memory={DEVICE: limit_bytes})
+        config = self.recipe(batch_tokens=self.few, max_memory={DEVICE: limit_bytes})
         try:
             quantize(self.source, out, config)
         except MemoryLimitError as error:

@@ -52,8 +52,11 @@ def main() -> int:
         own.mkdir()
         recorder = Recorder(part.name, own, options.small, options.simulated, options.commit, end - begun)
         recorder.begins(end - begun)
-        if missing[part.name]:
-            recorder.not_run(part.name, " and ".join(f"{name} is not installed" for name in missing[part.name]))
+        if "torch" in missing[part.name]:
+            recorder.failure(NO_DEVICE, f"torch is not installed for {sys.executable}")
+        elif missing[part.name]:
+            names = missing[part.name]
+            recorder.not_run(part.name, f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not installed")
         else:
             _run(part, recorder)
         recorder.finished(time.monotonic() - begun)

@@ -28,6 +28,8 @@ from .results import ROOT
 
 PACKAGE = "hf_awq_offload"
 READY, GO = "READY", "GO"
+START_SECONDS = 120
+"""What a process may take to import everything; only the first one is waited for."""
 TAIL_LINES = 25
 Command = Callable[[Sequence[Part]], list[str]]
 
@@ -62,16 +64,19 @@ class PartProcess:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
-    def run(self, seconds: float, heard: Callable[[dict[str, Any]], None]) -> tuple[int | None, list[str]]:
-        """Lets it run; `heard` gets its records.
+    def run(
+        self, seconds: float, latest: float, heard: Callable[[dict[str, Any]], None]
+    ) -> tuple[int | None, list[str]]:
+        """Lets it run for `seconds`, by the clock no longer than until `latest`; `heard` gets its records.
 
         Returns:
-            The exit status, None if it was ended after `seconds`, and the last lines that are no records.
+            The exit status, None if it had to be ended, and the last lines that are no records.
         """
-        end, tail = time.monotonic() + seconds, []
-        self._say(f"{GO} {seconds} {self.folder.name}\n")
+        tail: list[str] = []
+        end = min(time.monotonic() + START_SECONDS, latest)
         while True:
             try:
                 line = self._lines.get(timeout=max(0.0, end - time.monotonic()))
@@ -80,9 +85,12 @@ class PartProcess:
                 return None, tail
             if line is None:
                 return self.process.wait(), tail
-            if line.startswith(PREFIX):
+            if line.strip() == READY:
+                end = min(time.monotonic() + seconds, latest)
+                self._say(f"{GO} {end - time.monotonic()} {self.folder.name}\n")
+            elif line.startswith(PREFIX):
                 heard(json.loads(line[len(PREFIX) :]))
-            elif line.strip() and line.strip() != READY:
+            elif line.strip():
                 tail = [*tail[1 - TAIL_LINES :], line.rstrip()]
 
     def end(self) -> None:
@@ -90,6 +98,11 @@ class PartProcess:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._reader.join(timeout=5)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
         self.folder.cleanup()
 
     def _say(self, text: str) -> None:
@@ -127,6 +140,7 @@ class Runner:
     Args:
         command: makes the command line of the process for some parts.
         limit_seconds: for all parts together.
+        patience: factor to the limits of single parts.
         heard: gets every record.
         say: prints a line.
     """
@@ -135,11 +149,12 @@ class Runner:
         self,
         command: Command,
         limit_seconds: float,
+        patience: float,
         heard: Callable[[dict[str, Any]], None],
         say: Callable[[str], None] = lambda line: print(line, flush=True),
     ):
         self.command, self.heard, self.say = command, heard, say
-        self.start = time.monotonic()
+        self.patience, self.start = patience, time.monotonic()
         self.end = self.start + limit_seconds
 
     def run(self, groups: Sequence[Sequence[Part]]) -> list[Outcome]:
@@ -172,7 +187,7 @@ class Runner:
         return outcomes
 
     def _outcomes(self, process: PartProcess, left: float) -> list[Outcome]:
-        seconds = min(sum(part.seconds for part in process.parts), left)
+        seconds = min(self.patience * sum(part.seconds for part in process.parts), left)
         begun = time.monotonic()
         failures: dict[str, str] = {}
         left_out: dict[str, str] = {}
@@ -191,7 +206,7 @@ class Runner:
                 self.say(f"\n== {name}: {what} (at {time.monotonic() - self.start:.0f} s, limit {record['begins']} s)")
             self.heard(record | {"at_seconds": round(time.monotonic() - self.start, 1)})
 
-        code, tail = process.run(seconds, heard)
+        code, tail = process.run(seconds, self.end, heard)
         took = time.monotonic() - begun
         result = []
         for part in process.parts:

@@ -17,7 +17,9 @@ WORKERS = 8
 ENDED_BEFORE_SECONDS = 4
 """pytest is ended so long before the part is, so that what it has found by then is told."""
 WORDS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
-RESULT_LINE = re.compile(r"(?:\[gw\d+\] \[ *\d+%\] (\w+) (\S.*)|(\S+::\S.*?) (\w+) +\[ *\d+%\])$")
+RESULT_LINE = re.compile(
+    r"(?:\[gw\d+\] \[ *\d+%\] (\w+) (\S.*)|(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b.*\[ *\d+%\])$"
+)
 """A line of `pytest -v`, with xdist and without."""
 
 
@@ -50,7 +52,18 @@ def result_in(line: str) -> tuple[str, str] | None:
 def _output(recorder: Recorder) -> tuple[list[str], int | None]:
     """Returns what pytest has printed, and its exit status; None if it had to be ended."""
     # Releases other than those that constraints.txt pins warn of other things; here it is results that count.
-    options = ["-v", "-rfE", "-p", "no:cacheprovider", "--tb=short", "--color=no", "-W", "default"]
+    options = [
+        "-v",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "--tb=short",
+        "--color=no",
+        "-W",
+        "default",
+    ]
     if recorder.is_simulated:
         command = [sys.executable, "-m", "simulated_gpu", *options, *SIMULATED_TESTS, "-k", ONLY]
     else:
