@@ -88,8 +88,8 @@ class PartProcess:
             if line.strip() == READY:
                 end = min(time.monotonic() + seconds, latest)
                 self._say(f"{GO} {end - time.monotonic()} {self.folder.name}\n")
-            elif line.startswith(PREFIX):
-                heard(json.loads(line[len(PREFIX) :]))
+            elif (record := _record_in(line)) is not None:
+                heard(record)
             elif line.strip():
                 tail = [*tail[1 - TAIL_LINES :], line.rstrip()]
 
@@ -116,6 +116,17 @@ class PartProcess:
         for line in self.process.stdout:
             self._lines.put(line)
         self._lines.put(None)
+
+
+def _record_in(line: str) -> dict[str, Any] | None:
+    """Returns the record of a line; None if it is none, or the process has ended in the middle of it."""
+    if not line.startswith(PREFIX):
+        return None
+    try:
+        record: dict[str, Any] = json.loads(line[len(PREFIX) :])
+        return record
+    except json.JSONDecodeError:
+        return None
 
 
 def _metadata_folder(folder: Path) -> list[str]:
@@ -217,6 +228,8 @@ class Runner:
                 result.append(Outcome(part.name, "failed", own_seconds, failures[part.name]))
             elif part.name in finished:
                 result.append(Outcome(part.name, "passed", own_seconds))
+            elif code is None and part.is_extra:
+                result.append(Outcome(part.name, "no time", own_seconds, f"did not end within {seconds:.0f} s"))
             else:
                 why = f"did not end within {seconds:.0f} s" if code is None else f"its process ended with {code}"
                 result.append(Outcome(part.name, "failed", own_seconds, why))

@@ -93,7 +93,7 @@ class Recorder:
 
     def _send(self, record: dict[str, Any]) -> None:
         text = json.dumps(_valid({"part": self.part} | record), default=str, allow_nan=False, ensure_ascii=False)
-        print(PREFIX + text, flush=True)
+        print(f"\n{PREFIX}{text}", flush=True)  # on a line of its own, whatever a progress bar has left unfinished
 
     @staticmethod
     def _release() -> None:

@@ -75,20 +75,19 @@ def _output(recorder: Recorder) -> tuple[list[str], int | None]:
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace",
     )  # fmt: skip
-    ended = threading.Event()
+    lines: list[str] = []
+    reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
+    reader.start()
+    try:
+        code = process.wait(timeout=max(1.0, recorder.seconds_left() - ENDED_BEFORE_SECONDS))
+    except subprocess.TimeoutExpired:
+        process.kill()  # its workers are ended with this part
+        return list(lines), None
+    reader.join(timeout=2)
+    return lines, code
 
-    def end() -> None:
-        ended.set()
-        process.kill()
 
-    timer = threading.Timer(max(1.0, recorder.seconds_left() - ENDED_BEFORE_SECONDS), end)
-    timer.start()
+def _read(process: subprocess.Popen[str], lines: list[str]) -> None:
     assert process.stdout is not None
-    lines = []
     for line in process.stdout:
         lines.append(line.rstrip())
-        if ended.is_set():
-            break
-    timer.cancel()
-    code = process.wait()
-    return lines, None if ended.is_set() else code

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from simulated_gpu.build import why_not
+from simulated_gpu.suites import SUITES
 
 from gpu import figures, processes
 from gpu.__main__ import FAILED, PASSED, TIME_RAN_OUT, exit_code
@@ -156,7 +157,7 @@ def test_a_wrong_option_is_answered(arguments, answer):
 
 PROGRAM = """
 import json, os, subprocess, sys, time
-def tell(**record): print("RESULT " + json.dumps({"part": NAME} | record), flush=True)
+def tell(**record): print("\\nRESULT " + json.dumps({"part": NAME} | record), flush=True)
 print("READY", flush=True)
 sys.stdin.readline()
 tell(begins=1)
@@ -166,6 +167,9 @@ PROGRAMS = {
     "fails": "tell(failure='a product', why='it is wrong')\ntell(finished=0.1)\nsys.exit(1)",
     "lacks": "tell(not_run=NAME, why='peft is not installed')\ntell(finished=0.0)",
     "crashes": "tell(figure='before', value=2)\nprint('the last words', flush=True)\nos.kill(os.getpid(), 11)",
+    "tells half": "print('\\r 50%', end='')\n"
+    "tell(figure='after a bar', value=3)\nprint('RESULT {\"part\": ', flush=True)\n"
+    "tell(finished=0.1)",
     "hangs": "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     "tell(figure='child', value=child.pid)\ntime.sleep(600)",
 }
@@ -204,6 +208,19 @@ def _assert_ended(process: int) -> None:
             return
         time.sleep(0.1)
     pytest.fail("a process that the part had started is still there")
+
+
+def test_half_a_line_is_no_record_and_takes_none_along():
+    outcomes, heard, _ = run_programs("tells half")
+    assert [outcome.status for outcome in outcomes] == ["passed"]
+    assert values_of(heard) == {"after a bar": 3}
+
+
+def test_an_extra_that_there_is_no_time_for_is_no_failure():
+    part = Part("hangs", 1, "", is_extra=True)
+    line = [sys.executable, "-c", f"NAME = 'hangs'{PROGRAM}{PROGRAMS['hangs']}"]
+    outcomes = Runner(lambda group: line, 60.0, 1.0, lambda record: None, lambda text: None).run([[part]])
+    assert [outcome.status for outcome in outcomes] == ["no time"]
 
 
 def test_where_the_time_is_over_the_rest_is_not_started():
@@ -282,6 +299,12 @@ def test_every_test_that_needs_a_card_is_on_the_list():
     for test in CARD_TESTS:
         path, _, name = test.partition("::")
         assert f"def {name}" in (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_what_a_card_runs_the_simulated_gpu_runs_in_every_build():
+    """So that what fails on a card fails because of the card."""
+    simulated = {argument.partition("::")[0] for suite in SUITES for argument in suite.arguments}
+    assert {test.partition("::")[0] for test in CARD_TESTS} <= simulated, "add them to tests/simulated_gpu/suites.py"
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (), (0,)], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "c", pytest.param("triton", marks=needs_triton)])
 def test_products(dtype, op, width, shape, backend):
-    packed = random_awq_linear(64, 32, dtype=dtype).packed
-    x = torch.randn(*shape, width).to(dtype)
+    packed = PackedWeight(*(tensor.to(DEVICE[backend]) for tensor in random_awq_linear(64, 32, dtype=dtype).packed))
+    x = torch.randn(*shape, width).to(DEVICE[backend], dtype)
     opcheck(op, (x, *packed, backend))
     opcheck(op, (x.requires_grad_(), *packed, backend))
 
