@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-optimized fuzz lint docs package mutants compatibility clean
+.PHONY: demo test test-optimized fuzz lint docs package mutants compatibility gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hf_awq_offload demo
@@ -45,6 +45,12 @@ mutants: $(INSTALLED)
 # Not in CI. Two environments of 6 GB each; they are made once. Needs python3.10 and python3.12.
 compatibility: $(INSTALLED)
 	$(BIN)/python tests/bench/compatibility.py --folder .compatibility oldest newest
+
+# Not in CI. Everything that a real GPU has to say, in nine minutes (docs/gpu.md): with .venv if it is there, else, or if
+# PYTHON is given, with that interpreter and what it has. GPU="--only linears --out FILE" passes options. Installs nothing.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+gpu:
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(GPU_PYTHON) -m gpu $(GPU)
 
 # torch first: once the pinned release is there, nothing else asks for another one.
 $(INSTALLED): pyproject.toml constraints.txt

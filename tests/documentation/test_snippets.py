@@ -27,7 +27,7 @@ NOT_RUN = {
     "docs/quickstart.md": 2,  # the same
     "docs/training.md": 1,  # installs packages
     "docs/contributing.md": 1,  # this very test among others
-    "docs/gpu.md": 1,  # runs tests for minutes
+    "docs/gpu.md": 2,  # needs a GPU; runs tests for minutes
     "docs/from-autoawq.md": 1,  # AutoAWQ's side
     "docs/serving.md": 3,  # servers on GPUs
 }
