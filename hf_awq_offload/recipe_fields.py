@@ -31,8 +31,7 @@ def refuse_unknown_fields(config_class: type[T]) -> type[T]:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
                 raise ConfigError(
-                    f"{type(self).__name__} has no field {name!r}; the nearest is {nearest!r}. "
-                    f"Known: {', '.join(known)}."
+                    f"{type(self).__name__} has no field {name!r}; did you mean {nearest!r}? Known: {', '.join(known)}."
                 )
         construct(self, **given)
 

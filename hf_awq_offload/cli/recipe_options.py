@@ -106,9 +106,9 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = parse_json(text, unique_keys=True)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error.msg}, column {error.colno})") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON ({error.msg}, column {error.colno})") from error
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text[:200]!r} is refused: {error}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object; expected {{"name": ...}}')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object; expected {{"name": ...}}')
     return value

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ..messages import size_text
 from ..report import LayerReport, MemoryUse, QuantizationReport
 from .charts import LIGHT, Chart
 from .document import CLIP_RATIOS
@@ -57,9 +58,9 @@ code{font:.92em ui-monospace,monospace;overflow-wrap:anywhere}
 EXPLAINED = {
     "loss": "Squared output error per token, summed over a layer's linears, on the calibration data.",
     "groups": "Linears that read the same input share a chart, and so do the experts of a mixture.",
-    "gains": "Over all layers: the loss that is left, relative to rounding every weight to the nearest value.",
+    "gains": "Over all layers: the remaining loss, relative to round-to-nearest.",
     "alpha": "The exponent of the scales that the search chose; the mean over experts where a layer has several.",
-    "identity": "Why groups have no scale; they are clipped and rounded as the recipe says all the same.",
+    "identity": "Why some groups have no scale. They are still clipped and rounded as the recipe says.",
     "clipping": "The share of a weight group's range that the search kept, where clipping lowers a row's error.",
     "time": "By phase: read, probe, run on the calibration data, search and round.",
     "memory": "The peak is the highest so far in the run.",
@@ -120,12 +121,12 @@ def _figures(document: Mapping[str, Any]) -> str:
         ("left-out", "left in full precision", summary["left_out"], "{:,}".format),
         ("identity-share", "groups without a scale", summary["identity_share"], _percent),
         ("clip-ratio-mean", "mean clipping ratio", summary["clip_ratio_mean"], "{:.3f}".format),
-        ("starved-experts", "starved experts", summary["starved_experts"], "{:,}".format),
+        ("starved-experts", "starved experts", summary["starved_experts"] or None, "{:,}".format),
         ("calibration-tokens", "calibration tokens", summary["calibration_tokens"], "{:,}".format),
         ("seconds", "time in layers", summary["seconds"], _duration),
         ("planned-seconds", "time planned", plan.get("seconds"), _duration),
-        ("peak-bytes", "peak memory", summary[peak], _gib),
-        ("planned-peak-bytes", "peak planned", plan.get(peak), _gib),
+        ("peak-bytes", "peak memory", summary[peak], size_text),
+        ("planned-peak-bytes", "peak planned", plan.get(peak), size_text),
     ]
     shown = "".join(
         f'<div><dt>{label}</dt><dd id="{name}" data-value="{value}">{escape(text(value))}</dd></div>'
@@ -204,8 +205,8 @@ def _starved(report: QuantizationReport, minimum: int | None) -> str:
         named += f" and {more} more" if more > 0 else ""
         rows.append([layer.name, str(len(experts)), str(experts[0][1]), named])
     return (
-        f'<h2 id="starved">Starved experts</h2><p>Experts that saw few calibration tokens{less}; for the '
-        f"tokens that they lack, the layer's pooled statistics stand in.</p>"
+        f'<h2 id="starved">Starved experts</h2><p>Experts that saw few calibration tokens{less}; the '
+        f"layer's pooled statistics make up for the tokens that they lack.</p>"
         + _table(["layer", "experts", "fewest tokens", "which (tokens)"], rows)
     )
 
@@ -244,15 +245,11 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _peak(memory: MemoryUse | None) -> str:
-    return "–" if memory is None else _gib(memory.accelerator_peak or memory.ram_peak)
+    return "–" if memory is None else size_text(memory.accelerator_peak or memory.ram_peak)
 
 
 def _percent(share: float) -> str:
     return f"{share:.1%}"
-
-
-def _gib(count_bytes: int) -> str:
-    return f"{count_bytes / 2**30:.2f} GiB"
 
 
 def _duration(seconds: float) -> str:

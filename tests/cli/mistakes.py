@@ -72,10 +72,10 @@ class Answer:
 TABLE: dict[str, list[tuple[Any, ...]]] = {
     "The source": [
         ("a folder that is not there", "quantize ./lama out", 1, "There is no folder ./lama"),
-        ("a name that is neither here nor on the hub", "quantize lama out", 1, "no folder lama, and it could not"),
+        ("a name that is neither here nor on the Hub", "quantize lama out", 1, "no folder lama, and it could not"),
         ("a file", "quantize notes.txt out", 1, "notes.txt is a file"),
         ("a folder without config.json", "quantize texts out", 1, "texts holds no config.json"),
-        ("config.json is no JSON", "quantize broken-config out", 1, "config.json"),
+        ("config.json is not valid JSON", "quantize broken-config out", 1, "config.json"),
         ("no weights", "quantize no-weights out", 1, "no-weights"),
         ("a download that broke off", "quantize truncated out", 1, "model.safetensors"),
         ("large files are git-lfs pointers", "quantize pointers out", 1, "git-lfs pointer"),
@@ -96,7 +96,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
     ],
     "OUT": [
         ("there is something", "quantize model quantized", 1, "exists and is not empty"),
-        ("there are other files", "quantize model thesis --overwrite", 1, "thesis.tex is no part of a checkpoint"),
+        ("there are other files", "quantize model thesis --overwrite", 1, "thesis.tex is not part of a checkpoint"),
         ("there is an adapter", "quantize model with-adapter --overwrite", 1, "adapter_config.json is no part"),
         ("there are other weights", "quantize model with-weights --overwrite", 1, "lora.safetensors is no part"),
         ("an empty variable", "quantize model '' --overwrite", 1, "OUT is empty"),
@@ -147,7 +147,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("JSON that is none", "quantize model out --overrides '{down_proj: 8}'", 2, "--overrides"),
         ("a pattern that matches nothing", 'quantize model out --overrides \'{"donw": {"bits": 8}}\'', 2, "donw"),
         ("a limit without a device", "quantize model out --max-memory 8GiB", 2, "--max-memory"),
-        ("a limit that is no size", "quantize model out --max-memory cpu=lots", 2, "lots"),
+        ("a limit that is not a size", "quantize model out --max-memory cpu=lots", 2, "lots"),
         ("a limit that is too low", "quantize model out --max-memory cpu=10MiB", 1, "GiB"),
         ("a size that is none", "quantize model out --max-shard-size huge", 2, "huge"),
         ("a device that is not there", "quantize model out --execution-device cuda:7", 2, "cuda:7"),
@@ -158,7 +158,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("options that exclude each other", "inspect model --quiet --verbose", 2, "--quiet"),
         ("options without effect", "quantize model out --private", 2, "--push-to-hub"),
         ("a name that no repository can have", "quantize model out --push-to-hub 'my model'", 2, "my model"),
-        ("no login on the hub", "quantize model out --push-to-hub me/model", 1, "needs a login"),
+        ("no login on the Hub", "quantize model out --push-to-hub me/model", 1, "needs a login"),
         ("a window of one token", "evaluate model --window 1", 2, "--window"),
         ("a format that is not there", "convert quantized out --to gguf", 2, "gguf"),
         ("an option of another command", "inspect model --bits 4", 2, "--bits"),
@@ -176,7 +176,7 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
         ("SIGTERM after two layers", "quantize model out", 130, "--resume", "sigterm"),
     ],
     "The disk": [
-        ("no room from the start", "quantize model out", 1, "GiB of disk space", "small_disk"),
+        ("no room from the start", "quantize model out", 1, "of disk space", "small_disk"),
         ("full after two layers", "quantize model out", 1, "--resume", "full_disk"),
         ("files may not be that large", "quantize model out", 1, "File too large", "file_size_limit"),
     ],

@@ -73,7 +73,7 @@ def test_a_new_card_says_what_was_done_and_measured_and_how_to_load_it():
         "| in full precision | `lm_head` |",
         "| wikitext2 | 7.250 | 0.01230 | 95.0% | 1000 |",
         "Weights: 4.2 MB, 16.0 MB before.",
-        "relative to rounding to nearest: 0.25.",
+        "quantized linears): 0.25 × round-to-nearest.",
         f"]({PICTURE})",
         'AutoModelForCausalLM.from_pretrained("me/model-AWQ"',
         "vllm serve me/model-AWQ",
