@@ -1,8 +1,8 @@
 """Opens the checkpoint that is to be quantized, as the full-precision tensors that it stands for.
 
 Only headers are read. What is damaged, contradicts itself or cannot be understood is refused here, before any weight is
-loaded: a file that is no whole safetensors file, an index that names other tensors than the files hold, a quantization
-that this package cannot undo.
+loaded: a safetensors file that is cut off, an index that names other tensors than the files hold, a quantization that
+this package cannot undo.
 """
 
 from __future__ import annotations

@@ -96,9 +96,9 @@ def check_dtype(dtype: Any) -> None:
 def refuse_adapters(source: str) -> None:
     """Raises ModelStructureError: a checkpoint of adapters can't be quantized from disk to disk."""
     raise ModelStructureError(
-        f"{source} holds adapters ({ADAPTER_CONFIG_NAME}), not a whole model; expected a full-precision checkpoint. "
-        "Merge the adapter first: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(folder)"
-        ", then quantize that folder."
+        f"{source} holds adapters ({ADAPTER_CONFIG_NAME}), not a model; expected a full-precision checkpoint. Merge "
+        "the adapter first: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(folder), "
+        "then quantize that folder."
     )
 
 

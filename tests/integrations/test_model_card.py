@@ -94,7 +94,7 @@ def test_a_card_of_packed_weights():
         "An 8-bit version: symmetric, one group per row.",
         "| dataset | wikitext2 |",
         "| in full precision | `lm_head` |",
-        "compressed-tensors where there are no zero points",
+        "compressed-tensors, if there are no zero points",
         "vllm serve",
     ):
         assert words in card, words
