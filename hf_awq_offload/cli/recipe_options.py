@@ -57,11 +57,11 @@ def add_recipe_options(parser: argparse._ActionsContainer) -> None:
     """Add all options. One that the user leaves out is absent from the namespace, so that the config file or the
     default decides."""
     for field in recipe_fields().values():
-        default = "none" if field.default is None else str(field.default).lower()
+        default = "" if field.default is None else f" [{str(field.default).lower()}]"
         arguments: dict[str, Any] = {
             "dest": field.name,
             "default": argparse.SUPPRESS,
-            "help": f"{field.meaning} [{default}]".replace("%", "%%"),
+            "help": f"{field.meaning.removesuffix('.')}{default}".replace("%", "%%"),
         }
         parser.add_argument(field.option, **arguments, **_arguments(field))
 

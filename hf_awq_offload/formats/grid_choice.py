@@ -74,10 +74,10 @@ def choices(base: GridFields, overrides: Overrides) -> set[GridChoice]:
 def check_choice(where: str, choice: GridFields) -> None:
     """Raises ConfigError unless every field has an allowed value; `where` goes before the field's name."""
     if not _is_one_of(choice.bits, BITS):
-        raise ConfigError(f"{where}bits is {choice.bits!r}; pass 4 (the usual), 2, 3 or 8.")
+        raise ConfigError(f"{where}bits is {choice.bits!r}; pass 4 (the default), 2, 3 or 8.")
     if not _is_one_of(choice.group_size, GROUP_SIZES):
         raise ConfigError(
-            f"{where}group_size is {choice.group_size!r}; pass 128 (the usual), 64, 32, or -1 for one group per row."
+            f"{where}group_size is {choice.group_size!r}; pass 128 (the default), 64, 32, or -1 for one group per row."
         )
     if not isinstance(choice.zero_point, bool | None):
         raise ConfigError(f"{where}zero_point is {choice.zero_point!r}; pass True, False, or None to go by the bits.")

@@ -97,8 +97,8 @@ TABLE: dict[str, list[tuple[Any, ...]]] = {
     "OUT": [
         ("there is something", "quantize model quantized", 1, "exists and is not empty"),
         ("there are other files", "quantize model thesis --overwrite", 1, "thesis.tex is not part of a checkpoint"),
-        ("there is an adapter", "quantize model with-adapter --overwrite", 1, "adapter_config.json is no part"),
-        ("there are other weights", "quantize model with-weights --overwrite", 1, "lora.safetensors is no part"),
+        ("there is an adapter", "quantize model with-adapter --overwrite", 1, "adapter_config.json is not part"),
+        ("there are other weights", "quantize model with-weights --overwrite", 1, "lora.safetensors is not part"),
         ("an empty variable", "quantize model '' --overwrite", 1, "OUT is empty"),
         ("the working directory", "quantize model . --overwrite", 1, "is the working directory"),
         ("the folder above", "quantize model .. --overwrite", 1, "holds the working directory"),

@@ -64,6 +64,28 @@ def test_help_fits_a_terminal(command, monkeypatch):
     assert [line for line in text.splitlines() if len(line) > WIDTH] == []
 
 
+def anchors(page: str) -> set[str]:
+    """The anchors of a page's headings, as mkdocs makes them."""
+    code = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", code, flags=re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", title.encode("ascii", "ignore").decode()).strip().lower() for title in titles]
+    return {re.sub(r"[-\s]+", "-", title) for title in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    text = page.read_text(encoding="utf-8")
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        linked = page.parent / name if name else page
+        if not linked.exists() or (anchor and anchor not in anchors(linked.read_text(encoding="utf-8"))):
+            dead.append(target)
+    assert dead == []
+
+
 def test_the_pages_count_the_tested_model_types_alike():
     architectures = " ".join((ROOT / "docs" / "architectures.md").read_text(encoding="utf-8").split())
     (causal,) = re.findall(r"(\d+) causal language model types", architectures)
