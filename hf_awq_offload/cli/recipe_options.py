@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,33 @@ def _arguments(field: Field) -> dict[str, Any]:
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
     """The fields that the command line sets."""
     return {name: getattr(options, name) for name in recipe_fields() if hasattr(options, name)}
+
+
+def with_options(message: str) -> str:
+    """Returns an error message of the package with options in place of the recipe's fields.
+
+    "n_samples is 0" -> "--n-samples is 0", "prefetch=False" -> "--no-prefetch", "max_memory['cpu']" -> "--max-memory
+    cpu". Names that are English words, such as `format`, are left alone unless a value or "is" follows.
+    """
+    fields = recipe_fields()
+    names = "|".join(fields)
+    in_two_words = "|".join(name for name in fields if "_" in name)
+    before, after = r"(?<![\w./'\"-])", r"(?![\w/]|\.\w)"
+
+    def assigned(found: re.Match[str]) -> str:
+        field, value = fields[found[1]], found[2].strip("'\"")
+        if field.kind == "flag":
+            return field.option if value == "True" else field.option.replace("--", "--no-")
+        return f"{field.option} {value}"
+
+    def named(found: re.Match[str]) -> str:
+        return fields[found[1]].option
+
+    message = re.sub(rf"{before}({names})=('[^']*'|\"[^\"]*\"|[\w-]+)", assigned, message)
+    message = re.sub(rf"{before}(max_memory|overrides)\[('[^']*')\]", lambda m: f"{named(m)} {m[2]}", message)
+    message = re.sub(rf"^({names})(?= is )", named, message)
+    message = re.sub(rf"{before}({in_two_words}){after}", named, message)
+    return re.sub(r"(--[\w-]+) \(\1\)", r"\1", message.replace("out_dir ", "OUT "))
 
 
 class _Merge(argparse.Action):
