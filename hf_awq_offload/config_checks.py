@@ -101,8 +101,8 @@ def checked_module_names(names: Any) -> list[str] | None:
         fault = fault_in(name)
         if fault is not None:
             raise ConfigError(
-                f"modules_to_not_convert has the entry {name[:200]!r}, which is no regular expression ({fault}); pass "
-                "names of modules, with a backslash before characters such as brackets."
+                f"modules_to_not_convert has the entry {name[:200]!r}, which is not a valid regular expression "
+                f"({fault}); pass names of modules, with a backslash before characters such as brackets."
             )
     return checked
 
@@ -132,8 +132,8 @@ def checked_memory_limits(limits: Any) -> dict[str, int | str] | None:
                 raise ValueError("not a positive size")
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise ConfigError(
-                f"max_memory is {limits!r}: {limit!r} is no size; pass a positive number of bytes, or a text such as "
-                "'8GiB'."
+                f"max_memory is {limits!r}: {limit!r} is not a size; pass a positive number of bytes, or a text such "
+                "as '8GiB'."
             ) from error
         checked[name] = int(limit_bytes)
     return checked

@@ -14,4 +14,4 @@ def wrong_dtype(name: str) -> str | None:
     if name in (*USUAL, *OTHERS):
         return None
     near = difflib.get_close_matches(name.removeprefix("torch."), USUAL, n=1)
-    return f"pass one of {', '.join(USUAL)}" + (f"; the nearest is {near[0]!r}" if near else "")
+    return f"pass one of {', '.join(USUAL)}" + (f" (did you mean {near[0]!r}?)" if near else "")

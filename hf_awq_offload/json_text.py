@@ -19,12 +19,12 @@ def parse_json(text: str | bytes, strict: bool = False, unique_keys: bool = Fals
 
     Args:
         text: the text.
-        strict: refuse what is no JSON, and Python takes for it: NaN and Infinity, which config files of transformers
+        strict: refuse what is not valid JSON but Python accepts: NaN and Infinity, which config files of transformers
             have, and halves of a UTF-16 pair. Keys have to be unique, too.
         unique_keys: refuse an object that has a key twice. Otherwise the last one counts, as for all readers in Python.
 
     Raises:
-        json.JSONDecodeError (a ValueError): it is no JSON.
+        json.JSONDecodeError (a ValueError): it is not valid JSON.
         ValueError: it is no UTF-8, a key is there twice that may not be, an integer has thousands of digits, or
             brackets are nested more than MAX_DEPTH deep.
     """
@@ -51,7 +51,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _require_shallow(value: Any) -> None:

@@ -29,6 +29,7 @@ from .integrations.lazy_loading import detach_stored_weights, load_on_meta, to_c
 from .integrations.one_at_a_time import one_at_a_time
 from .integrations.quantizer import AwqOffloadQuantizer
 from .integrations.registration import register
+from .messages import size_text
 from .model.decoder_layers import candidate_layers
 from .model.fused_experts import fused_experts_of
 from .offload.devices import accelerator_bytes
@@ -152,7 +153,7 @@ def require_fit(wanted: Plan, recipe: AwqOffloadConfig, folder: Path) -> None:
             continue
         knobs = "n_samples or max_seq_len lower (hidden states), batch_tokens lower (activations), prefetch=False"
         raise MemoryLimitError(
-            f"Quantizing takes about {needed / 2**30:.2f} GiB of {what}, but {available / 2**30:.2f} GiB are there"
+            f"Quantizing takes about {size_text(needed)} of {what}, but {size_text(available)} are available"
             + (f" or allowed by max_memory[{key}]" if key else "")
             + f". Planned: {wanted}. Set {knobs}{f', or raise max_memory[{key}]' if key else ', or make room'}."
         )

@@ -31,8 +31,7 @@ def refuse_unknown_fields(config_class: type[T]) -> type[T]:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
                 raise ConfigError(
-                    f"{type(self).__name__} has no field {name!r}; the nearest is {nearest!r}. "
-                    f"Known: {', '.join(known)}."
+                    f"{type(self).__name__} has no field {name!r}; did you mean {nearest!r}? Known: {', '.join(known)}."
                 )
         construct(self, **given)
 
@@ -46,7 +45,8 @@ class RecipeFields:
     """The fields; `metadata["help"]` says what each one means."""
 
     bits: int = field(
-        default=4, metadata={"help": "bits per weight: 4; or 2, 3 or 8, which need the compressed-tensors format."}
+        default=4,
+        metadata={"help": "bits per weight: 2, 3, 4 or 8; all but 4 are saved in the compressed-tensors format."},
     )
     group_size: int = field(
         default=128,
@@ -55,16 +55,16 @@ class RecipeFields:
     zero_point: bool | None = field(
         default=None,
         metadata={
-            "help": "quantize asymmetrically, with a zero point per group; by default for each linear that gets fewer "
-            "than 8 bits. vLLM's Marlin kernels for AWQ expect True; transformers without this package can't load "
-            "zero points in the compressed-tensors format."
+            "help": "asymmetric grid, with a zero point per group; by default for linears below 8 bits. vLLM's Marlin "
+            "kernels for AWQ need zero points; transformers without this package can't load them in the "
+            "compressed-tensors format."
         },
     )
     overrides: dict[str, dict[str, Any]] | None = field(
         default=None,
         metadata={
-            "help": "different grids for some linears: regular expression, searched in a linear's full name -> the "
-            "fields `bits`, `group_size` and `zero_point` to change there; a later match overrides an earlier one."
+            "help": "other grids for some linears: maps a regular expression, searched in a linear's full name, to the "
+            "fields that differ there (`bits`, `group_size`, `zero_point`); the last match wins."
         },
     )
     format: str = field(
@@ -77,14 +77,14 @@ class RecipeFields:
     dataset: Any = field(
         default="builtin",
         metadata={
-            "help": 'calibration data. "builtin" is English text that comes with every CPython; see '
+            "help": 'calibration data. "builtin" is English text that ships with Python; see '
             "docs/calibration.md for the other forms (texts, token ids, tensors, `datasets.Dataset`, files, dataset "
             "names, and what a processor returns for texts with images)."
         },
     )
     tokenizer: Any = field(
         default=None,
-        metadata={"help": "tokenizer or processor, or its name or path; by default the checkpoint's own."},
+        metadata={"help": "tokenizer or processor, by name or path; by default the checkpoint's own."},
     )
     text_column: str | None = field(
         default=None,
@@ -108,13 +108,13 @@ class RecipeFields:
     min_expert_tokens: int = field(
         default=256,
         metadata={
-            "help": "calibration tokens that each expert of a mixture of experts needs; the layer's pooled statistics "
-            "make up for those that an expert lacks."
+            "help": "calibration tokens that each expert of a mixture of experts needs; an expert "
+            "that sees fewer is starved, and the layer's pooled statistics make up the difference."
         },
     )
     all_experts: bool = field(
         default=False,
-        metadata={"help": "send every calibration token through every expert: slower, but no expert lacks data."},
+        metadata={"help": "send every calibration token through every expert: slower, but no expert is starved."},
     )
     rounding: str = field(
         default="error_feedback",
@@ -133,8 +133,8 @@ class RecipeFields:
     modules_to_not_convert: list[str] | None = field(
         default=None,
         metadata={
-            "help": "linears that stay in full precision: names (suffixes, prefixes or regular expressions, matched "
-            "as transformers matches them)."
+            "help": "linears that stay in full precision: names, prefixes, suffixes or regular expressions, matched "
+            "as in transformers."
         },
     )
     mtp: str = field(
@@ -147,8 +147,8 @@ class RecipeFields:
     from_quantized: bool = field(
         default=False,
         metadata={
-            "help": "quantize a checkpoint that has been quantized to fewer than 8 bits already (AWQ, GPTQ, "
-            "bitsandbytes, …); both losses add up, so it is refused without this field."
+            "help": "accept a source that is already quantized to fewer than 8 bits (AWQ, GPTQ, bitsandbytes, …); it "
+            "is refused by default, because both losses add up."
         },
     )
     execution_device: Any = field(
@@ -172,8 +172,8 @@ class RecipeFields:
     max_memory: Mapping[str, int | str] | None = field(
         default=None,
         metadata={
-            "help": 'memory limits that the run does not exceed: device ("cpu", "cuda:0") -> bytes, or text such as '
-            '"8GiB".'
+            "help": 'memory limits that the run does not exceed: maps a device ("cpu", "cuda:0") to bytes, or to a '
+            'text such as "8GiB".'
         },
     )
     checkpoint_dir: str | os.PathLike[str] | None = field(
@@ -182,14 +182,14 @@ class RecipeFields:
     )
     report_dir: str | os.PathLike[str] | None = field(
         default=None,
-        metadata={"help": "folder for the report of the run (report.json, report.html, pictures)."},
+        metadata={"help": "folder for the report of the run: report.json, report.html and pictures."},
     )
-    seed: int = field(default=0, metadata={"help": "seed of everything random (the choice of samples, probes)."})
+    seed: int = field(default=0, metadata={"help": "seed of everything random: the choice of samples, the probes."})
     backend: str = field(
         default="auto",
         metadata={
-            "help": 'what computes the quantized linears of the returned model: "auto", or one of the backends in '
-            "docs/kernels.md. The checkpoint does not store it. The environment variable HF_AWQ_OFFLOAD_BACKEND "
+            "help": 'backend that computes the quantized linears of the returned model: "auto", or one of the backends '
+            "in docs/kernels.md. The checkpoint does not store it. The environment variable HF_AWQ_OFFLOAD_BACKEND "
             "overrides it, and applies to loaded checkpoints, too."
         },
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .messages import size_text
+
 FEW_TOKENS = "measured on fewer tokens than channels: not a measure of quality"
 
 
@@ -110,8 +112,8 @@ class Plan:
     def __str__(self) -> str:
         parts = [f"{self.layers} layers on {self.device}, {self.tokens} tokens in micro-batches of {self.batch_tokens}"]
         if self.accelerator_peak_bytes:
-            parts.append(f"accelerator {self.accelerator_peak_bytes / 2**30:.2f} GiB")
-        parts += [f"RAM {self.ram_peak_bytes / 2**30:.2f} GiB", f"disk {self.disk_bytes / 2**30:.2f} GiB"]
+            parts.append(f"accelerator {size_text(self.accelerator_peak_bytes)}")
+        parts += [f"RAM {size_text(self.ram_peak_bytes)}", f"disk {size_text(self.disk_bytes)}"]
         if self.seconds is not None:
             parts.append(f"{self.seconds / 60:.1f} minutes")
         return ", ".join(parts)

@@ -76,7 +76,7 @@ def quantize(
         probe: quantize two layers beforehand to predict the time as well, and measured memory, see `plan`.
         overwrite: replace an `out_dir` that exists and is not empty, which otherwise raises an error.
         max_shard_size: largest size of a safetensors file, in bytes or as text.
-        repo_id: the checkpoint's future name on the hub, for the snippets in its card.
+        repo_id: the checkpoint's future name on the Hub, for the snippets in its card.
         model_class: the Auto class that loads the model.
         dtype: the model's dtype; "auto" is the checkpoint's.
         kwargs: passed to `from_pretrained` (revision, subfolder, token, trust_remote_code, …). Tokenizer, processor

@@ -1,4 +1,4 @@
-"""Builds a cache of the hub on the disk, laid out as huggingface_hub does, for tests without a network."""
+"""Builds a cache of the Hub on the disk, laid out as huggingface_hub does, for tests without a network."""
 
 from __future__ import annotations
 

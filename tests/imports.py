@@ -12,8 +12,8 @@ if __name__ == "__main__" and sys.argv[1:]:
     PACKAGE = Path(sys.argv[1]).resolve()
 
 LEVELS: list[list[str]] = [
-    ["dtype_names", "errors", "json_text", "logs", "messages", "report"],
-    ["formats", "machine_errors", "precision", "recipe_fields"],
+    ["dtype_names", "errors", "json_text", "logs", "messages"],
+    ["formats", "machine_errors", "precision", "recipe_fields", "report"],
     ["config_checks", "triton_trial"],
     ["checkpoint", "ops", "search"],
     ["config"],

@@ -24,6 +24,7 @@ PLACEHOLDERS = {
     "path/or/name/of/an/AWQ-checkpoint": "autoawq-gemv",
     "path/or/name": "dense",
     "my-texts.jsonl": "texts.jsonl",
+    "held-out.txt": "held-out.txt",
 }
 """Maps a name on a page to a name in the folder of models; longer matches are replaced first."""
 

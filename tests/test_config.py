@@ -207,7 +207,7 @@ def test_an_accelerator_index_beyond_the_last_is_refused(monkeypatch):
     ],
 )
 def test_an_unknown_field_names_the_nearest(unknown, nearest):
-    with pytest.raises(ConfigError, match=f"no field '{unknown}'; the nearest is '{nearest}'"):
+    with pytest.raises(ConfigError, match=f"no field '{unknown}'; did you mean '{nearest}'"):
         AwqOffloadConfig(**{unknown: 1})
 
 

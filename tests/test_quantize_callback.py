@@ -240,7 +240,7 @@ def test_what_can_not_be_quantized_is_refused_before_the_first_step(tokenizer, t
         train(tiny(tokenizer), tmp_path, tokenizer, a_file)
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("mine")
-    with pytest.raises(ConfigError, match=r"thesis\.tex is no part of a checkpoint"):
+    with pytest.raises(ConfigError, match=r"thesis\.tex is not part of a checkpoint"):
         train(tiny(tokenizer), tmp_path, tokenizer, AwqQuantizeCallback(recipe(), output_dir=tmp_path / "precious"))
     for model, message in (
         (get_peft_model(quantized, LoraConfig(target_modules="all-linear")), "quantized already"),

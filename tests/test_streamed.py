@@ -150,7 +150,7 @@ def test_a_folder_that_is_there_is_refused_or_replaced(llama, quantized, tmp_pat
     (target / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"exists and is not empty.*overwrite=True"):
         quantize(llama, target, token_recipe())
-    with pytest.raises(ConfigError, match=r"mine\.txt is no part of a checkpoint"):
+    with pytest.raises(ConfigError, match=r"mine\.txt is not part of a checkpoint"):
         quantize(llama, target, token_recipe(), overwrite=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
     (target / "mine.txt").unlink()
@@ -213,7 +213,7 @@ def test_what_was_to_be_replaced_survives_a_kill_before_its_successor_took_its_p
 def test_two_runs_do_not_write_to_one_place(llama, tmp_path):
     with work_folder(tmp_path / "out") as work:
         (work / "half").write_text("half")
-        with pytest.raises(ConfigError, match=r"is being made by process \d+ on \S+; wait"):
+        with pytest.raises(ConfigError, match=r"is being written by process \d+ on \S+; wait"):
             quantize(llama, tmp_path / "out", token_recipe())
         assert (work / "half").exists()
     assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,7 @@ def both(source: Path, scratch: Path, auto_class, recipe) -> tuple[dict[str, byt
 
 @pytest.fixture
 def source(tiny_llama_dir, tmp_path) -> Path:
-    """A checkpoint in the hub's cache, with a template, a generation config, a licence and files that nothing needs."""
+    """A checkpoint in the Hub's cache, with a template, a generation config, a licence and files that nothing needs."""
     folder = tmp_path / "models--someone--Tiny" / "snapshots" / "0123"
     shutil.copytree(tiny_llama_dir, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)

@@ -33,7 +33,7 @@ def listed(
 ) -> tuple[dict[str, int | None], dict[str, str]]:
     """Lists the files of a checkpoint on this machine, without hidden folders and caches.
 
-    Links are followed within the folder; within the cache of the hub, which keeps files elsewhere, within the
+    Links are followed within the folder; within the cache of the Hub, which keeps files elsewhere, within the
     repository. A link that leads anywhere else is not: a checkpoint from strangers could otherwise have any file of
     this machine copied, and published.
 
@@ -165,7 +165,7 @@ def is_reachable(path: Path, folder: Path) -> bool:
 
 
 def _reachable_from(folder: Path) -> Path:
-    """Returns the folder that links in a checkpoint may lead to: its own, or the repository's in the hub's cache."""
+    """Returns the folder that links in a checkpoint may lead to: its own, or the repository's in the Hub's cache."""
     resolved = folder.resolve()
     for parent in (resolved, *resolved.parents):
         if parent.name.startswith("models--") and resolved.is_relative_to(parent / "snapshots"):

@@ -99,7 +99,7 @@ def convert_checkpoint(
                 states.require_unchanged()
         except OSError as error:
             raise StorageError(
-                f"The converted checkpoint can't be written to {work}: {error}. Nothing of it is left: make room or "
+                f"The converted checkpoint can't be written to {work}: {error}. Nothing is left of it: make room or "
                 "correct the permissions, and repeat the call."
             ) from error
         size_bytes = sum(file.stat().st_size for file in assembled.glob("*.safetensors"))

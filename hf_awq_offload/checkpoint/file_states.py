@@ -86,7 +86,7 @@ class FileStates:
             raise CheckpointError(
                 f"{file} was changed while it was in use: it was {before}, and is {found} now. The result would be "
                 "made of two checkpoints, so it is not written. Put the file back as it was and repeat the call, "
-                "or begin anew with the new file, in another checkpoint_dir."
+                "or start over with the new file, in another checkpoint_dir."
             )
 
 

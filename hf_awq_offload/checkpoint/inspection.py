@@ -161,7 +161,7 @@ def _shape_of(checkpoint: Checkpoint, linear: str, findings: list[Finding]) -> L
         in_features, out_features = _features(checkpoint, linear)
         group_size = resolve_group_size(choice.group_size, in_features)
         if in_features % group_size:
-            raise CheckpointError(f"{in_features} input channels are no multiple of the group size {group_size}")
+            raise CheckpointError(f"{in_features} input channels are not a multiple of the group size {group_size}")
         grid = Grid(choice.bits, group_size, choice.zero_point)
         features = LinearFeatures(in_features, out_features, bias=False)
         check_linear(linear, features, checkpoint.headers, checkpoint.format, grid)

@@ -111,14 +111,14 @@ def read_json(path: Path, unique_keys: bool = False) -> dict[str, Any]:
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         with path.open("rb") as opened:
             text = opened.read(MAX_JSON_BYTES + 1)
         if len(text) > MAX_JSON_BYTES:
             raise ValueError(f"it is longer than {MAX_JSON_BYTES} bytes")
         value = parse_json(text, unique_keys=unique_keys)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}); get the checkpoint again.") from error
+        raise CheckpointError(f"{path} can't be read ({error}); download the checkpoint again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
     return value
@@ -131,7 +131,7 @@ def quantization_fields(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def require_fields(config: dict[str, Any]) -> None:
-    """Raises CheckpointError if config.json has a quantization config that is no JSON object, and so says nothing."""
+    """Raises CheckpointError if config.json has a quantization config that is no object and so says nothing."""
     for name in ("quantization_config", "compression_config"):
         if not isinstance(config.get(name) or {}, dict):
             raise CheckpointError(
@@ -165,7 +165,7 @@ def weight_map(index: Path) -> dict[str, str]:
     """
     entries = read_json(index, unique_keys=True).get("weight_map")
     if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensors to files; get the checkpoint again.")
+        raise CheckpointError(f"{index} has no weight_map from tensors to files; download the checkpoint again.")
     for file in set(entries.values()):
         if not FILE_NAME.fullmatch(file) or not file.isprintable() or len(file.encode()) > 255:
             raise CheckpointError(

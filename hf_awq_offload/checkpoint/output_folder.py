@@ -45,7 +45,7 @@ CHECKPOINT_FOLDERS = {"additional_chat_templates": re.compile(r".+\.jinja")}
 
 
 def foreign_entry(folder: Path, sources: Sequence[Path] = ()) -> Path | None:
-    """Returns something in `folder` that is no part of a checkpoint; None if the folder is empty or a checkpoint alone.
+    """Returns something in `folder` that is not part of a checkpoint; None if it is empty or a checkpoint alone.
 
     A folder with files of a checkpoint, but without config.json, is foreign as a whole.
 
@@ -143,14 +143,14 @@ def output_folder(
         foreign = foreign_entry(target, sources)
         if foreign is not None:
             raise ConfigError(
-                f"{field} {path} cannot be replaced: {foreign.relative_to(target)} is no part of a checkpoint, and "
+                f"{field} {path} cannot be replaced: {foreign.relative_to(target)} is not part of a checkpoint, and "
                 "would be deleted. Nothing was changed. Name another folder, or move that file elsewhere."
             )
     return target
 
 
 def require_no_links(folder: Path) -> None:
-    """Checks that saving a model to an existing folder overwrites no file elsewhere, such as those of the hub's cache.
+    """Checks that saving a model to an existing folder overwrites no file elsewhere, such as those of the Hub's cache.
 
     Raises:
         ConfigError: a file that would be written is a link. Nothing was changed.

@@ -48,7 +48,7 @@ def _loaded(file: Path) -> Mapping[Any, Any]:
         loaded = torch.load(file, map_location="meta", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{file} is no whole file of tensors ({str(error).splitlines()[0]}); get it again."
+            f"{file} is not a complete file of tensors ({str(error).splitlines()[0]}); download it again."
         ) from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file} holds a {type(loaded).__name__}; expected tensors by name.")

@@ -68,12 +68,12 @@ def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
     path = Path(file)
     try:
         if not path.is_file():  # a folder, or a pipe, which would be waited for
-            raise ValueError("there is no regular file of this name")
+            raise ValueError("there is not a regular file of this name")
         with path.open("rb") as opened:
             first_bytes = opened.read(8)
             if first_bytes == LFS_POINTER[:8]:
                 raise CheckpointError(
-                    f"{path} is a git-lfs pointer, not the file that it stands for. Fetch the file: `git lfs pull` in "
+                    f"{path} is a git-lfs pointer, not the file itself. Fetch the file: `git lfs pull` in "
                     "the repository, or `hf download`."
                 )
             length = int.from_bytes(first_bytes, "little")
@@ -88,10 +88,10 @@ def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"{path} can't be read: {error.strerror or error}. Correct its permissions, or get it again."
+            f"{path} can't be read: {error.strerror or error}. Correct its permissions, or download it again."
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); get it again.") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file ({error}); download it again.") from error
     return places
 
 
@@ -101,7 +101,7 @@ def _places(path: Path, header: Any, first: int, size: int) -> dict[str, TensorP
         raise ValueError(f"its header is a {type(header).__name__}")
     metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are no texts by name")
+        raise ValueError("its metadata is not a dict of texts")
     places = {name: _place(path, name, entry, first) for name, entry in header.items() if name != "__metadata__"}
     end = first
     for name, place in sorted(places.items(), key=lambda entry: entry[1][3:]):
@@ -148,7 +148,7 @@ def read_tensor(place: TensorPlace, pin_memory: bool = False) -> Tensor:
             while done < len(view):
                 count = opened.readinto(view[done:])
                 if not count:
-                    raise CheckpointError(f"{place.file} ends within a tensor; get it again.")
+                    raise CheckpointError(f"{place.file} ends within a tensor; download it again.")
                 done += count
     except OSError as error:
         raise CheckpointError(f"{place.file} can't be read any more ({error}); put it back.") from error
@@ -225,7 +225,7 @@ class TensorFile:
         if len(data) != end - start:
             raise CheckpointError(
                 f"{name} has {len(data)} bytes, and {end - start} were announced for it: the checkpoint contradicts "
-                "itself. Get it again."
+                "itself. Download it again."
             )
         self._opened.seek(start)
         self._opened.write(data)

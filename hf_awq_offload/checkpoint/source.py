@@ -1,8 +1,8 @@
 """Opens the checkpoint that is to be quantized, as the full-precision tensors that it stands for.
 
 Only headers are read. What is damaged, contradicts itself or cannot be understood is refused here, before any weight is
-loaded: a file that is no whole safetensors file, an index that names other tensors than the files hold, a quantization
-that this package cannot undo.
+loaded: a safetensors file that is cut off, an index that names other tensors than the files hold, a quantization that
+this package cannot undo.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def open_source(files: Sequence[Path], fields: Mapping[str, Any] | None = None, 
         if twice := sorted(held.keys() & places.keys()):
             raise CheckpointError(
                 f"{twice[0]} is both in {places[twice[0]].file.name} and in {file.name}; expected each tensor once. "
-                "The files are of two checkpoints: remove those that do not belong to this one, or get it again."
+                "The files are of two checkpoints: remove those that do not belong to this one, or download it again."
             )
         places |= held
     if index is not None:
@@ -107,13 +107,13 @@ def _check_index(index: Path, places: Mapping[str, TensorPlace]) -> None:
     if lost:
         raise CheckpointError(
             f"{index.name} says that {lost[0]} is in {entries[lost[0]]}, which does not hold it"
-            f"{_and_more(lost)}. The download is incomplete, or the files are of two checkpoints: get it again."
+            f"{_and_more(lost)}. The download is incomplete, or the files are of two checkpoints: download it again."
         )
     unnamed = sorted(places.keys() - entries.keys())
     if unnamed:
         raise CheckpointError(
             f"{places[unnamed[0]].file.name} holds {unnamed[0]}, which {index.name} does not name{_and_more(unnamed)}. "
-            "Some readers would load it and others not: get the checkpoint again, or add it to the index."
+            "Some readers would load it and others not: download the checkpoint again, or add it to the index."
         )
 
 

@@ -14,13 +14,13 @@ def folder_on_this_machine(
     cache_dir: str | os.PathLike[str] | None = None,
     subfolder: str = "",
 ) -> Path | None:
-    """Returns the folder that holds a checkpoint: itself, or the hub's repository in the cache; None if there is none.
+    """Returns the folder that holds a checkpoint: itself, or the Hub's repository in the cache; None if there is none.
 
     Nothing is downloaded, so the folder may lack files.
 
     Args:
-        source: a folder, or a name on the hub.
-        revision: branch, tag or commit on the hub.
+        source: a folder, or a name on the Hub.
+        revision: branch, tag or commit on the Hub.
         cache_dir: the cache; by default huggingface_hub's.
         subfolder: where in the checkpoint the model is.
     """

@@ -72,7 +72,7 @@ def read(stored: StoredTensor, pin_memory: bool = False) -> Tensor:
     if tuple(tensor.shape) != stored.shape:
         raise CheckpointError(
             f"{stored.weight.name} has the shape {tuple(tensor.shape)} once it is dequantized; expected {stored.shape} "
-            "by the headers of its files. The checkpoint contradicts itself: get it again."
+            "by the headers of its files. The checkpoint contradicts itself: download it again."
         )
     return tensor.pin_memory() if pin_memory else tensor
 

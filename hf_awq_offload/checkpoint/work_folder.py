@@ -41,17 +41,17 @@ def work_folder(target: Path) -> Iterator[Path]:
     """
     work = target.with_name(f".{target.name}.work")
     if work.is_symlink():
-        raise StorageError(f"{work} is a link, and what it leads to would be emptied. Remove the link.")
+        raise StorageError(f"{work} is a link, and its target would be emptied. Remove the link.")
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = locked(work / LOCK_NAME)
     except BlockingIOError as error:
         raise ConfigError(
-            f"{target} is being made by {holder_of(work / LOCK_NAME)}; wait for it, or name another folder."
+            f"{target} is being written by {holder_of(work / LOCK_NAME)}; wait for it, or name another folder."
         ) from error
     except OSError as error:
         raise StorageError(
-            f"{work} can't be made: {error}. Name another folder, make room, or correct its permissions."
+            f"{work} can't be created: {error}. Name another folder, make room, or correct its permissions."
         ) from error
     is_done = False
     try:
@@ -96,7 +96,7 @@ def move_into_place(assembled: Path, target: Path, work: Path, sources: Sequence
     try:
         if target.is_dir() and foreign_entry(target, sources) is not None:
             aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.replaced-", dir=target.parent)) / target.name
-            logger.warning("%s holds files that are no part of a checkpoint; they are kept in %s.", target, aside)
+            logger.warning("%s holds files that are not part of a checkpoint; they are kept in %s.", target, aside)
         if target.is_dir():
             os.replace(target, aside)
         os.replace(assembled, target)

@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a command names: a folder on disk, or a name on the hub."""
+"""Finds the checkpoint that a command names: a folder on disk, or a name on the Hub."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def named(name: str) -> Iterator[None]:
         if Path(name).is_dir():
             raise
         raise CommandError(
-            f"There is no folder {name}, and it could not be downloaded from the hub: {error}"
+            f"There is no folder {name}, and it could not be downloaded from the Hub: {error}"
         ) from error
 
 
 def checkpoint_folder(name: str, options: argparse.Namespace) -> Path:
-    """Returns the folder `name`, or downloads the hub's repository of that name, without weights in other formats.
+    """Returns the folder `name`, or downloads the Hub's repository of that name, without weights in other formats.
 
     With --subfolder, it is that folder of the checkpoint.
     """

@@ -15,10 +15,12 @@ from typing import Any
 from .outcome import FAILED, INTERRUPTED, USAGE, Interrupted, Outcome, UsageError
 from .parser import parse
 from .preflight import check
+from .recipe_options import with_options
 from .signals import Signals
 
 LONGEST_MESSAGE = 2000
 WRONG_USAGE = {UsageError.__name__, "ConfigError"}
+NAMES_FIELDS = {"AwqOffloadError", "CommandError"}
 """Class names, because the package's own error classes are not imported until one is raised."""
 
 
@@ -48,7 +50,9 @@ def run(options: argparse.Namespace, signals: Signals) -> int:
     except Exception as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}
         code = USAGE if kinds & WRONG_USAGE else FAILED
-        return _fail(error, code, options.json, options.command, options.debug)
+        names_fields = options.command == "quantize" and kinds & NAMES_FIELDS
+        message = with_options(str(error)) if names_fields else str(error)
+        return _fail(error, code, options.json, options.command, options.debug, message)
 
 
 def _outcome(options: argparse.Namespace, signals: Signals) -> Outcome:
@@ -67,10 +71,17 @@ def _print(outcome: Outcome, options: argparse.Namespace) -> None:
         print(text if options.json else _printable(text), flush=True)
 
 
-def _fail(error: BaseException, code: int, as_json: bool, command: str | None, debug: bool = False) -> int:
+def _fail(
+    error: BaseException,
+    code: int,
+    as_json: bool,
+    command: str | None,
+    debug: bool = False,
+    message: str | None = None,  # by default the error's own
+) -> int:
     if debug:
         traceback.print_exception(error)
-    message = " ".join(str(error).split())[:LONGEST_MESSAGE] or type(error).__name__
+    message = " ".join((str(error) if message is None else message).split())[:LONGEST_MESSAGE] or type(error).__name__
     if code == INTERRUPTED:
         print(message, file=sys.stderr, flush=True)
     else:

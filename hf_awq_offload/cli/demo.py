@@ -137,12 +137,12 @@ def folder_bytes(folder: Path) -> int:
 
 
 def table(rows: list[Row]) -> str:
-    lines = [f"{'':24}{'perplexity':>12}{'KL (nats)':>12}{'same top-1':>12}{'size (MB)':>12}{'seconds':>9}"]
+    lines = [f"{'':28}{'perplexity':>12}{'KL (nats)':>12}{'same top-1':>12}{'size (MB)':>12}{'seconds':>9}"]
     for row in rows:
         evaluation = row.evaluation
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
         lines.append(
-            f"{row.method:24}{evaluation.perplexity:>12.3f}{evaluation.kl_nats:>12.5f}"
+            f"{row.method:28}{evaluation.perplexity:>12.3f}{evaluation.kl_nats:>12.5f}"
             f"{evaluation.top1_agreement:>12.1%}{row.size_bytes / 1e6:>12.2f}{seconds:>9}"
         )
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from .recipe_options import add_recipe_options
 PROGRAM = "hf-awq-offload"
 DISTRIBUTION = "hf_awq_offload"
 EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damage found (inspect), 130 interrupted."
+OVERWRITE = "replace the checkpoint in OUT; a folder with other files is refused"
 CONVERSION_TARGETS = ("gemm", "gemv", "compressed-tensors")
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -49,7 +50,7 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
         return f"unexpected argument: {word}"
     names = {name.lstrip("-"): name for action in parser._actions for name in action.option_strings}
     near = [names[found] for found in difflib.get_close_matches(word.partition("=")[0].lstrip("-"), names, n=3)]
-    return f"unknown option: {word}" + (f" (near misses: {', '.join(near)})" if near else "")
+    return f"unknown option: {word}" + (f" (did you mean {' or '.join(near)}?)" if near else "")
 
 
 def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
@@ -70,17 +71,23 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON document; everything else goes to stderr")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     louder = group.add_mutually_exclusive_group()
-    louder.add_argument("--quiet", action="store_true", help="show errors only, and no progress bars")
-    louder.add_argument("--verbose", action="store_true", help="log more along the way")
+    louder.add_argument("--quiet", action="store_true", help="show only errors; no warnings, no progress bars")
+    louder.add_argument("--verbose", action="store_true", help="log every step")
 
 
 def add_quantize_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="full-precision checkpoint: a folder, or a name on the hub")
-    parser.add_argument("out", metavar="OUT", help="folder for the quantized checkpoint; appears once it is complete")
+    parser.add_argument("source", metavar="SRC", help="full-precision checkpoint: a folder, or a name on the Hub")
+    parser.add_argument(
+        "out", metavar="OUT", nargs="?", help="folder for the quantized checkpoint; appears once it is complete"
+    )
     run = parser.add_argument_group("run")
-    run.add_argument("--plan", action="store_true", help="print the memory, disk space and time needed, and stop")
-    run.add_argument("--resume", action="store_true", help="resume from the journal that an earlier run left")
-    run.add_argument("--overwrite", action="store_true", help="replace the checkpoint in OUT")
+    run.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the memory, disk space and time that the run would need, and stop; OUT may be left out",
+    )
+    run.add_argument("--resume", action="store_true", help="resume from the journal of an earlier run")
+    run.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     run.add_argument("--config", metavar="FILE", help="recipe as YAML or JSON; command-line options override the file")
     add_loading_options(run)
     run.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="largest safetensors file [50GB]")
@@ -101,14 +108,14 @@ def add_loading_options(group: argparse._ActionsContainer) -> None:
 
 
 def add_source_options(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
     group.add_argument("--subfolder", metavar="DIR", help="folder of the model in the checkpoint [its root]")
     group.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept [HF_HUB_CACHE]")
     group.add_argument("--local-files-only", action="store_true", help="download nothing")
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="any checkpoint: a folder, or a name on the hub")
+    parser.add_argument("model", metavar="MODEL", help="any checkpoint: a folder, or a name on the Hub")
     parser.add_argument("--against", metavar="BASE", help="measure KL divergence and top-1 agreement with this model")
     parser.add_argument("--against-revision", metavar="REV", help="branch, tag or commit of BASE [main]")
     data = parser.add_argument_group("data")
@@ -119,12 +126,20 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--tokenizer", metavar="NAME", help="tokenizer, by name or path [MODEL's own]")
     data.add_argument("--window", type=_positive, default=512, metavar="TOKENS", help="length of a window [512]")
     data.add_argument("--stride", type=_positive, metavar="TOKENS", help="step between windows [half of --window]")
-    data.add_argument("--tokens", type=_positive, default=100_000, metavar="N", help="tokens to read at most [100000]")
+    data.add_argument(
+        "--tokens", type=_positive, default=100_000, metavar="N", help="number of tokens to read, at most [100000]"
+    )
     other = parser.add_argument_group("measurements")
     other.add_argument(
-        "--new-tokens", type=_natural, default=32, metavar="N", help="tokens to decode for the speed; 0: none [32]"
+        "--new-tokens",
+        type=_natural,
+        default=32,
+        metavar="N",
+        help="number of tokens to decode when timing; 0 skips it [32]",
     )
-    other.add_argument("--tasks", type=_names, metavar="A,B", help="lm-eval-harness tasks to run instead; extra [eval]")
+    other.add_argument(
+        "--tasks", type=_names, metavar="A,B", help="lm-eval-harness tasks to run instead (needs lm-eval)"
+    )
     other.add_argument("--tasks-path", metavar="DIR", help="with --tasks: folder of your own task definitions")
     other.add_argument("--limit", type=_positive, metavar="N", help="with --tasks: use at most N documents per task")
     loading = parser.add_argument_group("loading")
@@ -133,18 +148,18 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inspect_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the hub")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hub")
     parser.add_argument("--headers-only", action="store_true", help="check sizes and shapes only, read no tensors")
     add_source_options(parser)
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="4-bit quantized checkpoint: a folder, or a name on the hub")
+    parser.add_argument("source", metavar="IN", help="4-bit quantized checkpoint: a folder, or a name on the Hub")
     parser.add_argument("out", metavar="OUT", help="folder for the converted checkpoint; appears once it is complete")
     parser.add_argument("--to", required=True, choices=CONVERSION_TARGETS, help="format to convert to")
     of_scales = "dtype of the scales in compressed-tensors [the model's]"
     parser.add_argument("--scale-dtype", choices=SCALE_DTYPES, help=of_scales)
-    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in OUT")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     add_source_options(parser)
 
 
@@ -154,7 +169,7 @@ def add_demo_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = {
-    "quantize": ("quantize a checkpoint, with a decoder layer or two in memory", add_quantize_options),
+    "quantize": ("quantize a checkpoint, with one or two decoder layers in memory", add_quantize_options),
     "evaluate": ("measure perplexity, distance to another model, and speed", add_evaluate_options),
     "inspect": ("show what a checkpoint holds, and check it for damage", add_inspect_options),
     "convert": ("convert a quantized checkpoint to another format, exactly", add_convert_options),

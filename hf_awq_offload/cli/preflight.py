@@ -15,6 +15,7 @@ from .outcome import CommandError, UsageError
 from .recipe_file import read_recipe_file
 from .recipe_options import given_fields
 
+HUB_TIMEOUT_SECONDS = 10
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -26,6 +27,8 @@ def check(options: argparse.Namespace) -> None:
         CommandError: a path is wrong.
     """
     if options.command == "quantize":
+        if options.out is None and not options.plan:
+            raise UsageError("the following arguments are required: OUT; see hf-awq-offload quantize --help.")
         given = given_fields(options)
         options.fields = (read_recipe_file(options.config) if options.config else {}) | given
         if options.private and not options.push_to_hub:
@@ -41,9 +44,7 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("--limit and --tasks-path require --tasks; to limit the text, use --tokens.")
     for name in ("source", "model", "against", "checkpoint"):
         if getattr(options, name, None) is not None:
-            _check_source(
-                getattr(options, name), "" if name == "against" else getattr(options, "subfolder", None) or ""
-            )
+            _check_source(getattr(options, name), "" if name == "against" else options.subfolder or "", options)
     if getattr(options, "against_revision", None) and not options.against:
         raise UsageError("--against-revision requires --against.")
     if (
@@ -54,15 +55,36 @@ def check(options: argparse.Namespace) -> None:
         _check_out(options)
 
 
-def _check_source(source: str, subfolder: str) -> None:
+def _check_source(source: str, subfolder: str, options: argparse.Namespace) -> None:
     folder = Path(source)
     if os.path.isdir(source):
         if not any(os.path.isfile(folder / subfolder / name) for name in ("config.json", "adapter_config.json")):
             raise CommandError(f"{folder / subfolder} holds no config.json; expected a checkpoint folder.")
     elif os.path.exists(source):
-        raise CommandError(f"{source} is a file; expected a checkpoint folder, or a name on the hub.")
+        raise CommandError(f"{source} is a file; expected a checkpoint folder, or a name on the Hub.")
     elif not HUB_NAME.fullmatch(source) or source.startswith("."):
-        raise CommandError(f"There is no folder {source}; expected a checkpoint folder, or a name on the hub.")
+        raise CommandError(f"There is no folder {source}; expected a checkpoint folder, or a name on the Hub.")
+    elif not options.local_files_only:
+        _require_hub(source, options)
+
+
+def _require_hub(source: str, options: argparse.Namespace) -> None:
+    """Checks that the Hub answers, if `source` has to come from there; downloads would try again for a minute.
+
+    Raises:
+        CommandError: it does not.
+    """
+    from huggingface_hub import constants, get_session, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or try_to_load_from_cache(source, "config.json", cache_dir=options.cache_dir):
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception as error:  # of the HTTP library that this release of huggingface_hub uses
+        raise CommandError(
+            f"There is no folder {source}, and it could not be downloaded: {constants.ENDPOINT} does not answer "
+            f"({error}). Correct the path, or connect to the network."
+        ) from error
 
 
 def _check_out(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..checkpoint.work_folder import InterruptedAfterwards
 from ..config import AwqOffloadConfig
 from ..errors import AwqOffloadError, ConfigError, JournalError, MemoryLimitError, StorageError
+from ..messages import size_text
 from ..offload.journal import committed_layers, discard_if_empty, require_unused
 from ..planning import Plan, plan
 from ..report import QuantizationReport
@@ -119,9 +120,9 @@ def _would_come_again(error: Exception) -> bool:
 
 def _what_stays(journal: Path, layers: int) -> str:
     return (
-        f"The same command would fail again. {_layers(layers)} finished, kept in {journal}: once the cause is removed, "
-        "--resume takes over those that come out the same, which needs the same source, data and dtype, and the same "
-        "recipe but for modules_to_not_convert and overrides."
+        f"The same command would fail again. {_layers(layers)} finished, kept in {journal}: once the cause is "
+        "fixed, --resume reuses every layer whose result is unchanged. Source, data and dtype must stay the same, and "
+        "so must the recipe, except for --modules-to-not-convert and --overrides."
     )
 
 
@@ -180,7 +181,7 @@ def _text(options: argparse.Namespace, report: QuantizationReport, url: str | No
     lines = [f"{options.out}: {_layers(len(report.layers))} quantized, {_size_bytes(options.out) / 1e6:.1f} MB"]
     if nearest:
         caveat = f" ({report.loss_caveat})" if report.loss_caveat else ""
-        lines.append(f"loss on the calibration data: {loss / nearest:.3f} times that of rounding to nearest{caveat}")
+        lines.append(f"calibration loss: {loss / nearest:.3f} × round-to-nearest{caveat}")
     if report.tensor_parallel is not None:
         lines.append(report.tensor_parallel)
     if url:
@@ -196,7 +197,7 @@ def _require_login() -> None:
     """Checks the token that pushing needs.
 
     Raises:
-        CommandError: there is none, or the hub does not accept it.
+        CommandError: there is none, or the Hub does not accept it.
     """
     try:
         HfApi().whoami()
@@ -204,7 +205,7 @@ def _require_login() -> None:
         raise CommandError("--push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN.") from error
     except OSError as error:  # the base class of all hub errors
         raise CommandError(
-            f"--push-to-hub needs a login, which the hub did not confirm: {error} Run `hf auth login`, or correct "
+            f"--push-to-hub needs a login, which the Hub did not confirm: {error} Run `hf auth login`, or correct "
             "HF_TOKEN."
         ) from error
 
@@ -219,14 +220,16 @@ def _planned(options: argparse.Namespace, recipe: AwqOffloadConfig) -> Outcome:
 
 
 def plan_table(planned: Plan) -> str:
-    """Returns a line per field of the plan, with sizes in GiB and times in seconds or minutes."""
+    """Returns a line per field of the plan, with sizes in GiB or MiB and times in seconds or minutes."""
     lines = []
     for name, value in asdict(planned).items():
-        label, shown = name.replace("_", " "), str(value)
+        if name == "accelerator_peak_bytes" and not value:
+            continue
+        label, shown = name.replace("_", " ").replace("ram", "RAM"), str(value)
         if value is None:
             shown = "not known"
         elif name.endswith("_bytes"):
-            label, shown = label.removesuffix(" bytes"), f"{value / 2**30:.2f} GiB"
+            label, shown = label.removesuffix(" bytes"), size_text(value)
         elif name == "seconds":
             label, shown = "time", f"{value:.0f} s" if value < 100 else f"{value / 60:.1f} minutes"
         lines.append(f"{label:24}{shown}")

@@ -34,9 +34,9 @@ def read_recipe_file(path: str) -> dict[str, Any]:
     for key in fields:
         if key not in known:
             near = difflib.get_close_matches(str(key)[:100].replace("-", "_"), known, n=3)
-            hint = f"near misses: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}."
             raise UsageError(
-                f"--config {path} has the key {repr(key)[:100]}, which is not a field of the recipe; {hint}."
+                f"--config {path} has the key {repr(key)[:100]}, which is not a field of the recipe; {hint}"
             )
     return fields
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +58,11 @@ def add_recipe_options(parser: argparse._ActionsContainer) -> None:
     """Add all options. One that the user leaves out is absent from the namespace, so that the config file or the
     default decides."""
     for field in recipe_fields().values():
-        default = "none" if field.default is None else str(field.default).lower()
+        default = "" if field.default is None else f" [{str(field.default).lower()}]"
         arguments: dict[str, Any] = {
             "dest": field.name,
             "default": argparse.SUPPRESS,
-            "help": f"{field.meaning} [{default}]".replace("%", "%%"),
+            "help": f"{field.meaning.removesuffix('.')}{default}".replace("%", "%%"),
         }
         parser.add_argument(field.option, **arguments, **_arguments(field))
 
@@ -85,6 +86,33 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in recipe_fields() if hasattr(options, name)}
 
 
+def with_options(message: str) -> str:
+    """Returns an error message of the package with options in place of the recipe's fields.
+
+    "n_samples is 0" -> "--n-samples is 0", "prefetch=False" -> "--no-prefetch", "max_memory['cpu']" -> "--max-memory
+    cpu". Names that are English words, such as `format`, are left alone unless a value or "is" follows.
+    """
+    fields = recipe_fields()
+    names = "|".join(fields)
+    in_two_words = "|".join(name for name in fields if "_" in name)
+    before, after = r"(?<![\w./'\"-])", r"(?![\w/]|\.\w)"
+
+    def assigned(found: re.Match[str]) -> str:
+        field, value = fields[found[1]], found[2].strip("'\"")
+        if field.kind == "flag":
+            return field.option if value == "True" else field.option.replace("--", "--no-")
+        return f"{field.option} {value}"
+
+    def named(found: re.Match[str]) -> str:
+        return fields[found[1]].option
+
+    message = re.sub(rf"{before}({names})=('[^']*'|\"[^\"]*\"|[\w-]+)", assigned, message)
+    message = re.sub(rf"{before}(max_memory|overrides)\[('[^']*')\]", lambda m: f"{named(m)} {m[2]}", message)
+    message = re.sub(rf"^({names})(?= is )", named, message)
+    message = re.sub(rf"{before}({in_two_words}){after}", named, message)
+    return re.sub(r"(--[\w-]+) \(\1\)", r"\1", message.replace("out_dir ", "OUT "))
+
+
 class _Merge(argparse.Action):
     """An option that users may repeat: each use adds entries to one dict."""
 
@@ -106,9 +134,9 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = parse_json(text, unique_keys=True)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error.msg}, column {error.colno})") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON ({error.msg}, column {error.colno})") from error
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text[:200]!r} is refused: {error}") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object; expected {{"name": ...}}')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object; expected {{"name": ...}}')
     return value

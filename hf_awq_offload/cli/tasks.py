@@ -8,7 +8,7 @@ from typing import Any
 from .models import load, load_tokenizer
 from .outcome import CommandError, Outcome
 
-INSTALL = "lm-eval-harness is not installed; install it with: pip install hf_awq_offload[eval]"
+INSTALL = "lm-eval-harness is not installed. Run `pip install lm-eval`."
 
 
 def run_tasks(options: argparse.Namespace) -> Outcome:

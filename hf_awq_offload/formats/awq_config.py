@@ -107,7 +107,7 @@ def _checked_names(names: Any) -> list[str] | None:
         fault = fault_in(name)
         if fault is not None:
             raise CheckpointError(
-                f"The checkpoint's modules_to_not_convert has the entry {name[:200]!r}, which is no regular expression "
-                f"({fault}). Correct config.json."
+                f"The checkpoint's modules_to_not_convert has the entry {name[:200]!r}, which is not a valid regular "
+                f"expression ({fault}). Correct config.json."
             )
     return list(names)

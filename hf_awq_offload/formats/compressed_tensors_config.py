@@ -203,7 +203,9 @@ def _patterns(where: str, entries: Any) -> list[str]:
     for entry in entries or ():
         fault = fault_in(entry.removeprefix(PREFIX)) if entry.startswith(PREFIX) else None
         if fault is not None:
-            raise _unsupported(f"{where} has {entry[:200]!r}, which is no regular expression ({fault})", "names")
+            raise _unsupported(
+                f"{where} has {entry[:200]!r}, which is not a valid regular expression ({fault})", "names"
+            )
     return list(entries or ())
 
 

@@ -74,10 +74,10 @@ def choices(base: GridFields, overrides: Overrides) -> set[GridChoice]:
 def check_choice(where: str, choice: GridFields) -> None:
     """Raises ConfigError unless every field has an allowed value; `where` goes before the field's name."""
     if not _is_one_of(choice.bits, BITS):
-        raise ConfigError(f"{where}bits is {choice.bits!r}; pass 4 (the usual), 2, 3 or 8.")
+        raise ConfigError(f"{where}bits is {choice.bits!r}; pass 4 (the default), 2, 3 or 8.")
     if not _is_one_of(choice.group_size, GROUP_SIZES):
         raise ConfigError(
-            f"{where}group_size is {choice.group_size!r}; pass 128 (the usual), 64, 32, or -1 for one group per row."
+            f"{where}group_size is {choice.group_size!r}; pass 128 (the default), 64, 32, or -1 for one group per row."
         )
     if not isinstance(choice.zero_point, bool | None):
         raise ConfigError(f"{where}zero_point is {choice.zero_point!r}; pass True, False, or None to go by the bits.")
@@ -87,8 +87,8 @@ def checked_overrides(overrides: Any, base: GridFields) -> dict[str, dict[str, A
     """Checks `overrides` and copies it; None gives an empty dict.
 
     Raises:
-        ConfigError: it is no dict of dicts, a pattern is no regular expression, a field is unknown or a value is not
-            allowed.
+        ConfigError: it is no dict of dicts, a pattern is not a valid regular expression, a field is unknown or a
+            value is not allowed.
     """
     if overrides is None:
         return {}
@@ -104,7 +104,7 @@ def checked_overrides(overrides: Any, base: GridFields) -> dict[str, dict[str, A
             if field not in GridChoice._fields:
                 nearest = difflib.get_close_matches(str(field), GridChoice._fields, n=1, cutoff=0.0)[0]
                 raise ConfigError(
-                    f"overrides[{pattern!r}] has no field {field!r}; the nearest is {nearest!r}. Known: "
+                    f"overrides[{pattern!r}] has no field {field!r}; did you mean {nearest!r}? Known: "
                     f"{', '.join(GridChoice._fields)}."
                 )
         check_choice(f"overrides[{pattern!r}]: ", base._replace(**fields))
@@ -126,10 +126,10 @@ def check_that_all_match(
                 f"overrides[{pattern!r}] changes nothing: what it finds stays in full precision, such as {kept} "
                 f"({left_out[kept]}). Correct the pattern or leave it out."
             )
-        near = f" The nearest are: {', '.join(nearest_names(pattern, names))}." if names else ""
+        near = f" Did you mean {' or '.join(nearest_names(pattern, names))}?" if names else ""
         example = f", such as {min(names)}" if names else ""
         raise ConfigError(
-            f"overrides[{pattern!r}] is found in no linear's name.{near} Names are full ones{example}; correct the "
+            f"overrides[{pattern!r}] matches no linear's name.{near} Names are full ones{example}; correct the "
             "pattern or leave it out."
         )
 
@@ -142,8 +142,8 @@ def _check_pattern(pattern: Any) -> None:
     fault = fault_in(pattern)
     if fault is not None:
         raise ConfigError(
-            f"overrides has the key {pattern[:200]!r}, which is no regular expression ({fault}); pass one such as "
-            "'down_proj$', with a backslash before dots and brackets that are meant literally."
+            f"overrides has the key {pattern[:200]!r}, which is not a valid regular expression ({fault}); pass one "
+            "such as 'down_proj$', with a backslash before dots and brackets that are meant literally."
         )
 
 

@@ -78,7 +78,7 @@ def is_quick(expression: str) -> bool:
 
 
 def fault_in(expression: str) -> str | None:
-    """Returns why a text is no regular expression, or None if it is one."""
+    """Returns why a text is not a valid regular expression, or None if it is one."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of characters whose meaning may change

@@ -17,6 +17,7 @@ from ..checkpoint.safetensors import TensorPlace, tensor_places, write_shards
 from ..checkpoint.stored_tensor import CarriedTensor, write_all
 from ..errors import StorageError
 from ..formats.name_patterns import ancestors
+from ..logs import without_progress_bars
 from ..model.decoder_layers import candidate_layers
 from ..offload.journal import Journal
 from ..offload.stored_weights import StoredWeights
@@ -80,7 +81,8 @@ def _save_what_is_no_tensor(directory: Path, model: PreTrainedModel) -> None:
     """Writes config.json and the like with `save_pretrained`; call it first, because it deletes existing shards."""
     quantizer = model.__dict__.pop("hf_quantizer")  # with it, save_pretrained would save all of the model's tensors
     try:
-        type(model).save_pretrained(model, directory, state_dict={})  # the model's own would add the card too early
+        with without_progress_bars():  # transformers would count 0 shards
+            type(model).save_pretrained(model, directory, state_dict={})  # the model's own would add the card too early
     finally:
         cast(Any, model).hf_quantizer = quantizer
 

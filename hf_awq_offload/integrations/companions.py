@@ -1,6 +1,6 @@
 """Brings the files of a model that come along with its weights into the folder that the model is saved in.
 
-They come from where its weights came from: the folder, or the commit on the hub. From the hub, only those files are
+They come from where its weights came from: the folder, or the commit on the Hub. From the Hub, only those files are
 downloaded that come along. If it cannot be reached, those in the cache are taken.
 """
 
@@ -112,7 +112,7 @@ def _found(origin: Origin, folder: Path) -> _Found | None:
             if missing:
                 logger.warning(
                     f"Not downloaded from {repository} ({type(error).__name__}), and so not saved with the model: "
-                    f"{', '.join(missing)}. Save the model once more when the hub can be reached."
+                    f"{', '.join(missing)}. Save the model once more when the Hub can be reached."
                 )
             return there
 

@@ -57,7 +57,7 @@ def require_readable_config(folder: Path, tensors: int, with_auto_class: bool = 
             return  # the class that loads the model may know its own type
         raise CheckpointError(
             f"transformers can't read {folder / CONFIG_NAME} ({type(error).__name__}: {str(error)[:1000]}). Correct "
-            "it, or get the checkpoint again."
+            "it, or download the checkpoint again."
         ) from error
 
 
@@ -69,7 +69,7 @@ def _require_few_layers(config: dict[str, Any], most: int) -> None:
                 if LAYER_COUNT.fullmatch(str(name)) and type(value) is int and value > most:
                     raise CheckpointError(
                         f"config.json says {name} = {str(value)[:30]}, and the checkpoint can't hold so many layers. "
-                        "Correct config.json, or get the checkpoint again."
+                        "Correct config.json, or download the checkpoint again."
                     )
         parts = (part.values() if isinstance(part, dict) else part for part in level)
         level = [inner for part in parts for inner in part if isinstance(inner, dict | list)]
@@ -95,7 +95,7 @@ def building(tensors: int, is_built: Callable[[], bool]) -> Iterator[None]:
         if modules > most and not is_built():
             raise CheckpointError(
                 f"config.json describes a model of more than {most} modules, and the checkpoint holds {tensors} "
-                "tensors. Correct config.json, or get the checkpoint again."
+                "tensors. Correct config.json, or download the checkpoint again."
             )
 
     handle = register_module_module_registration_hook(count)
@@ -108,7 +108,7 @@ def building(tensors: int, is_built: Callable[[], bool]) -> Iterator[None]:
             raise
         raise CheckpointError(
             f"transformers can't build the model that config.json describes ({type(error).__name__}: "
-            f"{str(error)[:1000]}). Correct config.json, or get the checkpoint again."
+            f"{str(error)[:1000]}). Correct config.json, or download the checkpoint again."
         ) from error
     finally:
         handle.remove()

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..checkpoint.safetensors import TensorPlace
 from ..errors import ConfigError
+from ..logs import without_offload_message
 from ..offload.offload_folder import DISK, OffloadFolder
 from ..offload.stored_weights import StoredWeights
 
@@ -21,7 +22,8 @@ def dispatch(model: nn.Module, device_map: DeviceMap) -> None:
     if len(devices) == 1:
         nn.Module.to(model, devices.pop())
     else:
-        dispatch_model(model, device_map=device_map, skip_keys=model._skip_keys_device_placement)
+        with without_offload_message():
+            dispatch_model(model, device_map=device_map, skip_keys=model._skip_keys_device_placement)
 
 
 def offload_folder_of(
@@ -63,10 +65,11 @@ def dispatch_with_disk(model: nn.Module, weights: StoredWeights, offload: Offloa
                 offload.index[name] = dict(weights.index[stored])
             else:  # accelerate's hooks read files, and this one is dequantized
                 offload.put(f"dequantized-{name}", {name: weights.read(stored)})
-    dispatch_model(
-        model,
-        device_map=dict(offload.device_map),
-        offload_dir=offload.folder,
-        offload_index=offload.index,
-        skip_keys=model._skip_keys_device_placement,
-    )
+    with without_offload_message():
+        dispatch_model(
+            model,
+            device_map=dict(offload.device_map),
+            offload_dir=offload.folder,
+            offload_index=offload.index,
+            skip_keys=model._skip_keys_device_placement,
+        )

@@ -114,7 +114,7 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike, 
                 _complete_any(model, Path(save_directory))
     except (OSError, SafetensorError) as error:
         if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno is None):
-            raise  # said already, or not the system's: the hub's
+            raise  # said already, or not the system's: the Hub's
         raise StorageError(
             f"The model can't be saved to {save_directory}, where files are missing now: {error}. The model in memory "
             "is unchanged: make room or correct the folder's permissions, and save it once more."
@@ -136,7 +136,7 @@ def _upload_modified_files(
     """Completes the folder, then uploads it as transformers does.
 
     Raises:
-        HfHubHTTPError, RuntimeError: the hub refused some or all of the files; the message says what to do.
+        HfHubHTTPError, RuntimeError: the Hub refused some or all of the files; the message says what to do.
     """
     _complete_any(model, Path(working_dir), repo_id)
     try:

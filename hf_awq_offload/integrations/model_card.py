@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, get_token
 
 from ..checkpoint.durable import replacing
-from ..messages import shortened
+from ..messages import how_to_install, shortened
 from ..report import QuantizationReport
 from ..reporting.charts import has_matplotlib, loss_chart
 
@@ -52,7 +52,7 @@ class CardFacts:
 def hub_id(
     source: str | os.PathLike | None,  # what a model was loaded from
 ) -> str | None:
-    """Returns the name of `source` on the hub; None for a local folder, whose path must not be published."""
+    """Returns the name of `source` on the Hub; None for a local folder, whose path must not be published."""
     source = os.fspath(source or "")
     cached = [match for part in Path(source).parts if (match := CACHE_FOLDER.fullmatch(part))]
     if cached:
@@ -220,9 +220,10 @@ def _measured(facts: CardFacts) -> str:
         nearest = sum(layer.loss_nearest for layer in facts.report.layers)
         if nearest > 0:
             loss = sum(layer.loss for layer in facts.report.layers)
+            caveat = f" ({facts.report.loss_caveat})" if facts.report.loss_caveat else ""
             parts.append(
-                f"Squared output error of the linears on the calibration data, relative to rounding to nearest: "
-                f"{loss / nearest:.2f}{f' ({caveat})' if (caveat := facts.report.loss_caveat) else ''}."
+                "Calibration loss (squared output error of the quantized linears): "
+                f"{loss / nearest:.2f} × round-to-nearest{caveat}."
             )
     return "\n\n".join(parts)
 
@@ -230,12 +231,13 @@ def _measured(facts: CardFacts) -> str:
 def _loading(facts: CardFacts) -> str:
     repo = facts.repo_id
     is_awq = facts.quantization_config.get("quant_method", "awq") == "awq"
-    instead = "gptqmodel instead of the first import" if is_awq else "compressed-tensors where there are no zero points"
+    instead = "gptqmodel" if is_awq else "compressed-tensors, if there are no zero points"
     transformers = f"""### How to load it
 
+To install hf_awq_offload: {how_to_install()}.
+
 ```python
-# transformers; `pip install hf_awq_offload`, or {instead}
-import hf_awq_offload
+import hf_awq_offload  # registers the loader; without it, transformers needs {instead}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")

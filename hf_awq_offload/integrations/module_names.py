@@ -55,7 +55,7 @@ def require_known_modules(
     near = nearest_names(entry, names)
     raise ConfigError(
         f"modules_to_not_convert has the entry {entry!r}, which names no module of the model or the checkpoint; "
-        f"the nearest {'are' if near[1:] else 'is'} {', '.join(map(repr, near))}. Correct the entry: it is the start "
+        f"did you mean {' or '.join(map(repr, near))}? Correct the entry: it is the start "
         "or the end of a full name, or a regular expression for its start."
     )
 

@@ -31,7 +31,7 @@ def without_mtp(
     packed: dict[str, CarriedTensor] = {}
     if source.mtp.name not in {layer.name for layer in report.layers}:
         logger.warning(
-            f"{source.mtp.name}, for multi-token prediction, stays in full precision in spite of mtp='quantize': what "
+            f"{source.mtp.name}, for multi-token prediction, stays in full precision despite mtp='quantize': what "
             f"enters it can't be computed from the outputs of the last decoder layer of {type(model).__name__}."
         )
         packed |= source.mtp.stored

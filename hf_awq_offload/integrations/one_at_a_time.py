@@ -32,7 +32,7 @@ _lacks_threads = False
 def one_at_a_time() -> Iterator[None]:
     """Waits until no other thread is inside such a context."""
     if not _lock.acquire(blocking=False):
-        logger.warning("Another quantization is at work in this process; this one begins when it is done.")
+        logger.warning("Another quantization is running in this process; this one begins when it is done.")
         _lock.acquire()
     try:
         with _without_lost_threads():

@@ -1,4 +1,4 @@
-"""Says where a model comes from: which repository at which commit, or which folder, and how the hub is reached.
+"""Says where a model comes from: which repository at which commit, or which folder, and how the Hub is reached.
 
 The weights are read first. Tokenizer, processor and all files that come along are read from the very commit that they
 were read from, although a branch may have moved on when a model is saved, hours later.
@@ -24,7 +24,7 @@ from .model_card import hub_id
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 IN_CACHE = re.compile(r"(?P<cache>.*)/models--[^/]+/snapshots/(?P<commit>[0-9a-f]{40})/(?P<path>.*)")
-"""Matches a file in the cache of the hub."""
+"""Matches a file in the cache of the Hub."""
 EVERYWHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
 """Arguments that also apply to another repository, such as that of a tokenizer the user has named."""
 SECRET = ("token", "proxies")
@@ -43,7 +43,7 @@ class Origin:
     """
 
     source: str
-    """Folder, or name on the hub; empty if it is not known."""
+    """Folder, or name on the Hub; empty if it is not known."""
     arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Those in `load_call.HUB_ARGUMENTS` that were passed."""
     commit: str | None = None
@@ -157,7 +157,7 @@ def origin_of(model: PreTrainedModel, checkpoint_files: Iterable[str | os.PathLi
 
     Args:
         model: its config says from which folder or repository.
-        checkpoint_files: the files of its weights, if they are known. Their place in the hub's cache tells the commit
+        checkpoint_files: the files of its weights, if they are known. Their place in the Hub's cache tells the commit
             where nothing else does.
 
     Raises:

@@ -151,7 +151,7 @@ def require_decoder_only(model: PreTrainedModel) -> None:
     """Raises ModelStructureError for a model with an encoder, before anything else is done."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelStructureError(
-            f"{type(model).__name__} is an encoder-decoder model; supported are decoder-only models "
+            f"{type(model).__name__} is an encoder-decoder model; only decoder-only models are supported "
             "(AutoModelForCausalLM, AutoModelForImageTextToText)."
         )
 

@@ -86,15 +86,15 @@ def require_all_weights(model: PreTrainedModel, shapes: Mapping[str, tuple[int, 
     if missing:
         raise CheckpointError(
             f"The checkpoint holds no {shortened(missing, MOST_NAMED)}; expected every weight of "
-            f"{type(model).__name__}, which would have random numbers there. Get the checkpoint again, or correct its "
-            "config.json if that describes another model."
+            f"{type(model).__name__}, or it would be filled with random numbers. Download the checkpoint again, or "
+            "correct its config.json if that describes another model."
         )
     for name, stored_name in found.placed.items():
         expected, stored = tuple(state[name].shape), tuple(shapes[stored_name])
         if expected != stored and not _is_scalar(expected, stored):
             raise CheckpointError(
                 f"{stored_name} has the shape {stored} in the checkpoint; {type(model).__name__} expects {expected} by "
-                "config.json. Correct config.json, or get the checkpoint again."
+                "config.json. Correct config.json, or download the checkpoint again."
             )
 
 

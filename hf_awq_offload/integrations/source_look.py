@@ -48,7 +48,7 @@ IMAGE_TEXT = "Load it with AutoModelForImageTextToText (`quantize(..., model_cla
 
 
 def look_at_folder(call: LoadCall) -> None:
-    """Checks the files of a checkpoint in a folder; does nothing for a name on the hub, whose files are not here yet.
+    """Checks the files of a checkpoint in a folder; does nothing for a name on the Hub, whose files are not here yet.
 
     Raises:
         ConfigError: the dtype is none.
@@ -96,7 +96,7 @@ def check_dtype(dtype: Any) -> None:
 def refuse_adapters(source: str) -> None:
     """Raises ModelStructureError: a checkpoint of adapters can't be quantized from disk to disk."""
     raise ModelStructureError(
-        f"{source} holds adapters ({ADAPTER_CONFIG_NAME}), no whole model; expected a full-precision checkpoint. Merge "
+        f"{source} holds adapters ({ADAPTER_CONFIG_NAME}), not a model; expected a full-precision checkpoint. Merge "
         "the adapter first: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(folder), "
         "then quantize that folder."
     )
@@ -125,7 +125,7 @@ def files_in(folder: Path, variant: str | None, use_safetensors: bool | None) ->
         if missing:
             raise CheckpointError(
                 f"{folder} lacks {missing[0]}, one of {len(files)} files that {file.name} names"
-                f"{f', and {len(missing) - 1} more' if missing[1:] else ''}. The download is incomplete: get them."
+                f"{f', and {len(missing) - 1} more' if missing[1:] else ''}. The download is incomplete: download them."
             )
         return files, file
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"

@@ -68,7 +68,7 @@ def unsealed(path: Path) -> dict[str, Any]:
 def parse_regular(path: Path) -> Any:
     """Returns the JSON value in a file of the journal; raises ValueError if it is none, or a link or pipe."""
     if path.is_symlink() or not path.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     return parse_json(path.read_bytes(), unique_keys=True)
 
 

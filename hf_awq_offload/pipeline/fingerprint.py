@@ -72,7 +72,7 @@ def require_same_source(parts: Mapping[str, Any], files: Iterable[Path]) -> None
         raise CheckpointError(
             f"The checkpoint's files were replaced while they were in use: their digest is not {before['sha256'][:16]} "
             "any more. The result would be made of two checkpoints, so it is not written. Put the files back and "
-            "repeat the call, or begin anew with the new ones, in another checkpoint_dir."
+            "repeat the call, or start over with the new ones, in another checkpoint_dir."
         )
 
 

@@ -27,14 +27,14 @@ CLIP_RATIOS = [round(1 - step * STEP, 10) for step in range(STEPS)]
 class RunFacts:
     """What a report says about the run as a whole, beside the records of its layers."""
 
-    model: str  # name on the hub, or name of a folder
+    model: str  # name on the Hub, or name of a folder
     device: str  # the execution device
     settings: Mapping[str, Any] = field(default_factory=dict)  # JSON values
     plan: Mapping[str, Any] | None = None  # fields of `Plan`, where one was made
 
 
 def facts_of(
-    source: str | None,  # a name on the hub, or a path
+    source: str | None,  # a name on the Hub, or a path
     device: torch.device,
     recipe: AwqOffloadConfig,
     meta: Mapping[str, Any],  # how the checkpoint was made, as its config.json says

@@ -96,3 +96,8 @@ def _by_name(groups: Iterable[GroupReport]) -> dict[str, Family]:
     for group in groups:
         families.setdefault(family_name(group.consumers), []).append(group)
     return {name: Family(tuple(members)) for name, members in families.items()}
+
+
+def has_experts(report: QuantizationReport) -> bool:
+    """Returns whether a layer has linears that are numbered, as the experts of a mixture are."""
+    return any("*" in name for layer in report.layers for name in families_of(layer))

@@ -37,7 +37,7 @@ def prepare_folder(
     if not has_matplotlib():
         raise ConfigError(
             f"report_dir is {os.fspath(folder)!r}, but matplotlib, which draws the report, is not installed. "
-            "pip install 'hf_awq_offload[report]', or leave report_dir out."
+            "Run `pip install matplotlib`, or leave report_dir out."
         )
     if path.exists() and not path.is_dir():
         raise ConfigError(f"report_dir {path} is a file; name a folder.")

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ..messages import size_text
 from ..report import LayerReport, MemoryUse, QuantizationReport
 from .charts import LIGHT, Chart
 from .document import CLIP_RATIOS
-from .families import Family, collapsed, families_of
+from .families import Family, collapsed, families_of, has_experts
 
 DARK = {
     "ink": "#e7eaee", "muted": "#a3adb8", "line": "#3a424c", "nothing": "#565f6a",
@@ -56,31 +57,38 @@ code{font:.92em ui-monospace,monospace;overflow-wrap:anywhere}
 
 EXPLAINED = {
     "loss": "Squared output error per token, summed over a layer's linears, on the calibration data.",
-    "groups": "Linears that read the same input share a chart, and so do the experts of a mixture.",
-    "gains": "Over all layers: the loss that is left, relative to rounding every weight to the nearest value.",
-    "alpha": "The exponent of the scales that the search chose; the mean over experts where a layer has several.",
-    "identity": "Why groups have no scale; they are clipped and rounded as the recipe says all the same.",
+    "groups": "Linears that read the same input share a chart.",
+    "gains": "Over all layers: the remaining loss, relative to round-to-nearest.",
+    "alpha": "The exponent of the scales that the search chose.",
+    "identity": "Why some groups have no scale. They are still clipped and rounded as the recipe says.",
     "clipping": "The share of a weight group's range that the search kept, where clipping lowers a row's error.",
     "time": "By phase: read, probe, run on the calibration data, search and round.",
     "memory": "The peak is the highest so far in the run.",
 }
+EXPLAINED_FOR_EXPERTS = {
+    "groups": "All experts of a layer share a chart, too.",
+    "alpha": "For experts, it is the mean over those of a layer.",
+}
+EXPERT_SETTINGS = ("min_expert_tokens", "all_experts")
+"""Left out of the page of a model without experts."""
 
 
 def page_of(report: QuantizationReport, document: Mapping[str, Any], charts: Sequence[Chart]) -> str:
     """Returns the page's HTML; `document` is the content of report.json."""
     title = f"Quantization of {document['model']}"
+    are_experts = has_experts(report)
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(document['quantizer'])}, {escape(document['created'])}, on {escape(document['device'])}</p>",
-        _figures(document),
+        _figures(document, are_experts),
         *([] if document["summary"]["loss_nearest"] else [NO_LOSSES]),
         _caveat(document["summary"]),
-        *(_figure(chart) for chart in charts),
+        *(_figure(chart, are_experts) for chart in charts),
         _reasons(document["summary"]),
         _layers(report),
         _starved(report, document["settings"].get("min_expert_tokens")),
         _left_out(report.left_out),
-        _settings(document),
+        _settings(document, are_experts),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -109,7 +117,7 @@ def _colours() -> str:
     return f":root{{color-scheme:light dark;{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
 
 
-def _figures(document: Mapping[str, Any]) -> str:
+def _figures(document: Mapping[str, Any], are_experts: bool) -> str:
     """Returns the headline figures; each `data-value` is the value in report.json."""
     summary, plan = document["summary"], document["plan"] or {}
     peak = "accelerator_peak_bytes" if summary["accelerator_peak_bytes"] else "ram_peak_bytes"
@@ -120,12 +128,12 @@ def _figures(document: Mapping[str, Any]) -> str:
         ("left-out", "left in full precision", summary["left_out"], "{:,}".format),
         ("identity-share", "groups without a scale", summary["identity_share"], _percent),
         ("clip-ratio-mean", "mean clipping ratio", summary["clip_ratio_mean"], "{:.3f}".format),
-        ("starved-experts", "starved experts", summary["starved_experts"], "{:,}".format),
+        ("starved-experts", "starved experts", summary["starved_experts"] if are_experts else None, "{:,}".format),
         ("calibration-tokens", "calibration tokens", summary["calibration_tokens"], "{:,}".format),
         ("seconds", "time in layers", summary["seconds"], _duration),
         ("planned-seconds", "time planned", plan.get("seconds"), _duration),
-        ("peak-bytes", "peak memory", summary[peak], _gib),
-        ("planned-peak-bytes", "peak planned", plan.get(peak), _gib),
+        ("peak-bytes", "peak memory", summary[peak], size_text),
+        ("planned-peak-bytes", "peak planned", plan.get(peak), size_text),
     ]
     shown = "".join(
         f'<div><dt>{label}</dt><dd id="{name}" data-value="{value}">{escape(text(value))}</dd></div>'
@@ -135,8 +143,10 @@ def _figures(document: Mapping[str, Any]) -> str:
     return f'<dl class="figures">{shown}</dl>'
 
 
-def _figure(chart: Chart) -> str:
+def _figure(chart: Chart, are_experts: bool) -> str:
     explained = EXPLAINED[chart.name]
+    if are_experts and chart.name in EXPLAINED_FOR_EXPERTS:
+        explained += f" {EXPLAINED_FOR_EXPERTS[chart.name]}"
     return (
         f'<figure id="{chart.name}"><figcaption>{escape(chart.title)}</figcaption><p>{explained}</p>'
         f'<div class="wide">{chart.svg()}</div></figure>'
@@ -204,8 +214,8 @@ def _starved(report: QuantizationReport, minimum: int | None) -> str:
         named += f" and {more} more" if more > 0 else ""
         rows.append([layer.name, str(len(experts)), str(experts[0][1]), named])
     return (
-        f'<h2 id="starved">Starved experts</h2><p>Experts that saw few calibration tokens{less}; for the '
-        f"tokens that they lack, the layer's pooled statistics stand in.</p>"
+        f'<h2 id="starved">Starved experts</h2><p>Experts that saw few calibration tokens{less}; the '
+        f"layer's pooled statistics make up for the tokens that they lack.</p>"
         + _table(["layer", "experts", "fewest tokens", "which (tokens)"], rows)
     )
 
@@ -223,8 +233,9 @@ def _left_out(left_out: Mapping[str, str]) -> str:
     return '<h2 id="full-precision">Left in full precision</h2>' + _table(["why", "modules", "which"], rows)
 
 
-def _settings(document: Mapping[str, Any]) -> str:
-    rows = [[name, str(value)] for name, value in document["settings"].items()]
+def _settings(document: Mapping[str, Any], are_experts: bool) -> str:
+    settings = document["settings"].items()
+    rows = [[name, str(value)] for name, value in settings if are_experts or name not in EXPERT_SETTINGS]
     seconds = [[f"seconds: {name}", f"{value:.1f}"] for name, value in document["phase_seconds"].items()]
     if not rows and not seconds:
         return ""
@@ -244,15 +255,11 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _peak(memory: MemoryUse | None) -> str:
-    return "–" if memory is None else _gib(memory.accelerator_peak or memory.ram_peak)
+    return "–" if memory is None else size_text(memory.accelerator_peak or memory.ram_peak)
 
 
 def _percent(share: float) -> str:
     return f"{share:.1%}"
-
-
-def _gib(count_bytes: int) -> str:
-    return f"{count_bytes / 2**30:.2f} GiB"
 
 
 def _duration(seconds: float) -> str:

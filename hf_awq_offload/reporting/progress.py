@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..messages import size_text
 from ..report import LayerReport, MemoryUse
 
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
@@ -97,7 +98,7 @@ class Progress:
         now = time.perf_counter()
         self._layer_seconds.append(now - self._since)
         losses = [f"loss {report.loss_nearest:.3g} → {report.loss:.3g}"] if report.loss_nearest > 0 else []
-        peak = [] if report.memory is None else [f"peak {_peak_bytes(report.memory) / 2**30:.2f} GiB"]
+        peak = [] if report.memory is None else [f"peak {size_text(_peak_bytes(report.memory))}"]
         phases = [f"{phase} {seconds:.1f} s" for phase, seconds in report.phase_seconds.items()]
         self._last = losses + peak
         self._advance(report.name, [*losses, *phases, f"{now - self._since:.1f} s in all", *peak])

@@ -201,7 +201,7 @@ def test_an_output_that_exists_stays_unless_it_is_to_be_replaced(made, tmp_path)
     with pytest.raises(ConfigError, match="exists and is not empty"):
         convert_checkpoint(source, tmp_path / "out", "gemv")
     assert contents(tmp_path / "out").keys() == {"thesis.txt"}
-    with pytest.raises(ConfigError, match=r"thesis\.txt is no part of a checkpoint"):
+    with pytest.raises(ConfigError, match=r"thesis\.txt is not part of a checkpoint"):
         convert_checkpoint(source, tmp_path / "out", "gemv", overwrite=True)
     assert contents(tmp_path / "out").keys() == {"thesis.txt"}
     (tmp_path / "out" / "thesis.txt").rename(tmp_path / "out" / "config.json")

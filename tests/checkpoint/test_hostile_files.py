@@ -215,8 +215,8 @@ def packed(**changes: Any) -> dict[str, Any]:
         (packed(config_groups=[1]), "config_groups is"),
         (packed(targets=[["Linear"]]), "targets of g"),
         (packed(targets="Linear"), "targets of g"),
-        (packed(targets=["re:("]), "no regular expression"),
-        (packed(targets=["re:a{99999999999999999999}"]), "no regular expression"),
+        (packed(targets=["re:("]), "not a valid regular expression"),
+        (packed(targets=["re:a{99999999999999999999}"]), "not a valid regular expression"),
         (packed(ignore=[3]), "ignore is"),
         (packed(ignore=5), "ignore is"),
         (packed(weights=WEIGHTS | {"group_size": True}), "group_size True"),
@@ -224,7 +224,10 @@ def packed(**changes: Any) -> dict[str, Any]:
         ({"quantization_config": {"quant_method": "awq", "zero_point": "false"}}, "zero_point='false'"),
         ({"quantization_config": {"quant_method": "awq", "version": 4}}, "transformers refuses"),
         ({"quantization_config": {"quant_method": "awq", "modules_to_not_convert": "lm_head"}}, "list of names"),
-        ({"quantization_config": {"quant_method": "awq", "modules_to_not_convert": ["("]}}, "no regular expression"),
+        (
+            {"quantization_config": {"quant_method": "awq", "modules_to_not_convert": ["("]}},
+            "not a valid regular expression",
+        ),
         ({"quantization_config": {"quant_method": "awq", "meta": [1]}}, "meta is a list"),
     ],
 )

@@ -177,7 +177,7 @@ def cut(name):
         ("awq", remove(f"{LINEAR}.scales"), "scales is missing"),
         ("awq", remove(f"{LINEAR}.qzeros"), "qzeros is missing"),
         ("awq", cut(f"{LINEAR}.qzeros"), "qzeros is int32 (1, 12); expected int32 (2, 12)"),
-        ("awq", cut(f"{LINEAR}.qweight"), "63 input channels are no multiple of the group size 32"),
+        ("awq", cut(f"{LINEAR}.qweight"), "63 input channels are not a multiple of the group size 32"),
         ("packed", remove(f"{LINEAR}.weight_scale"), "weight_scale is missing"),
         ("packed", remove(f"{LINEAR}.weight_shape"), "weight_shape is missing"),
         ("packed", cut(f"{LINEAR}.weight_packed"), "weight_packed is int32 (95, 8); expected"),
@@ -202,7 +202,7 @@ def test_a_file_that_is_cut_off_is_damage(sharded):
     file = sorted(sharded.glob("*.safetensors"))[1]
     file.write_bytes(file.read_bytes()[:-10])
     wheres = dict(damages(sharded))
-    assert "is not a whole safetensors file" in wheres[file.name]
+    assert "is not a complete safetensors file" in wheres[file.name]
     assert f"{file.name} lacks" in wheres["index"]
 
 

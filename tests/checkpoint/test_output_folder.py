@@ -54,14 +54,14 @@ def test_a_new_or_empty_folder_is_taken(overwrite, tmp_path):
 def test_a_file_that_is_no_part_of_a_checkpoint_protects_its_folder(name, tmp_path):
     out = folder_of(tmp_path / "out", (*CHECKPOINT, name))
     top = name.partition("/")[0]
-    with pytest.raises(ConfigError, match=rf"{top}.* is no part of a checkpoint, and would be deleted"):
+    with pytest.raises(ConfigError, match=rf"{top}.* is not part of a checkpoint, and would be deleted"):
         output_folder(out, overwrite=True)
     assert (out / name).read_text() == name
 
 
 def test_weights_without_a_config_are_no_checkpoint(tmp_path):
     out = folder_of(tmp_path / "out", ("model.safetensors",))
-    with pytest.raises(ConfigError, match=r"model\.safetensors is no part of a checkpoint"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is not part of a checkpoint"):
         output_folder(out, overwrite=True)
 
 
@@ -113,7 +113,7 @@ def test_weights_under_the_names_that_tools_give_them_are_of_a_checkpoint(weight
 def test_weights_that_the_index_names_are_of_the_checkpoint(tmp_path):
     out = folder_of(tmp_path / "out", (*CHECKPOINT, "text.safetensors", "other.safetensors"))
     (out / "model.safetensors.index.json").write_text('{"weight_map": {"a.weight": "text.safetensors"}}')
-    with pytest.raises(ConfigError, match=r"other\.safetensors is no part of a checkpoint"):
+    with pytest.raises(ConfigError, match=r"other\.safetensors is not part of a checkpoint"):
         output_folder(out, overwrite=True)
     (out / "other.safetensors").unlink()
     assert output_folder(out, overwrite=True) == out
@@ -122,5 +122,5 @@ def test_weights_that_the_index_names_are_of_the_checkpoint(tmp_path):
 def test_an_index_that_no_parser_takes_names_nothing(tmp_path):
     out = folder_of(tmp_path / "out", (*CHECKPOINT, "text.safetensors"))
     (out / "model.safetensors.index.json").write_text('{"a":' * 50_000)
-    with pytest.raises(ConfigError, match=r"text\.safetensors is no part of a checkpoint"):
+    with pytest.raises(ConfigError, match=r"text\.safetensors is not part of a checkpoint"):
         output_folder(out, overwrite=True)

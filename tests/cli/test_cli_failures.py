@@ -47,7 +47,7 @@ def test_an_error_that_would_come_again_asks_for_a_change_and_the_change_keeps_l
     assert main(line) == (2 if kind is ConfigError else 1)
     said = error_line(capsys)
     assert "Layer 2 is bad. The same command would fail again. 2 layers finished, kept in" in said
-    assert "but for modules_to_not_convert and overrides" in said
+    assert "except for --modules-to-not-convert and --overrides" in said
     assert "resume with:" not in said
     assert main([*line, *LEFT_OUT, "--resume"]) == 0
     assert done == [f"model.layers.{index}" for index in range(4)]

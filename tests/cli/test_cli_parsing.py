@@ -28,7 +28,7 @@ from hf_awq_offload.recipe_fields import RecipeFields
 BAD_VALUES = {
     "quantize": {
         "--config": (["{folder}/none.yaml"], 2, "can't be read"),
-        "--dtype": (["float99"], 2, "--dtype is 'float99'; pass one of auto, bfloat16, float16, float32; the nearest"),
+        "--dtype": (["float99"], 2, "--dtype is 'float99'; pass one of auto, bfloat16, float16, float32 (did you mean"),
         "--revision": (["no-such-branch"], 1, "nobody/nothing"),
         "--subfolder": (["none"], 1, "none holds no config.json"),
         "--cache-dir": (["{file}"], 1, "nobody/nothing"),
@@ -36,26 +36,26 @@ BAD_VALUES = {
         "--max-shard-size": (["a few"], 2, "max_shard_size is 'a few'"),
         "--push-to-hub": (["two words"], 2, "'two words' is not a repository name"),
         "--bits": (["five"], 2, "invalid int value: 'five'"),
-        "--group-size": (["100"], 2, "group_size is 100"),
-        "--overrides": (["down_proj"], 2, "is no JSON"),
+        "--group-size": (["100"], 2, "--group-size is 100"),
+        "--overrides": (["down_proj"], 2, "is not valid JSON"),
         "--mtp": (["later"], 2, "mtp is 'later'"),
         "--format": (["gguf"], 2, "format is 'gguf'"),
         "--dataset": (["{folder}/none.txt"], 1, "there is no such file"),
         "--tokenizer": (["{empty}"], 1, "{empty}"),
-        "--text-column": ([""], 2, "text_column is ''"),
-        "--n-samples": (["0"], 2, "n_samples is 0"),
-        "--max-seq-len": (["7"], 2, "max_seq_len is 7"),
+        "--text-column": ([""], 2, "--text-column is ''"),
+        "--n-samples": (["0"], 2, "--n-samples is 0"),
+        "--max-seq-len": (["7"], 2, "--max-seq-len is 7"),
         "--batch-tokens": (["0"], 2, "batch_tokens is 0"),
         "--n-grid": (["-1"], 2, "n_grid is -1"),
         "--min-expert-tokens": (["-1"], 2, "min_expert_tokens is -1"),
         "--rounding": (["gptq"], 2, "rounding is 'gptq'"),
         "--propagate": (["both"], 2, "propagate is 'both'"),
-        "--modules-to-not-convert": ([""], 2, "modules_to_not_convert is ['']"),
-        "--execution-device": (["gpu"], 2, "execution_device is 'gpu'"),
+        "--modules-to-not-convert": ([""], 2, "--modules-to-not-convert is ['']"),
+        "--execution-device": (["gpu"], 2, "--execution-device is 'gpu'"),
         "--offload": (["ram"], 2, "offload is 'ram'"),
         "--max-memory": (["8GiB"], 2, "is not of the form KEY=VALUE"),
         "--checkpoint-dir": (["{folder}"], 1, "holds other files"),
-        "--report-dir": (["{file}"], 2, "report_dir {file} is a file"),
+        "--report-dir": (["{file}"], 2, "--report-dir {file} is a file"),
         "--seed": (["-1"], 2, "seed is -1"),
         "--backend": (["marlin"], 2, "backend is 'marlin'"),
     },
@@ -209,15 +209,15 @@ def test_a_value_that_is_left_out_is_missed(command, option, paths, capsys):
     [
         ([], "no command given; expected one of quantize, evaluate, inspect, convert, demo"),
         (["quantise", "a", "b"], "invalid choice: 'quantise'"),
-        (["quantize"], "the following arguments are required: SRC, OUT"),
+        (["quantize"], "the following arguments are required: SRC"),
         (["quantize", "a"], "the following arguments are required: OUT"),
         (["quantize", "a", "b", "c"], "unexpected argument: c"),
-        (["quantize", "a", "b", "--bit", "4"], "unknown option: --bit (near misses: --bits"),
-        (["quantize", "a", "b", "--group_size=64"], "near misses: --group-size"),
+        (["quantize", "a", "b", "--bit", "4"], "unknown option: --bit (did you mean --bits"),
+        (["quantize", "a", "b", "--group_size=64"], "did you mean --group-size"),
         (["quantize", "a", "b", "--private"], "name a repository with --push-to-hub"),
         (["quantize", "a", "b", "--quiet", "--verbose"], "not allowed with argument --quiet"),
         (["quantize", "a", "b", "--max-memory", "=8GiB"], "not of the form KEY=VALUE"),
-        (["quantize", "a", "b", "--overrides", "[1]"], "is no JSON object"),
+        (["quantize", "a", "b", "--overrides", "[1]"], "is not a JSON object"),
         (["evaluate"], "required: MODEL"),
         (["inspect"], "required: CHECKPOINT"),
         (["convert", "a", "b"], "required: --to"),
@@ -255,7 +255,7 @@ def test_wrong_paths_are_told_before_anything_is_loaded(command, source, out, me
         ("", "OUT is empty"),
         (".", "OUT . is the working directory"),
         ("..", "OUT .. holds the working directory"),
-        ("../precious", "letter.txt is no part of a checkpoint, and would be deleted"),
+        ("../precious", "letter.txt is not part of a checkpoint, and would be deleted"),
     ],
 )
 def test_overwriting_never_deletes_what_is_no_checkpoint(command, out, message, paths, capsys, monkeypatch, tmp_path):
@@ -328,7 +328,7 @@ def test_command_line_options_override_the_file(tmp_path, tiny_llama_dir):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("group-sise: 64", "has the key 'group-sise', which is not a field of the recipe; near misses: group_size"),
+        ("group-sise: 64", "has the key 'group-sise', which is not a field of the recipe; did you mean group_size"),
         ("model: llama", "known: bits, group_size"),
         ("- bits", "holds a list"),
         ("4", "holds a int"),
@@ -395,4 +395,4 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
 def test_without_lm_eval_the_extra_is_named(monkeypatch, tiny_llama_dir, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["evaluate", str(tiny_llama_dir), "--tasks", "hellaswag"]) == 1
-    assert "pip install hf_awq_offload[eval]" in one_line(capsys.readouterr())
+    assert "pip install lm-eval" in one_line(capsys.readouterr())

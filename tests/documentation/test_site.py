@@ -50,7 +50,7 @@ def test_the_chart_shows_every_tool_that_was_measured():
 
 
 def test_readme_has_the_figures_of_the_comparison():
-    page = (ROOT / "README.md").read_text(encoding="utf-8").split("## Beside other tools")[1]
+    page = (ROOT / "README.md").read_text(encoding="utf-8").split("## Compared with other tools")[1]
     shown = [
         (float(t), float(kl)) for t, kl in re.findall(r"\| \**([\d.]+)\** \| \**([\d.]+)\** \|$", page, flags=re.M)
     ]

@@ -115,7 +115,7 @@ def running(tiny_llama_dir, tmp_path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_second_process_is_refused_and_told_who_has_the_output(running, sources, tiny_llama_dir, tmp_path):
-    with pytest.raises(ConfigError, match=rf"out is being made by process {running.pid} on \S+; wait for it"):
+    with pytest.raises(ConfigError, match=rf"out is being written by process {running.pid} on \S+; wait for it"):
         quantize(sources["fp32"], tmp_path / "out", recipe())
     with pytest.raises(JournalError, match=rf"is in use by process {running.pid} on "):
         quantize(sources["fp32"], tmp_path / "other", recipe(), checkpoint_dir=tmp_path / "out.journal")

@@ -70,14 +70,14 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("overrides", "words"),
         [
-            ({"down_proj[": {"bits": 8}}, ["'down_proj['", "no regular expression", "backslash"]),
-            ({"*.down_proj": {"bits": 8}}, ["'*.down_proj'", "no regular expression"]),
+            ({"down_proj[": {"bits": 8}}, ["'down_proj['", "not a valid regular expression", "backslash"]),
+            ({"*.down_proj": {"bits": 8}}, ["'*.down_proj'", "not a valid regular expression"]),
             ({"": {"bits": 8}}, ["the key ''"]),
             ({3: {"bits": 8}}, ["the key 3"]),
             ({"down": {}}, ["overrides['down'] is {}"]),
             ({"down": 8}, ["overrides['down'] is 8", "{'bits': 8}"]),
-            ({"down": {"bit": 8}}, ["no field 'bit'", "nearest is 'bits'"]),
-            ({"down": {"groupsize": 64}}, ["nearest is 'group_size'"]),
+            ({"down": {"bit": 8}}, ["no field 'bit'", "did you mean 'bits'"]),
+            ({"down": {"groupsize": 64}}, ["did you mean 'group_size'"]),
             ({"down": {"clip": True}}, ["no field 'clip'", "bits, group_size, zero_point"]),
             ({"down": {"bits": 5}}, ["overrides['down']: bits is 5", "2, 3 or 8"]),
             ({"down": {"bits": True}}, ["bits is True"]),
@@ -94,7 +94,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("pattern", "words"),
         [
-            ("dwon_proj", "found in no linear's name.*such as model"),
+            ("dwon_proj", "matches no linear's name.*such as model"),
             ("lm_head", "changes nothing.*lm_head .outside the decoder layers"),
             (r"layers\.0\..*up_proj", r"changes nothing.*layers\.0\.mlp\.up_proj .named in modules_to_not_convert"),
         ],
@@ -112,7 +112,7 @@ class TestMistakes:
             AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=recipe)
 
     def test_checking_names_against_none(self):
-        words = r"'x'\] is found in no linear's name\. Names are full ones; correct the pattern or leave it out\."
+        words = r"'x'\] matches no linear's name\. Names are full ones; correct the pattern or leave it out\."
         with pytest.raises(ConfigError, match=words):
             check_that_all_match({"x": {"bits": 8}}, [], {})
         assert checked_overrides(None, BASE) == {}

@@ -87,7 +87,7 @@ def test_both_engines_agree(pattern, monkeypatch):
     "pattern", ["a{99999999999999999999}", "(" * 3000 + ")" * 3000, "("], ids=["many", "deep", "open"]
 )
 def test_a_recipe_with_a_pattern_that_is_none_is_refused(pattern):
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="not a valid regular expression"):
         AwqOffloadConfig(overrides={pattern: {"bits": 8}})
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="not a valid regular expression"):
         AwqOffloadConfig(modules_to_not_convert=[pattern])

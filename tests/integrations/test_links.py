@@ -72,7 +72,7 @@ def test_a_card_that_is_no_text_does_no_harm(quantized, tmp_path):
 
 @pytest.mark.parametrize("name", [WEIGHTS_NAME, "config.json", "README.md"])
 def test_a_model_is_not_saved_through_links(name, quantized, tmp_path):
-    """Such as those of a snapshot in the hub's cache, whose blobs several revisions share."""
+    """Such as those of a snapshot in the Hub's cache, whose blobs several revisions share."""
     blob = tmp_path / "blob"
     blob.write_bytes(b"shared")
     model = AutoModelForCausalLM.from_pretrained(quantized)

@@ -73,7 +73,7 @@ def test_a_new_card_says_what_was_done_and_measured_and_how_to_load_it():
         "| in full precision | `lm_head` |",
         "| wikitext2 | 7.250 | 0.01230 | 95.0% | 1000 |",
         "Weights: 4.2 MB, 16.0 MB before.",
-        "relative to rounding to nearest: 0.25.",
+        "quantized linears): 0.25 × round-to-nearest.",
         f"]({PICTURE})",
         'AutoModelForCausalLM.from_pretrained("me/model-AWQ"',
         "vllm serve me/model-AWQ",
@@ -94,7 +94,7 @@ def test_a_card_of_packed_weights():
         "An 8-bit version: symmetric, one group per row.",
         "| dataset | wikitext2 |",
         "| in full precision | `lm_head` |",
-        "compressed-tensors where there are no zero points",
+        "compressed-tensors, if there are no zero points",
         "vllm serve",
     ):
         assert words in card, words

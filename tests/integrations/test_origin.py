@@ -158,7 +158,7 @@ def test_the_command_line_takes_what_from_pretrained_takes(cache, folders, data_
     assert main(["quantize", NAME, str(out), *source[1:], *data, "--overwrite"]) == 0, "extra.txt came from the source"
     (out / "extra.txt").write_text("the user's own by now")
     assert main(["quantize", NAME, str(out), *source[1:], *data, "--overwrite"]) == 1
-    assert "extra.txt is no part of a checkpoint" in capsys.readouterr().err
+    assert "extra.txt is not part of a checkpoint" in capsys.readouterr().err
     assert main(["inspect", *source, "--headers-only"]) == 0
     evaluate = ["evaluate", *source, "--dataset", str(tmp_path / "texts.txt"), "--tokens", "40", "--window", "16"]
     assert main([*evaluate, "--new-tokens", "0", "--against", NAME, "--against-revision", "main", "--json"]) == 0

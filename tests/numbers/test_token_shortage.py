@@ -108,7 +108,7 @@ def test_the_command_line_marks_the_loss(tmp_path, tiny_llama_dir, capsys):
     finally:
         logging.set_verbosity_warning()
     printed = capsys.readouterr().out
-    assert re.search(rf"times that of rounding to nearest \({FEW_TOKENS}\)", printed)
+    assert re.search(rf"× round-to-nearest \({FEW_TOKENS}\)", printed)
 
 
 def test_journals_of_earlier_releases_have_no_tokens_and_no_mark():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,13 @@ def test_names_that_are_markup_are_text(tmp_path):
     assert overflow_pixels(path, tmp_path, width=400) == 0
 
 
+@pytest.mark.parametrize("experts", [0, 4])
+def test_only_the_page_of_a_mixture_speaks_of_experts(experts, tmp_path):
+    report = replace(sample(2, experts), left_out={})  # its reasons speak of routers
+    text = page(tmp_path, report).read_text(encoding="utf-8")
+    assert ("expert" in text) == bool(experts)
+
+
 def test_a_run_of_no_layers_has_a_page_too(tmp_path):
     found = Dom()
     found.feed(page(tmp_path, QuantizationReport()).read_text(encoding="utf-8"))
@@ -136,7 +144,7 @@ def test_a_run_without_data_has_a_page_too(tmp_path):
     bare = QuantizationReport([LayerReport(f"model.layers.{index}", (), 0.5) for index in range(3)])
     found = dom(page(tmp_path, bare), tmp_path)
     assert set(figures(found)) == {
-        "layers", "linears", "left-out", "starved-experts", "calibration-tokens", "seconds"
+        "layers", "linears", "left-out", "calibration-tokens", "seconds"
     }  # fmt: skip
     assert found.tags["svg"] == 1
 

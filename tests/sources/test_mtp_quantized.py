@@ -278,7 +278,7 @@ def test_what_is_not_known_is_kept_and_a_warning_says_so(case, made, tmp_path, c
     source = changed(made["qwen2"], tmp_path / "source", STAY[case])
     with caplog.at_level(logging.WARNING):
         quantize(source, tmp_path / "out", token_recipe(mtp="quantize"))
-    assert "in spite of mtp='quantize'" in caplog.text
+    assert "despite mtp='quantize'" in caplog.text
     original, result = tensors_of(source), tensors_of(tmp_path / "out")
     assert all(torch.equal(result[name], value) for name, value in original.items() if name.startswith(LAYER))
     named = read_json(tmp_path / "out" / "config.json")["quantization_config"]["modules_to_not_convert"]
@@ -298,7 +298,7 @@ def test_layers_that_form_no_chain_leave_the_layer_as_it_is(path, made, tmp_path
             recipe = token_recipe(mtp="quantize")
             model = AutoModelForCausalLM.from_pretrained(made["qwen2"], quantization_config=recipe, dtype="auto")
             model.save_pretrained(tmp_path / "out")
-    assert "in spite of mtp='quantize'" in caplog.text
+    assert "despite mtp='quantize'" in caplog.text
     original, result = tensors_of(made["qwen2"]), tensors_of(tmp_path / "out")
     assert "model.layers.1.mlp.up_proj.qweight" in result
     assert all(torch.equal(result[name], value) for name, value in original.items() if name.startswith(LAYER))
