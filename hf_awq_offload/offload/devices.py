@@ -22,6 +22,15 @@ def accelerator_bytes(device: torch.device) -> tuple[int, int]:
     return int(free), int(total)
 
 
+def trim_cache(device: torch.device, most_bytes: int) -> None:
+    """Returns the memory that the allocator has cached to a CUDA device if it is more than `most_bytes`.
+
+    Blocks that one step of a search has left fit the next one badly, and the card would fill up with them.
+    """
+    if device.type == "cuda" and torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) > most_bytes:
+        torch.cuda.empty_cache()
+
+
 def release_cached(device: torch.device) -> None:
     """Returns the memory that the allocator has cached to the accelerator."""
     if device.type != "cpu":

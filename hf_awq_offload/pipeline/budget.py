@@ -72,7 +72,7 @@ def budget_of(
     if limit_bytes is not None:
         limit_bytes = max(1, limit_bytes - beside_bytes)
     budget = budget_for(
-        LayerSizes.of(candidate_layers(model).values(), device),
+        LayerSizes.of(candidate_layers(model).values(), device, recipe.group_size),
         device,
         prefetch=recipe.prefetch,
         longest_tokens=max(map(len, [*sequences, *samples]), default=0),

@@ -7,6 +7,7 @@ search      the statistics, a gram matrix with its factor, and the temporaries o
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,15 +20,33 @@ from ..model.fused_experts import FusedExperts, fused_experts
 from ..model.linears import linears_in
 from ..model.probe_memory import probing_bytes
 from ..ops.blocks import matmul_dtype
+from ..search.chunks import chunks_of_at_most
+from ..search.ranking_memory import (
+    FEEDBACK_CANDIDATES,
+    GroupShape,
+    feedback_ranking_bytes,
+    sampled_loss_bytes,
+    whole_loss_bytes,
+)
+from ..search.scale import SAMPLE_ROWS, kept_elements
+from ..search.working_memory import ordering_bytes, rounding_bytes
 from .stack_rounding import STACK_ELEMENTS
 
 FP32_BYTES = 4
-CHUNK_COPIES = 10
-"""fp32 tensors of a chunk's size that rounding holds at once."""
-FACTORIZING_COPIES = 3
-"""Gram matrices that exist while one is factorized, beside that of the statistics: the scaled one, and two buffers."""
+CPU_CHUNK_COPIES = 6
+"""fp32 tensors of a chunk's size that rounding holds at once on a CPU, most of whose steps work on parts of it."""
+CPU_FACTORIZING_COPIES = 4
+"""Gram matrices that exist on a CPU while one is factorized."""
 GRAM_COPIES = 2
 """Gram matrices that exist while a linear is rounded, beside that of the statistics: the scaled one, and its factor."""
+BLOCK_COPIES = 2
+"""fp32 tensors of a block of weights that are rounded together: its linears' rows, and these joined."""
+RANKING_COPIES = 5
+"""fp32 tensors of the size of all candidates' rows that their rounding holds: w - ŵ, w', codes, steps and zero points."""
+N_GRID = 20
+"""Candidates for scales; their number hardly changes what the search holds."""
+SEQUENTIAL_NORMS = 2
+"""Norms of a layer whose parts follow on each other; in one whose parts read the same input there is one."""
 EXPERT_LINEARS = 3
 """Linears of an expert that is not taken apart yet: gate, up and down."""
 
@@ -41,13 +60,35 @@ class SearchedInput:
     """Elements of the largest linear that reads it."""
     weights: int
     """Elements of all linears that read it."""
+    group_size: int
 
-    def search_bytes(self, chunk_elements: int) -> int:
-        """Returns what the search takes at most beside the layer's weights and statistics."""
-        stack = max(self.largest_weight, min(self.weights, chunk_elements))
-        gram = _gram_bytes(self.in_features)
-        rounding = GRAM_COPIES * gram + CHUNK_COPIES * FP32_BYTES * min(stack, chunk_elements) + stack  # codes: bytes
-        return max(FACTORIZING_COPIES * gram, rounding)
+    def search_bytes(self, chunk_elements: int, device_type: str) -> int:
+        """Returns what search and rounding take at most beside the layer's weights and statistics.
+
+        Args:
+            chunk_elements: weights that are worked on at a time.
+            device_type: of the execution device.
+        """
+        stack = max(self.largest_weight, min(self.weights, chunk_elements))  # its codes are bytes
+        block, gram = min(stack, chunk_elements), _gram_bytes(self.in_features)
+        if device_type == "cpu":
+            rounding = GRAM_COPIES * gram + CPU_CHUNK_COPIES * FP32_BYTES * block + stack
+            return max(CPU_FACTORIZING_COPIES * gram, rounding)
+        rows, ordering = block // self.in_features, ordering_bytes(self.in_features)
+        rounding = rounding_bytes(rows, self.in_features, self.group_size, chunk_elements)
+        with chunks_of_at_most(chunk_elements):
+            shape = GroupShape(self.weights // self.in_features, self.in_features, self.group_size)
+            ranking = max(
+                whole_loss_bytes(shape),
+                sampled_loss_bytes(shape, N_GRID),
+                feedback_ranking_bytes(shape, N_GRID) + max(ordering - gram, self._ranking_rounds(chunk_elements)),
+            )
+        return max(ranking, gram + ordering, GRAM_COPIES * gram + BLOCK_COPIES * FP32_BYTES * block + rounding + stack)
+
+    def _ranking_rounds(self, chunk_elements: int) -> int:
+        """Returns what rounding takes when scales are ranked by it: every channel has a step of its own there."""
+        rows = max(1, min(FEEDBACK_CANDIDATES * SAMPLE_ROWS, chunk_elements // self.in_features))
+        return FP32_BYTES * RANKING_COPIES * rows * self.in_features
 
 
 @dataclass(frozen=True)
@@ -62,12 +103,15 @@ class LayerSizes:
     probing: int
     activation_bytes_per_token: int
     inputs: tuple[SearchedInput, ...]
+    device_type: str = "cpu"
+    searched_elements: int = 0
+    """fp32 numbers that searches keep which run side by side."""
     pinned: int = 0
     """RAM for a prefetched copy of the weights: torch rounds each pinned block up to a power of two."""
 
     @classmethod
-    def of(cls, layers: Collection[nn.Module], device: torch.device) -> LayerSizes:
-        """Returns the sizes of the largest of `layers`."""
+    def of(cls, layers: Collection[nn.Module], device: torch.device, group_size: int = -1) -> LayerSizes:
+        """Returns the sizes of the largest of `layers`; a group of -1 is a whole row."""
         widest = max(layers, key=parameter_bytes)
         dtype = next(widest.parameters()).dtype
         computed = matmul_dtype(device.type, dtype)
@@ -80,7 +124,9 @@ class LayerSizes:
             largest_gram=max(grams),
             probing=probing_bytes(widest),
             activation_bytes_per_token=computed.itemsize * _features_per_token(widest),
-            inputs=_searched_inputs(widest),
+            inputs=_searched_inputs(widest, group_size),
+            device_type=device.type,
+            searched_elements=sum(kept_elements(math.isqrt(gram // FP32_BYTES)) for gram in grams),
             pinned=sum(
                 _pinned_bytes(parameter.numel() * parameter.element_size()) for parameter in widest.parameters()
             ),
@@ -88,7 +134,9 @@ class LayerSizes:
 
     def search_bytes(self, chunk_elements: int | None = None) -> int:
         """Returns what the search takes beside weights and statistics; None: in chunks of the usual size."""
-        return max(each.search_bytes(chunk_elements or STACK_ELEMENTS) for each in self.inputs)
+        chunk = chunk_elements or STACK_ELEMENTS
+        side_by_side = 0 if self.device_type == "cpu" else FP32_BYTES * min(self.searched_elements, chunk)
+        return side_by_side + max(each.search_bytes(chunk, self.device_type) for each in self.inputs)
 
 
 def parameter_bytes(module: nn.Module) -> int:
@@ -114,17 +162,35 @@ def _features_per_token(layer: nn.Module) -> int:
     return features + max(of_expert.values(), default=0)
 
 
-def _searched_inputs(layer: nn.Module) -> tuple[SearchedInput, ...]:
-    parts = expert_parts(layer)
-    weights: dict[tuple[str, int], list[int]] = defaultdict(list)  # (expert or none, width) -> elements
+def _searched_inputs(layer: nn.Module, group_size: int) -> tuple[SearchedInput, ...]:
+    """Returns what shares an input, as far as shapes tell: linears of one module and width, or of one width where
+    attention and the rest read the output of the same norm."""
+    parts, are_parallel = expert_parts(layer), _norms_in(layer) < SEQUENTIAL_NORMS
+    weights: dict[tuple[str, int], list[int]] = defaultdict(list)  # (expert, module or none; width) -> elements
     for name, linear in linears_in(layer).items():
-        expert = parts[name].expert_name if name in parts else ""
-        weights[expert, linear.in_features].append(linear.weight.numel())
-    inputs = {SearchedInput(width, max(sizes), sum(sizes)) for (_, width), sizes in weights.items()}
+        module = "" if are_parallel else name.rpartition(".")[0]
+        owner = parts[name].expert_name if name in parts else module
+        weights[owner, linear.in_features].append(linear.weight.numel())
+    inputs = {
+        SearchedInput(width, max(sizes), sum(sizes), _group(group_size, width)) for (_, width), sizes in weights.items()
+    }
     for fused in fused_experts(layer).values():
         largest = max(fused.matrix_size(matrix) for matrix in fused.matrices)
-        inputs |= {SearchedInput(width, largest, 2 * largest) for width in _sides(fused)}
+        inputs |= {SearchedInput(width, largest, 2 * largest, _group(group_size, width)) for width in _sides(fused)}
     return tuple(inputs)
+
+
+def _norms_in(layer: nn.Module) -> int:
+    """Returns how many norms are as wide as the widest one; norms of heads are narrower."""
+    widths = [
+        parameter.numel() for name, parameter in layer.named_parameters() if parameter.ndim == 1 and "bias" not in name
+    ]
+    return widths.count(max(widths, default=0))
+
+
+def _group(group_size: int, width: int) -> int:
+    """Returns the group size of an input of this width; one that does not divide it is refused elsewhere."""
+    return width if group_size <= 0 else min(group_size, width)
 
 
 def _sides(fused: FusedExperts) -> list[int]:

@@ -54,6 +54,9 @@ from .weight_checks import require_sound_weights
 
 logger = get_logger(__name__)
 
+CACHED_SHARE = 1 / 8
+"""Share of the planned memory that the allocator may keep of freed memory from one step to the next."""
+
 
 def quantize_layers(
     model: nn.Module,
@@ -84,6 +87,7 @@ def quantize_layers(
         storage.onloader,
         CPU if budget is None else budget.statistics_device,
         None if budget is None else budget.chunk_elements,
+        0 if budget is None else int(budget.peak_bytes * CACHED_SHARE),
     )
     if budget is not None and recipe.prefetch and not budget.prefetch:
         logger.info("%s has no room for the next layer: it is not read ahead.", device)
@@ -225,6 +229,7 @@ class _CalibratedLayers:
             with record.timed("structure", name):
                 require_sound_weights(context)
                 structure = self.structures.of(context, self.inputs.probe_calls(name))
+            self.run.pressure.trim_cache()
             with record.timed("forward", name):
                 outputs = self.inputs.next_writer()
                 closing_outputs.enter_context(nullcontext() if outputs is None else closing(outputs))

@@ -17,7 +17,7 @@ import torch
 
 from ..logs import get_logger
 from ..machine_errors import first_line, is_out_of_memory
-from ..offload.devices import CPU, release_cached
+from ..offload.devices import CPU, release_cached, trim_cache
 from ..offload.onloader import Onloader
 from ..search.chunks import ACCELERATOR_ELEMENTS, CACHED_ELEMENTS, chunks_of_at_most
 
@@ -49,13 +49,20 @@ class MemoryPressure:
         onloader: of the run.
         statistics_device: where statistics are summed at first.
         chunk_elements: weights that the search works on at a time; None: as many as are fastest.
+        most_cached_bytes: what torch's allocator may keep of freed memory between two steps.
     """
 
-    def __init__(self, onloader: Onloader, statistics_device: torch.device = CPU, chunk_elements: int | None = None):
+    def __init__(
+        self,
+        onloader: Onloader,
+        statistics_device: torch.device = CPU,
+        chunk_elements: int | None = None,
+        most_cached_bytes: int = 0,
+    ):
         self.device = onloader.device
         self.statistics_device = statistics_device
         self.chunk_elements = chunk_elements
-        self._onloader = onloader
+        self._onloader, self._most_cached_bytes = onloader, most_cached_bytes
 
     def attempt(self, step: Callable[[], Result], *others: Callable[[], bool]) -> Result:
         """Returns what `step` returns; repeats it in smaller chunks for as long as it runs out of memory.
@@ -68,6 +75,7 @@ class MemoryPressure:
             Exception: of the last attempt, if nothing more can be given up.
         """
         remaining = list(others)
+        self.trim_cache()
         while True:
             try:
                 with chunks_of_at_most(self.chunk_elements):
@@ -79,6 +87,10 @@ class MemoryPressure:
                     raise
                 error.__traceback__ = None  # it holds the temporaries
             release_cached(self.device)
+
+    def trim_cache(self) -> None:
+        """Returns cached memory to the device if there is much of it: the next step's blocks have other sizes."""
+        trim_cache(self.device, self._most_cached_bytes)
 
     def stop_reading_ahead(self, error: Exception) -> bool:
         """Lets every layer be read when its turn comes; returns whether the next one was read before that."""

@@ -23,7 +23,7 @@ from hf_awq_offload.pipeline.budget import (
     SMALL_CHUNK,
     budget_for,
 )
-from hf_awq_offload.pipeline.layer_sizes import CHUNK_COPIES, LayerSizes, SearchedInput
+from hf_awq_offload.pipeline.layer_sizes import LayerSizes, SearchedInput
 from hf_awq_offload.pipeline.memory_pressure import LEAST_ELEMENTS
 from hf_awq_offload.search.chunks import ACCELERATOR_ELEMENTS
 
@@ -33,13 +33,13 @@ GPU = torch.device("cuda", 0)
 class FixedSearch(SearchedInput):
     """A search that takes 500 bytes in whatever chunks."""
 
-    def search_bytes(self, chunk_elements: int) -> int:
+    def search_bytes(self, chunk_elements: int, device_type: str) -> int:
         return 500
 
 
 SIZES = LayerSizes(
     weights=100, computed_copy=0, statistics=300, largest_gram=120, probing=0, activation_bytes_per_token=4,
-    inputs=(FixedSearch(0, 0, 0),),
+    inputs=(FixedSearch(0, 0, 0, 1),),
 )  # fmt: skip
 USUAL = {"prefetch": True, "longest_tokens": 20, "total_tokens": 10_000}
 
@@ -112,11 +112,11 @@ def test_first_the_next_layer_is_given_up_then_statistics_go_to_RAM(total):
 
 
 def test_chunks_shrink_before_anything_else_is_given_up_and_to_the_least_after_it():
-    weights = 2**26
-    sizes = LayerSizes(0, 0, 300, 120, 0, 4, (SearchedInput(64, weights, weights),))
+    searched = SearchedInput(64, 2**26, 2**26, 64)
+    sizes = LayerSizes(0, 0, 300, 120, 0, 4, (searched,), "cuda")
     peaks = {}
     for chunk in (ACCELERATOR_ELEMENTS, SMALL_CHUNK, LEAST_ELEMENTS):
-        peaks[chunk] = 300 + 2 * 4 * 64**2 + CHUNK_COPIES * 4 * chunk + weights
+        peaks[chunk] = 300 + searched.search_bytes(chunk, "cuda")
         budget = budget_for(sizes, GPU, **USUAL, limit_bytes=peaks[chunk])
         assert (budget.chunk_elements, budget.peak_bytes) == (chunk, peaks[chunk])
         assert budget.statistics_device == GPU

@@ -36,6 +36,7 @@ class FakeOnloader:
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch):
     monkeypatch.setattr(memory_pressure, "release_cached", lambda device: None)
+    monkeypatch.setattr(memory_pressure, "trim_cache", lambda device, most_bytes: None)
 
 
 def pressure(reads_ahead: bool = True, **changes: Any) -> MemoryPressure:

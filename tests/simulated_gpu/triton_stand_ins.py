@@ -62,7 +62,7 @@ def _product(sizes: tuple[int, ...]) -> int:
 
 
 def _block(grid, remaining, errors, squares, scale, zero, group_of_channel, coupling, pivots, block, stop, rows,
-           coupling_stride, levels, *, BLOCK, INNER, ROWS, num_warps):  # fmt: skip
+           coupling_stride, levels, *, BLOCK, INNER, ROWS):  # fmt: skip
     from hf_awq_offload.search.feedback import _round_one_by_one
     from hf_awq_offload.search.feedback_state import FeedbackState
 
