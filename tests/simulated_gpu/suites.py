@@ -23,11 +23,6 @@ TYPES = "test_a_model_type_is_quantized_saved_reloaded_and_folds_as_recorded"
 SUITES = [
     Suite("the simulation", 2, tuple(f"{INSIDE}/test_simulated_{part}.py" for part in PARTS)),
     Suite("the product on one device", 1, (f"{INSIDE}/test_product_on_cuda.py",)),
-    Suite(
-        "counts and memory of the scale search",
-        1,
-        (f"{INSIDE}/test_search_counts.py", f"{INSIDE}/test_ranking_memory.py"),
-    ),
     Suite("the product on two devices", 2, (f"{INSIDE}/test_product_on_cuda.py",)),
     Suite(
         "kernels and searches",
@@ -70,5 +65,10 @@ SUITES = [
             *(f"tests/architectures/test_causal_lm.py::{TYPES}[{name}]" for name in ("falcon", "deepseek_v3", "bloom")),
             f"tests/architectures/test_image_text.py::{TYPES}[qwen2_5_vl]",
         ),
+    ),
+    Suite(
+        "counts and memory of the scale search",
+        1,
+        (f"{INSIDE}/test_search_counts.py", f"{INSIDE}/test_ranking_memory.py"),
     ),
 ]
