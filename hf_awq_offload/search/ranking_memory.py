@@ -1,4 +1,4 @@
-"""How many bytes the search for scales holds at most on an accelerator, beside weights, gram matrix and the row errors.
+"""Predicts the bytes that the scale search holds at most on an accelerator, beside weights, gram matrix and row errors.
 
     E elements at a time, in blocks of rows, or candidates × sampled rows:
     a loss on all rows      12 E    the rows in fp32, W·s, and its integers, which become D and are multiplied by G
@@ -20,7 +20,7 @@ FP32 = 4
 GROUP_NUMBERS = 6
 """fp32 numbers per group of channels that are alive at once: its range, scale, least and largest integer, one more."""
 ROW_NUMBERS = 6
-"""The same for a row: sums, partly in fp64."""
+"""fp32 numbers per row: sums, partly in fp64."""
 MOST_CANDIDATES = 4 * COARSE_STEP - 4
 """Candidates that are ranked together: the neighbours of the best two of the coarse ones."""
 FEEDBACK_CANDIDATES = FEEDBACK_STEPS_DOWN + FEEDBACK_STEPS_UP + 1
