@@ -54,6 +54,8 @@ def _linear(
 ) -> Tensor:
     check_packed(qweight, qzeros, scales)
     check_input(x, qweight.shape[0], qweight.device)
+    if bias is not None:
+        check_bias(bias, scales.shape[1], qweight.device)
     chosen = chosen or choose(backend, LinearShape.of(x, scales))
     if not isinstance(chosen, WordsBackend):  # the weight is not in the backend's own layout, as under torch.compile
         chosen = backend_named("torch")
@@ -235,6 +237,14 @@ def check_input(x: Tensor, features: int, device: torch.device) -> None:
         raise ValueError(f"The input is {_describe(x)}; expected floating point (…, {features}).")
     if x.device != device:
         raise ValueError(f"The input is on {x.device}, the weight on {device}; expected one device.")
+
+
+def check_bias(bias: Tensor, features: int, device: torch.device) -> None:
+    """Raises a ValueError unless the bias is floating point (features,) on the weight's device."""
+    if not bias.is_floating_point() or bias.shape != (features,):
+        raise ValueError(f"The bias is {_describe(bias)}; expected floating point ({features},).")
+    if bias.device != device:
+        raise ValueError(f"The bias is on {bias.device}, the weight on {device}; expected one device.")
 
 
 def _describe(tensor: Tensor) -> str:

@@ -94,6 +94,15 @@ def test_group_sizes_up_to_the_whole_row(backend, dtype, group_size, rows):
 
 
 @BACKENDS
+@pytest.mark.parametrize("group_size", [16, 48, 96])
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_group_sizes_that_are_no_multiple_of_a_tile(backend, group_size, rows):
+    linear = make(backend, torch.float16, in_features=5 * group_size, group_size=group_size)
+    x = make_input(linear, rows, 5 * group_size, dtype=torch.float16)
+    assert_close(linear(x), reference(linear, x), linear, torch.float16)
+
+
+@BACKENDS
 @DTYPES
 @pytest.mark.parametrize("out_features", [8, 72, 96, 192, 520, 1056])
 @pytest.mark.parametrize("rows", [1, 5, MANY_ROWS])

@@ -113,6 +113,17 @@ def test_an_input_on_another_device_is_refused(backend):
         ops.linear(torch.randn(2, 64), packed, backend)
 
 
+@pytest.mark.parametrize("backend", ["torch", "c", pytest.param("triton", marks=needs_triton)])
+def test_a_bias_that_does_not_fit_never_reaches_a_kernel(backend):
+    packed = PackedWeight(*(tensor.to(DEVICE[backend]) for tensor in random_awq_linear(64, 32).packed))
+    x = torch.randn(2, 64, device=DEVICE[backend])
+    for bias in (torch.zeros(8, device=x.device), torch.zeros(32, dtype=torch.int64, device=x.device)):
+        with pytest.raises(ValueError, match=r"The bias is .*; expected floating point \(32,\)"):
+            ops.linear(x, packed, backend, bias=bias)
+    with pytest.raises(ValueError, match="The bias is on meta"):
+        ops.linear(x, packed, backend, bias=torch.zeros(32, device="meta"))
+
+
 class Seen(TorchDispatchMode):
     """Records the names of the ops that run inside."""
 
