@@ -246,3 +246,18 @@ def test_a_matrix_that_is_not_finite_is_an_error():
     gram[3, 4] = gram[4, 3] = float("nan")
     with pytest.raises(NumericalError, match="could not be factorized"):
         feedback_order(gram)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "a part of another"])
+def test_the_matrix_is_only_read_however_it_lies_in_memory(layout):
+    whole = correlated_gram(4)
+    whole = (whole + whole.t()) / 2
+    gram = {"contiguous": whole[:100, :100].contiguous(), "transposed": whole[:100, :100].contiguous().t()}.get(
+        layout, whole[:100, :100]
+    )
+    before = gram.clone()
+    order = feedback_order(gram)
+    assert torch.equal(gram, before)
+    for found, expected in zip(order, feedback_order(before.contiguous()), strict=True):
+        assert torch.equal(found, expected)
+        assert found.is_contiguous()
