@@ -66,13 +66,14 @@ def budget_of(
     sequences = [] if calibration is None else calibration.sequences
     free_bytes, total_bytes = (None, None) if device.type == "cpu" else accelerator_bytes(device)
     limit_bytes = recipe.memory_limit_bytes(device)
-    beside_bytes = unfilled_bytes(recipe.prefetch) if device.type == "cuda" else 0
+    sizes = LayerSizes.of(candidate_layers(model).values(), device, recipe.group_size)
+    beside_bytes = 2 * (SEGMENT_BYTES + SMALL_SEGMENT_BYTES) if device.type == "cuda" else 0
     if limit_bytes is not None and device.type == "cpu":
         beside_bytes = PROCESS_BYTES + hidden_bytes(model, calibration)
     if limit_bytes is not None:
         limit_bytes = max(1, limit_bytes - beside_bytes)
     budget = budget_for(
-        LayerSizes.of(candidate_layers(model).values(), device, recipe.group_size),
+        sizes,
         device,
         prefetch=recipe.prefetch,
         longest_tokens=max(map(len, [*sequences, *samples]), default=0),
@@ -84,12 +85,16 @@ def budget_of(
     )
     if device.type != "cuda":
         return budget
-    return replace(budget, peak_bytes=budget.peak_bytes + unfilled_bytes(budget.prefetch))
+    prefetched_bytes = 2 * sizes.weights if budget.prefetch else 0
+    pools = [prefetched_bytes, budget.peak_bytes - prefetched_bytes]
+    return replace(budget, peak_bytes=sum(map(reserved_bytes, pools)))
 
 
-def unfilled_bytes(prefetch: bool) -> int:
-    """Returns what torch's allocator takes from a card and does not fill: a piece of each size for each stream."""
-    return (SEGMENT_BYTES + SMALL_SEGMENT_BYTES) * (1 + prefetch)
+def reserved_bytes(allocated_bytes: int) -> int:
+    """Returns what torch's allocator takes from a card for the tensors of one stream."""
+    if allocated_bytes == 0:
+        return 0
+    return -(-allocated_bytes // SEGMENT_BYTES) * SEGMENT_BYTES + SMALL_SEGMENT_BYTES
 
 
 def hidden_bytes(model: nn.Module, calibration: CalibrationSet | None) -> int:

@@ -39,10 +39,8 @@ CPU_FACTORIZING_COPIES = 4
 """Gram matrices that exist on a CPU while one is factorized."""
 GRAM_COPIES = 2
 """Gram matrices that exist while a linear is rounded, beside that of the statistics: the scaled one, and its factor."""
-BLOCK_COPIES = 2
-"""fp32 tensors of a block of weights that are rounded together: its linears' rows, and these joined."""
 RANKING_COPIES = 5
-"""fp32 tensors of the size of all candidates' rows that their rounding holds: w - ŵ, w', codes, steps and zero points."""
+"""fp32 tensors of the size of all candidates' rows that rounding holds: w - ŵ, w', codes, steps and zero points."""
 N_GRID = 20
 """Candidates for scales; their number hardly changes what the search holds."""
 SEQUENTIAL_NORMS = 2
@@ -62,28 +60,32 @@ class SearchedInput:
     """Elements of all linears that read it."""
     group_size: int
 
-    def search_bytes(self, chunk_elements: int, device_type: str) -> int:
-        """Returns what search and rounding take at most beside the layer's weights and statistics.
+    def search_bytes_on_cpu(self, chunk_elements: int) -> int:
+        """Returns what search and rounding take on a CPU, beside weights and statistics."""
+        gram, stack = _gram_bytes(self.in_features), self._stack_elements(chunk_elements)
+        rounding = GRAM_COPIES * gram + CPU_CHUNK_COPIES * FP32_BYTES * min(stack, chunk_elements) + stack
+        return max(CPU_FACTORIZING_COPIES * gram, rounding)
 
-        Args:
-            chunk_elements: weights that are worked on at a time.
-            device_type: of the execution device.
-        """
-        stack = max(self.largest_weight, min(self.weights, chunk_elements))  # its codes are bytes
-        block, gram = min(stack, chunk_elements), _gram_bytes(self.in_features)
-        if device_type == "cpu":
-            rounding = GRAM_COPIES * gram + CPU_CHUNK_COPIES * FP32_BYTES * block + stack
-            return max(CPU_FACTORIZING_COPIES * gram, rounding)
-        rows, ordering = block // self.in_features, ordering_bytes(self.in_features)
-        rounding = rounding_bytes(rows, self.in_features, self.group_size, chunk_elements)
+    def ranking_bytes(self, chunk_elements: int) -> int:
+        """Returns what the search for scales takes on an accelerator, beside weights and statistics."""
+        gram, ordering = _gram_bytes(self.in_features), ordering_bytes(self.in_features)
         with chunks_of_at_most(chunk_elements):
             shape = GroupShape(self.weights // self.in_features, self.in_features, self.group_size)
-            ranking = max(
-                whole_loss_bytes(shape),
-                sampled_loss_bytes(shape, N_GRID),
-                feedback_ranking_bytes(shape, N_GRID) + max(ordering - gram, self._ranking_rounds(chunk_elements)),
-            )
-        return max(ranking, gram + ordering, GRAM_COPIES * gram + BLOCK_COPIES * FP32_BYTES * block + rounding + stack)
+            by_feedback = feedback_ranking_bytes(shape, N_GRID)
+            losses = max(whole_loss_bytes(shape), sampled_loss_bytes(shape, N_GRID))
+        return max(losses, by_feedback + max(ordering - gram, self._ranking_rounds(chunk_elements)))
+
+    def rounding_bytes(self, chunk_elements: int) -> int:
+        """Returns what factorizing and rounding take on an accelerator, beside weights and statistics."""
+        gram, stack = _gram_bytes(self.in_features), self._stack_elements(chunk_elements)
+        block = min(stack, chunk_elements)
+        rounding = rounding_bytes(block // self.in_features, self.in_features, self.group_size, chunk_elements)
+        rounding += GRAM_COPIES * gram + FP32_BYTES * block + stack
+        return max(gram + ordering_bytes(self.in_features), rounding)
+
+    def _stack_elements(self, chunk_elements: int) -> int:
+        """Returns the weights of linears that are rounded together; their codes take a byte each."""
+        return max(self.largest_weight, min(self.weights, chunk_elements))
 
     def _ranking_rounds(self, chunk_elements: int) -> int:
         """Returns what rounding takes when scales are ranked by it: every channel has a step of its own there."""
@@ -135,8 +137,11 @@ class LayerSizes:
     def search_bytes(self, chunk_elements: int | None = None) -> int:
         """Returns what the search takes beside weights and statistics; None: in chunks of the usual size."""
         chunk = chunk_elements or STACK_ELEMENTS
-        side_by_side = 0 if self.device_type == "cpu" else FP32_BYTES * min(self.searched_elements, chunk)
-        return side_by_side + max(each.search_bytes(chunk, self.device_type) for each in self.inputs)
+        if self.device_type == "cpu":
+            return max(each.search_bytes_on_cpu(chunk) for each in self.inputs)
+        side_by_side = FP32_BYTES * min(self.searched_elements, chunk)
+        ranking = side_by_side + max(each.ranking_bytes(chunk) for each in self.inputs)
+        return max(ranking, *(each.rounding_bytes(chunk) for each in self.inputs))
 
 
 def parameter_bytes(module: nn.Module) -> int:

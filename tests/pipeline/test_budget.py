@@ -33,8 +33,10 @@ GPU = torch.device("cuda", 0)
 class FixedSearch(SearchedInput):
     """A search that takes 500 bytes in whatever chunks."""
 
-    def search_bytes(self, chunk_elements: int, device_type: str) -> int:
+    def search_bytes_on_cpu(self, chunk_elements: int) -> int:
         return 500
+
+    ranking_bytes = rounding_bytes = search_bytes_on_cpu
 
 
 SIZES = LayerSizes(
@@ -116,7 +118,7 @@ def test_chunks_shrink_before_anything_else_is_given_up_and_to_the_least_after_i
     sizes = LayerSizes(0, 0, 300, 120, 0, 4, (searched,), "cuda")
     peaks = {}
     for chunk in (ACCELERATOR_ELEMENTS, SMALL_CHUNK, LEAST_ELEMENTS):
-        peaks[chunk] = 300 + searched.search_bytes(chunk, "cuda")
+        peaks[chunk] = 300 + max(searched.ranking_bytes(chunk), searched.rounding_bytes(chunk))
         budget = budget_for(sizes, GPU, **USUAL, limit_bytes=peaks[chunk])
         assert (budget.chunk_elements, budget.peak_bytes) == (chunk, peaks[chunk])
         assert budget.statistics_device == GPU

@@ -15,6 +15,8 @@ from hf_awq_offload.formats.grid import (
     quantize,
     stored_scale,
 )
+from hf_awq_offload.search import refit
+from hf_awq_offload.search.chunks import chunks_of_at_most
 from hf_awq_offload.search.loss import row_mse
 from hf_awq_offload.search.refit import refitted
 from hf_awq_offload.search.rounding import feedback_order, round_weight, round_with_feedback
@@ -97,3 +99,18 @@ def test_fitting_and_rounding_again_are_never_worse_than_rounding_once_and_bette
     assert float(found.mse.sum()) < float(once.sum())
     explicit = row_mse(dequantize(found.codes, found.parameters, grid) - weight, gram)
     torch.testing.assert_close(found.mse, explicit, rtol=5e-3, atol=1e-4 * float(explicit.mean()))
+
+
+@pytest.mark.parametrize("elements", [None, 7 * OUT * IN // 2, 1], ids=["all groups", "three groups", "one group"])
+@pytest.mark.parametrize("size", [32, IN])
+def test_the_equations_are_the_same_however_many_groups_are_taken_at_once(size, elements):
+    """Half of a symmetric matrix is computed on an accelerator, several groups at once; a CPU computes row by row."""
+    x, grid = inputs(4), Grid(4, size, zero_point=True)
+    weight, codes, parameters = rounded(4, grid)
+    centered, gram = grid.groups(codes) - parameters.zero[:, :, None], x.T @ x / TOKENS
+    matrix, right = refit._equations(weight, centered, gram)
+    with chunks_of_at_most(elements):
+        own_matrix, own_right = refit._equations_in_blocks(weight, centered, gram)
+    torch.testing.assert_close(own_matrix, matrix, rtol=1e-4, atol=1e-5 * float(matrix.abs().max()))
+    torch.testing.assert_close(own_right, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
+    torch.testing.assert_close(own_matrix, own_matrix.transpose(1, 2), rtol=1e-4, atol=1e-5 * float(matrix.abs().max()))

@@ -241,8 +241,44 @@ def test_the_kernel_rounds_as_the_loop_does(monkeypatch, channels, rows, grid):
     torch.testing.assert_close(squares[same], kernel_squares[same], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernel_rounds_halves_to_even_and_divides_exactly():
+    from hf_awq_offload.search.feedback_kernel import round_block
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    below_half = float(torch.nextafter(torch.tensor(0.5), torch.tensor(0.0)))
+    quotients = torch.tensor([-9.5, -2.5, -0.5, -below_half, below_half, 0.5, 1.5, 2.5, 3.4999998, 6.5, 7.5, 1e9])
+    scale = torch.tensor([1.0, 0.1, 0.0123])[:, None].half().float()
+    rows = len(quotients)
+    weight = quotients * scale  # (channels, rows), each channel a group
+    state = FeedbackState(
+        weight.clone(), weight.clone(), torch.zeros(rows), scale.repeat(1, rows), torch.full_like(weight, 8.0),
+        torch.arange(3), torch.eye(3), torch.ones(3),
+    )  # fmt: skip
+    state = FeedbackState(*(tensor.to(device) for tensor in state))
+    round_block(state, 0, 3, 15)
+    expected = (torch.round(weight / scale) + 8).clamp(0, 15)
+    assert torch.equal(state.remaining.cpu(), expected)
+    torch.testing.assert_close(state.errors.cpu(), weight - (expected - 8) * scale, rtol=1e-6, atol=1e-7)
+
+
 def test_a_matrix_that_is_not_finite_is_an_error():
     gram = correlated_gram(7)
     gram[3, 4] = gram[4, 3] = float("nan")
     with pytest.raises(NumericalError, match="could not be factorized"):
         feedback_order(gram)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "a part of another"])
+def test_the_matrix_is_only_read_however_it_lies_in_memory(layout):
+    whole = correlated_gram(4)
+    whole = (whole + whole.t()) / 2
+    gram = {"contiguous": whole[:100, :100].contiguous(), "transposed": whole[:100, :100].contiguous().t()}.get(
+        layout, whole[:100, :100]
+    )
+    before = gram.clone()
+    order = feedback_order(gram)
+    assert torch.equal(gram, before)
+    for found, expected in zip(order, feedback_order(before.contiguous()), strict=True):
+        assert torch.equal(found, expected)
+        assert found.is_contiguous()
