@@ -18,7 +18,7 @@ from .layer_context import LayerContext
 from .weight_checks import scalable_magnitude
 
 NO_PRODUCER = "no norm or linear was found that can absorb a scale of this input"
-NO_BETTER = "no scale is better than none"
+NO_BETTER = "unscaled was best"
 NOT_STORABLE = "no scale can be stored in the producer's dtype"
 SEARCH_OFF = "the scale search is off (n_grid=0)"
 

@@ -457,7 +457,7 @@ def _remove_empty(folder: Path, inside: Path) -> None:
 def shown(line: str, folder: Path) -> str:
     """Returns a line of output without what differs between machines and runs."""
     line = line.replace(str(folder), "/home/you").replace(os.path.realpath(folder), "/home/you")
-    line = re.sub(r"process \d+ on \S+", "process 4711 on this-machine", line)
+    line = re.sub(r"process \d+ on [^\s;]+", "process 4711 on this-machine", line)
     line = re.sub(r"\b[0-9a-f]{12,}\b", "…", line)
     return re.sub(r"\d+\.\d+ (GiB|MiB)", r"… \1", line)
 
