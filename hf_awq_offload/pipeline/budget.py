@@ -42,8 +42,11 @@ PROCESS_BYTES = 32 << 20
 """RAM for modules that are imported during a run, and for buffers that libraries keep (docs/log.md)."""
 SEGMENT_BYTES = 20 << 20
 """torch's allocator takes memory in pieces of this size for tensors of 1 to 10 MiB (c10, kLargeBuffer)."""
+FRAGMENTED = 1.1
+"""What torch's allocator takes relative to what a search fills, on the simulated GPU (docs/gpu.md); a piece comes on top
+of it, because the next tensor of 1 to 10 MiB needs a whole one."""
 SMALL_SEGMENT_BYTES = 2 << 20
-"""The same for smaller tensors (c10, kSmallBuffer)."""
+"""What it takes for smaller tensors (c10, kSmallBuffer)."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,13 @@ def budget_of(
     )
     if device.type != "cuda":
         return budget
-    prefetched_bytes = 2 * sizes.weights if budget.prefetch else 0
-    pools = [prefetched_bytes, budget.peak_bytes - prefetched_bytes]
-    return replace(budget, peak_bytes=sum(map(reserved_bytes, pools)))
+    weights_bytes = 2 * sizes.weights if budget.prefetch else 0
+    own_bytes = int(FRAGMENTED * (budget.peak_bytes - weights_bytes)) + SEGMENT_BYTES
+    return replace(budget, peak_bytes=reserved_bytes(own_bytes) + reserved_bytes(weights_bytes))
 
 
 def reserved_bytes(allocated_bytes: int) -> int:
-    """Returns what torch's allocator takes from a card for the tensors of one stream."""
+    """Returns what torch's allocator takes from a card for tensors that it packs without gaps, on one stream."""
     if allocated_bytes == 0:
         return 0
     return -(-allocated_bytes // SEGMENT_BYTES) * SEGMENT_BYTES + SMALL_SEGMENT_BYTES
@@ -170,7 +173,7 @@ class _Choice:
 
 
 def _choices(prefetch: bool, device: torch.device) -> Iterator[_Choice]:
-    """Yields what may be given up, the least first."""
+    """Yields the choices, the cheapest first."""
     usual = None if device.type == "cpu" else ACCELERATOR_ELEMENTS
     sizes = [usual]
     elements = STACK_ELEMENTS if usual is None else usual

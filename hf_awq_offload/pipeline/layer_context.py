@@ -44,6 +44,8 @@ class LayerContext:
     undo: Undo | None
     attempt: Attempt = attempt_once
     """Runs the steps of search and rounding."""
+    between_steps: Callable[[], None] = lambda: None
+    """Is called between the steps of a search, where blocks of other sizes will be allocated."""
 
     def linear(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.layer.get_submodule(name))

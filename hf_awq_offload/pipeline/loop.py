@@ -300,7 +300,7 @@ class _CalibratedLayers:
                 must run in those that they had, to give the same hidden states.
         """
         try:
-            self._rewind_reading_less(name)
+            self.run.pressure.attempt_reading_less(partial(self.inputs.rewind_to, name))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -309,17 +309,6 @@ class _CalibratedLayers:
                 f"{name}: {first_line(error)} They run in the micro-batches of the earlier run. Free memory, "
                 "set prefetch=False, or use the execution_device of that run."
             ) from error
-
-    def _rewind_reading_less(self, name: str) -> None:
-        """Brings the inputs to a layer; without reading ahead if memory runs out."""
-        try:
-            self.inputs.rewind_to(name)
-        except Exception as error:
-            if not is_out_of_memory(error) or not self.run.pressure.stop_reading_ahead(error):
-                raise
-            error.__traceback__ = None
-            release_cached(self.run.device)
-            self.inputs.rewind_to(name)
 
     def _learn_structure_from_first(self, name: str) -> None:
         """Probes the layer that the earlier run has probed, so that a resumed run finds the same structure."""

@@ -88,6 +88,17 @@ class MemoryPressure:
                 error.__traceback__ = None  # it holds the temporaries
             release_cached(self.device)
 
+    def attempt_reading_less(self, step: Callable[[], Result]) -> Result:
+        """Returns what `step` returns; repeats it without reading ahead if it runs out of memory."""
+        try:
+            return step()
+        except Exception as error:
+            if not is_out_of_memory(error) or not self.stop_reading_ahead(error):
+                raise
+            error.__traceback__ = None
+        release_cached(self.device)
+        return step()
+
     def trim_cache(self) -> None:
         """Returns cached memory to the device if there is much of it: the next step's blocks have other sizes."""
         trim_cache(self.device, self._most_cached_bytes)

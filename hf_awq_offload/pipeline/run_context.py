@@ -49,7 +49,9 @@ class Run:
         """Returns what the steps on one decoder layer share."""
         layer = self.model.get_submodule(name)
         quantizable = frozenset(part for part in linears_in(layer) if self.is_quantizable(f"{name}.{part}"))
-        return LayerContext(name, layer, quantizable, self.recipe, self.undo, self.pressure.attempt)
+        return LayerContext(
+            name, layer, quantizable, self.recipe, self.undo, self.pressure.attempt, self.pressure.trim_cache
+        )
 
     @contextmanager
     def onloaded(self, name: str) -> Iterator[nn.Module]:

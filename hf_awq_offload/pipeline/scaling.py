@@ -48,11 +48,11 @@ def search_group_scales(
     for group, statistics in groups:
         more = kept_elements(statistics.gram.shape[0])
         if batch and (elements + more > at_once(ACCELERATOR_ELEMENTS) or statistics.gram.device != device):
-            results += side_by_side(batch)
+            results += side_by_side(batch, context.between_steps)
             batch, elements = [], 0
         batch.append(search_group_scale(context, group, statistics.to(device)))
         elements += more
-    return results + side_by_side(batch)
+    return results + side_by_side(batch, context.between_steps)
 
 
 def search_group_scale(context: LayerContext, group: InputGroup, statistics: InputStatistics) -> Reading[ScaleSearch]:

@@ -7,7 +7,7 @@ that it has to read, and goes on with its values. `side_by_side` runs many of th
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 import torch
@@ -19,10 +19,10 @@ Reading = Generator[Tensor, Tensor, Result]
 """Yields 1-D fp64 tensors on a device, is sent each back on the CPU, and returns its result."""
 
 
-def side_by_side(steps: Sequence[Reading[Result]]) -> list[Result]:
+def side_by_side(steps: Sequence[Reading[Result]], between: Callable[[], None] = lambda: None) -> list[Result]:
     """Runs generators to their ends, with one wait for all of them between a step and the next; returns their results.
 
-    All of them are alive together, with what they keep between their steps.
+    All of them are alive together, with what they keep between their steps. `between` is called after every wait.
     """
     results: dict[int, Result] = {}
     answers: dict[int, Tensor | None] = dict.fromkeys(range(len(steps)))
@@ -34,6 +34,7 @@ def side_by_side(steps: Sequence[Reading[Result]]) -> list[Result]:
             except StopIteration as end:
                 results[index] = end.value
         values = torch.cat([*asked.values()]).cpu() if asked else None
+        between()
         parts = () if values is None else values.split([len(tensor) for tensor in asked.values()])
         answers = dict(zip(asked, parts, strict=True))
     return [results[index] for index in range(len(steps))]
