@@ -42,11 +42,11 @@ PROCESS_BYTES = 32 << 20
 """RAM for modules that are imported during a run, and for buffers that libraries keep (docs/log.md)."""
 SEGMENT_BYTES = 20 << 20
 """torch's allocator takes memory in pieces of this size for tensors of 1 to 10 MiB (c10, kLargeBuffer)."""
-FRAGMENTED = 1.1
-"""What torch's allocator takes relative to what a search fills, on the simulated GPU (docs/gpu.md); a piece comes on top
-of it, because the next tensor of 1 to 10 MiB needs a whole one."""
 SMALL_SEGMENT_BYTES = 2 << 20
 """What it takes for smaller tensors (c10, kSmallBuffer)."""
+FRAGMENTED = 1.1
+"""What the allocator takes relative to what a search fills, on the simulated GPU (docs/gpu.md). A piece comes on top: the
+next tensor of 1 to 10 MiB may need a whole one."""
 
 
 @dataclass(frozen=True)
