@@ -44,9 +44,9 @@ SEGMENT_BYTES = 20 << 20
 """torch's allocator takes memory in pieces of this size for tensors of 1 to 10 MiB (c10, kLargeBuffer)."""
 SMALL_SEGMENT_BYTES = 2 << 20
 """What it takes for smaller tensors (c10, kSmallBuffer)."""
-FRAGMENTED = 1.1
-"""What the allocator takes relative to what a search fills, on the simulated GPU (docs/gpu.md). A piece comes on top: the
-next tensor of 1 to 10 MiB may need a whole one."""
+FRAGMENTED = 1.15
+"""What the allocator takes relative to what a search fills, on the simulated GPU (docs/gpu.md). A piece comes on top:
+the next tensor of 1 to 10 MiB may need a whole one."""
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,15 @@ from transformers import (
 )
 
 from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, plan, planning, quantize
+from hf_awq_offload.pipeline.budget import SEGMENT_BYTES, SMALL_SEGMENT_BYTES
 
 GPU = torch.device("cuda", torch.cuda.device_count() - 1)
 MIB = 2**20
 VOCABULARY = 64
 LEAST_OF_PLAN = 0.85
 """Of what is planned, the least that a run takes: a plan is of little use if it is far too high."""
+PIECES_BYTES = 2 * (SEGMENT_BYTES + SMALL_SEGMENT_BYTES)
+"""Memory comes in pieces, of two sizes for each of two streams, and the last of them may hardly be filled."""
 
 
 class Taken(NamedTuple):
@@ -122,7 +125,7 @@ def test_a_run_takes_what_was_planned(source, tmp_path, record_property):
     planned, found = planned_bytes(source), taken(source, tmp_path / "out")
     record_property("planned, reserved, allocated MiB", (planned / MIB, found.reserved / MIB, found.allocated / MIB))
     assert found.times_out_of_memory == 0
-    assert LEAST_OF_PLAN * planned <= found.reserved <= planned
+    assert LEAST_OF_PLAN * planned - PIECES_BYTES <= found.reserved <= planned
 
 
 def test_a_run_keeps_to_the_least_that_can_be_planned(source, tmp_path, monkeypatch):
