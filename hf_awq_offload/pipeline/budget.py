@@ -88,13 +88,20 @@ def budget_of(
     )
     if device.type != "cuda":
         return budget
+    return replace(budget, peak_bytes=reserved_bytes_of(budget, sizes))
+
+
+def reserved_bytes_of(budget: Budget, sizes: LayerSizes) -> int:
+    """Returns what torch's allocator takes from a card for the tensors that a budget counts.
+
+    Prefetched layers come from a stream of their own, whose memory no other tensor can use.
+    """
     weights_bytes = 2 * sizes.weights if budget.prefetch else 0
     own_bytes = int(FRAGMENTED * (budget.peak_bytes - weights_bytes)) + SEGMENT_BYTES
-    return replace(budget, peak_bytes=reserved_bytes(own_bytes) + reserved_bytes(weights_bytes))
+    return _in_pieces(own_bytes) + _in_pieces(weights_bytes)
 
 
-def reserved_bytes(allocated_bytes: int) -> int:
-    """Returns what torch's allocator takes from a card for tensors that it packs without gaps, on one stream."""
+def _in_pieces(allocated_bytes: int) -> int:
     if allocated_bytes == 0:
         return 0
     return -(-allocated_bytes // SEGMENT_BYTES) * SEGMENT_BYTES + SMALL_SEGMENT_BYTES
@@ -158,7 +165,9 @@ class _Choice:
     def peak_bytes(self, sizes: LayerSizes, tokens: int) -> int:
         """Returns the most that is held on the device, in micro-batches of so many tokens."""
         forward = self.beside_activations_bytes(sizes) + tokens * sizes.activation_bytes_per_token
-        search = self._held_bytes(sizes) + self._statistics_bytes(sizes) + sizes.search_bytes(self.chunk_elements)
+        from_ram = self.statistics_device != self.device
+        search = self._held_bytes(sizes) + self._statistics_bytes(sizes)
+        search += sizes.search_bytes(self.chunk_elements, from_ram)
         return max(self._held_bytes(sizes) + sizes.probing, forward, search)
 
     def beside_activations_bytes(self, sizes: LayerSizes) -> int:

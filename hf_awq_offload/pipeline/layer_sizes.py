@@ -25,6 +25,7 @@ from ..search.ranking_memory import (
     FEEDBACK_CANDIDATES,
     GroupShape,
     feedback_ranking_bytes,
+    ranking_kept_bytes,
     sampled_loss_bytes,
     whole_loss_bytes,
 )
@@ -68,12 +69,14 @@ class SearchedInput:
 
     def ranking_bytes(self, chunk_elements: int) -> int:
         """Returns what the search for scales takes on an accelerator, beside weights and statistics."""
-        gram, ordering = _gram_bytes(self.in_features), ordering_bytes(self.in_features)
         with chunks_of_at_most(chunk_elements):
             shape = GroupShape(self.weights // self.in_features, self.in_features, self.group_size)
-            by_feedback = feedback_ranking_bytes(shape, N_GRID)
-            losses = max(whole_loss_bytes(shape), sampled_loss_bytes(shape, N_GRID))
-        return max(losses, by_feedback + max(ordering - gram, self._ranking_rounds(chunk_elements)))
+            return max(
+                whole_loss_bytes(shape),
+                sampled_loss_bytes(shape, N_GRID),
+                ranking_kept_bytes(shape, N_GRID) + ordering_bytes(self.in_features),
+                feedback_ranking_bytes(shape, N_GRID) + self._ranking_rounds(chunk_elements),
+            )
 
     def rounding_bytes(self, chunk_elements: int) -> int:
         """Returns what factorizing and rounding take on an accelerator, beside weights and statistics."""
@@ -134,14 +137,20 @@ class LayerSizes:
             ),
         )
 
-    def search_bytes(self, chunk_elements: int | None = None) -> int:
-        """Returns what the search takes beside weights and statistics; None: in chunks of the usual size."""
+    def search_bytes(self, chunk_elements: int | None = None, from_ram: bool = False) -> int:
+        """Returns what the search takes beside weights and statistics.
+
+        Args:
+            chunk_elements: weights that it works on at a time; None: the usual number.
+            from_ram: statistics are in RAM; the copy of a gram matrix on the device is not held while rounding.
+        """
         chunk = chunk_elements or STACK_ELEMENTS
         if self.device_type == "cpu":
             return max(each.search_bytes_on_cpu(chunk) for each in self.inputs)
         side_by_side = FP32_BYTES * min(self.searched_elements, chunk)
         ranking = side_by_side + max(each.ranking_bytes(chunk) for each in self.inputs)
-        return max(ranking, *(each.rounding_bytes(chunk) for each in self.inputs))
+        copied = self.largest_gram if from_ram else 0
+        return max(ranking, *(each.rounding_bytes(chunk) - copied for each in self.inputs))
 
 
 def parameter_bytes(module: nn.Module) -> int:

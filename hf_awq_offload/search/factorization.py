@@ -22,6 +22,7 @@ def reverse_order(
     gram: Tensor,  # (in, in) fp32
     here: Tensor,  # (in, in) fp32, contiguous: overwritten
     there: Tensor,  # (in, in) fp32, contiguous: overwritten
+    factors: Tensor | None = None,  # (in,): rows and columns of the matrix are multiplied by these
 ) -> Tensor:
     """Returns the channels, (in,) int64, in reverse rounding order.
 
@@ -30,8 +31,9 @@ def reverse_order(
     """
     size = -(-len(gram) // ORDER_BLOCKS)
     rest = torch.arange(len(gram), device=gram.device)
-    unexplained = here.copy_(gram)  # the Schur complement: covariance given the channels in `chosen`
-    unexplained.diagonal().add_(DAMPING * gram.diagonal().mean())
+    unexplained = multiplied(here.copy_(gram), factors)  # the Schur complement: covariance given those in `chosen`
+    loudness = unexplained.diagonal().clone()
+    unexplained.diagonal().add_(DAMPING * unexplained.diagonal().mean())
     chosen, failures = [], torch.zeros((), dtype=torch.int32, device=gram.device)
     while len(rest) > size:
         by_variance = torch.argsort(unexplained.diagonal(), stable=True)
@@ -47,8 +49,16 @@ def reverse_order(
         unexplained.addmm_(explaining.t(), explaining, alpha=-1)
         here, there = there, here
     chosen.append(rest[torch.argsort(unexplained.diagonal(), stable=True)])
-    by_loudness = torch.argsort(gram.diagonal(), stable=True)
+    by_loudness = torch.argsort(loudness, stable=True)
     return torch.where(failures == 0, torch.cat(chosen), by_loudness)
+
+
+def multiplied(
+    matrix: Tensor,  # (n, n)
+    factors: Tensor | None,  # (n,)
+) -> Tensor:
+    """Multiplies rows and columns by `factors` in place, and returns the matrix."""
+    return matrix if factors is None else matrix.mul_(factors[:, None]).mul_(factors)
 
 
 def reordered(

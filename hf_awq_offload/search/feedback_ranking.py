@@ -39,8 +39,7 @@ def feedback_losses(
     Raises:
         NumericalError: the gram matrix could not be factorized.
     """
-    inverse = reference.reciprocal()
-    order = feedback_order((gram * inverse[:, None]).mul_(inverse))
+    order = feedback_order(gram, reference.reciprocal())
     order = order._replace(damping=torch.zeros_like(order.damping))  # keeps λ in the losses
     losses = torch.zeros(len(candidates), dtype=torch.float64, device=gram.device)
     most_elements = at_once(CPU_ELEMENTS if gram.device.type == "cpu" else ACCELERATOR_ELEMENTS)

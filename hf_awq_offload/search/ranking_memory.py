@@ -55,17 +55,20 @@ def sampled_loss_bytes(shape: GroupShape, n_grid: int) -> int:
 
 
 def feedback_ranking_bytes(shape: GroupShape, n_grid: int) -> int:
-    """Returns the bytes that the ranking by error feedback holds when it calls the factorization or the rounding.
+    """Returns the bytes that the ranking by error feedback holds when it calls the rounding.
 
-    Among them are the sampled rows, the gram matrix in the reference's units and the factor, (in, in) fp32 each; what
-    factorizing and rounding need themselves is not.
+    Among them are the sampled rows and the factor, (in, in) fp32; what rounding needs itself is not.
     """
     rows = sampled_rows(shape)
     candidates = max(1, min(FEEDBACK_CANDIDATES, at_once(ACCELERATOR_ELEMENTS) // (rows * shape.in_features)))
-    kept = 2 * rows * shape.in_features + 2 * n_grid * shape.in_features + shape.in_features**2
     tensors = 3 if shape.group_size < shape.in_features else 2  # the zero points of a single group are not repeated
     rounded = candidates * rows * (tensors * FP32 * shape.in_features + _group_bytes(shape))
-    return max(rounded, FP32 * shape.in_features**2) + FP32 * kept
+    return rounded + FP32 * shape.in_features**2 + ranking_kept_bytes(shape, n_grid)
+
+
+def ranking_kept_bytes(shape: GroupShape, n_grid: int) -> int:
+    """Returns the bytes of sampled rows, candidates and the reference, held while candidates are ranked by feedback."""
+    return FP32 * 2 * shape.in_features * (sampled_rows(shape) + n_grid + 1)
 
 
 def sampled_rows(shape: GroupShape) -> int:

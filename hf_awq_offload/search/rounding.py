@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..formats.grid import Grid, GroupParameters, GroupRange, dequantize, group_parameters, group_range, quantize
 from .chunks import at_once, row_chunks
-from .factorization import damped_factor, reordered, reverse_order, reversed_in
+from .factorization import damped_factor, multiplied, reordered, reverse_order, reversed_in
 from .feedback import feed_back
 from .feedback_state import FeedbackState
 from .loss import row_mse
@@ -57,6 +57,7 @@ class RoundedWeight(NamedTuple):
 
 def feedback_order(
     gram: Tensor,  # (in, in) fp32
+    factors: Tensor | None = None,  # (in,): of the matrix whose rows and columns are multiplied by these
 ) -> FeedbackOrder:
     """Returns the order of the channels and the unit triangular factor of the damped matrix.
 
@@ -64,9 +65,10 @@ def feedback_order(
         NumericalError: the matrix could not be factorized even when strongly damped (it is not finite).
     """
     here, there = gram.new_empty(gram.shape), gram.new_empty(gram.shape)
-    backwards = reverse_order(gram, here, there)
+    backwards = reverse_order(gram, here, there, factors)
     # The upper factor of a matrix is the reversed lower factor of the reversed matrix.
-    lower, damping = damped_factor(reordered(gram, backwards, here), there)
+    matrix = multiplied(reordered(gram, backwards, here), None if factors is None else factors[backwards])
+    lower, damping = damped_factor(matrix, there)
     upper = reversed_in(lower, here)
     diagonal = upper.diagonal().clone()
     return FeedbackOrder(backwards.flip(0), upper.div_(diagonal), diagonal.square(), damping)

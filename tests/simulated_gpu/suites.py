@@ -38,6 +38,7 @@ SUITES = [
             f"{INSIDE}/test_search_counts.py",
             f"{INSIDE}/test_ranking_memory.py",
             f"{INSIDE}/test_rounding_on_cuda.py",
+            f"{INSIDE}/test_memory_bounds.py",
         ),
     ),
     Suite("the product on two devices", 2, (f"{INSIDE}/test_product_on_cuda.py",)),

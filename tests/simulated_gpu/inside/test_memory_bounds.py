@@ -5,6 +5,8 @@ Reserved memory counts: what torch's allocator has taken from the card, whether 
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, plan, planning, quantize
+from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, plan, planning, quantize, streamed
 from hf_awq_offload.pipeline.budget import SEGMENT_BYTES, SMALL_SEGMENT_BYTES
 
 GPU = torch.device("cuda", torch.cuda.device_count() - 1)
@@ -63,7 +65,7 @@ def phi3() -> PreTrainedModel:
     torch.manual_seed(0)
     return Phi3ForCausalLM(
         Phi3Config(
-            hidden_size=1024, intermediate_size=1408, num_hidden_layers=2, num_attention_heads=8,
+            hidden_size=512, intermediate_size=704, num_hidden_layers=2, num_attention_heads=8,
             num_key_value_heads=4, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     )  # fmt: skip
@@ -82,7 +84,11 @@ SHAPES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+IN_EVERY_BUILD = ("hidden 256", "32 experts", "fused q, k and v")
+"""The others take minutes: MEMORY_BOUNDS=all has them, too."""
+
+
+@pytest.fixture(scope="module", params=SHAPES if os.environ.get("MEMORY_BOUNDS") == "all" else IN_EVERY_BUILD)
 def source(request, tmp_path_factory) -> Path:
     model = SHAPES[request.param]().to(torch.bfloat16)
     return save_model(model, tmp_path_factory.mktemp("shape") / "source")
@@ -136,3 +142,35 @@ def test_a_run_keeps_to_the_least_that_can_be_planned(source, tmp_path, monkeypa
     found = taken(source, tmp_path / "out", max_memory={str(GPU): least})
     assert found.reserved <= least
     assert found.times_out_of_memory == 0
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return save_model(narrow_llama(256, 704).to(torch.bfloat16), tmp_path_factory.mktemp("small") / "source")
+
+
+@pytest.fixture(scope="module")
+def files(small, tmp_path_factory) -> set[str]:
+    """Returns the names of the files that a run without a limit writes."""
+    out = tmp_path_factory.mktemp("unlimited") / "out"
+    quantize(small, out, recipe(n_grid=2))
+    return {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("limit_mib", [2, 8, 22, 26, 32, 44, 46, 64, 84])
+def test_a_limit_is_kept_or_the_error_names_the_phase_and_what_helps(limit_mib, small, files, tmp_path, monkeypatch):
+    """The plan is not checked, so that memory runs out wherever it does: in each phase of a run."""
+    monkeypatch.setattr(streamed, "require_fit", lambda *args: None)
+    found, message = None, ""
+    try:
+        found = taken(small, tmp_path / "out", n_grid=2, batch_tokens=2048, max_memory={str(GPU): limit_mib * MIB})
+    except MemoryLimitError as error:
+        message = str(error)
+    if found is None:
+        assert re.search(r"ran out of memory .*phase '(onload|structure|forward|search)'.*execution_device", message)
+        assert limit_mib < 46, "a run in smaller pieces fits"
+        assert not (tmp_path / "out").exists()
+    else:
+        assert found.reserved <= limit_mib * MIB
+        assert {path.name for path in (tmp_path / "out").iterdir()} == files
+    torch.empty(128 * MIB, device=GPU, dtype=torch.uint8)  # the limit is gone

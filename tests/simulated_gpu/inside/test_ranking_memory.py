@@ -93,7 +93,7 @@ def test_of_what_is_held_while_candidates_are_rounded_with_error_feedback(shape,
 
     order = feedback_ranking.feedback_order(gram)
     monkeypatch.setattr(feedback_ranking, "round_with_feedback", watched)
-    monkeypatch.setattr(feedback_ranking, "feedback_order", lambda gram: order)
+    monkeypatch.setattr(feedback_ranking, "feedback_order", lambda gram, factors: order)
     with chunks_of_at_most(most):
         torch.cuda.reset_peak_memory_stats()
         feedback_losses([sample], gram, scales[0], scales[:FEEDBACK_CANDIDATES])
