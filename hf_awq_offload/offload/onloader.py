@@ -208,7 +208,7 @@ class Onloader:
         """
         layer = self.model.get_submodule(name)
         if self.weights is None or name in self._in_ram:
-            if self._staging is not None:
+            if self._staging is not None and self.prefetch:
                 _put(layer, self._ahead.take(name), self._staging)
             with onloaded(layer, self.device):
                 yield layer
@@ -307,17 +307,18 @@ class Onloader:
     def _read(self, name: str) -> tuple[Tensors, Any]:
         """Returns a layer's weights and, if they are copied to the device meanwhile, the event that ends the copy."""
         layer = self.model.get_submodule(name)
+        staging = self._staging if self.prefetch else None  # its memory serves no other stream
         if self.weights is None:
             tensors = {key: parameter.detach() for key, parameter in layer.named_parameters()}
         else:
-            tensors = self.weights.of(name, layer, pin_memory=self._staging is not None)
-        if self._staging is None:
+            tensors = self.weights.of(name, layer, pin_memory=staging is not None)
+        if staging is None:
             return tensors, None
-        with torch.cuda.stream(self._staging):
+        with torch.cuda.stream(staging):
             pinned = {key: value if value.is_pinned() else _pinned(value) for key, value in tensors.items()}
             copies = {key: value.to(self.device, non_blocking=True) for key, value in pinned.items()}
             ready = torch.cuda.Event()
-            ready.record(self._staging)
+            ready.record(staging)
         ready.synchronize()  # in the reading thread: pinned memory must live until it was copied
         return copies, ready
 
