@@ -43,8 +43,8 @@ PROCESS_BYTES = 32 << 20
 SEGMENT_BYTES = 20 << 20
 """torch's allocator takes memory in pieces of this size for tensors of 1 to 10 MiB (c10, kLargeBuffer)."""
 FRAGMENTED = 1.1
-"""What torch's allocator takes relative to what a search fills, on the simulated GPU (docs/gpu.md); a piece comes on top
-of it, because the next tensor of 1 to 10 MiB needs a whole one."""
+"""What torch's allocator takes relative to what a search fills, on the simulated GPU (docs/gpu.md); a piece comes on
+top of it, because the next tensor of 1 to 10 MiB needs a whole one."""
 SMALL_SEGMENT_BYTES = 2 << 20
 """What it takes for smaller tensors (c10, kSmallBuffer)."""
 
@@ -73,24 +73,36 @@ def budget_of(
     beside_bytes = 2 * (SEGMENT_BYTES + SMALL_SEGMENT_BYTES) if device.type == "cuda" else 0
     if limit_bytes is not None and device.type == "cpu":
         beside_bytes = PROCESS_BYTES + hidden_bytes(model, calibration)
-    if limit_bytes is not None:
-        limit_bytes = max(1, limit_bytes - beside_bytes)
-    budget = budget_for(
-        sizes,
-        device,
-        prefetch=recipe.prefetch,
-        longest_tokens=max(map(len, [*sequences, *samples]), default=0),
-        total_tokens=0 if calibration is None else calibration.tokens,
-        batch_tokens=recipe.batch_tokens,
-        limit_bytes=limit_bytes,
-        free_bytes=free_bytes,
-        total_bytes=total_bytes,
-    )
-    if device.type != "cuda":
-        return budget
+    most_bytes = limit_bytes if limit_bytes is not None else total_bytes
+    best: Budget | None = None
+    while True:
+        budget = budget_for(
+            sizes,
+            device,
+            prefetch=recipe.prefetch,
+            longest_tokens=max(map(len, [*sequences, *samples]), default=0),
+            total_tokens=0 if calibration is None else calibration.tokens,
+            batch_tokens=recipe.batch_tokens,
+            limit_bytes=None if limit_bytes is None else max(1, limit_bytes - beside_bytes),
+            free_bytes=free_bytes,
+            total_bytes=None if total_bytes is None else max(1, total_bytes - beside_bytes),
+        )
+        if device.type != "cuda":
+            return budget
+        budget = replace(budget, peak_bytes=_reserved_peak_bytes(sizes, budget))
+        if best is None or budget.peak_bytes < best.peak_bytes:
+            best = budget
+        if most_bytes is None or best.peak_bytes <= most_bytes or beside_bytes >= most_bytes:
+            return best
+        # What the allocator takes beside tensors has to fit, too.
+        beside_bytes += max(budget.peak_bytes - most_bytes, beside_bytes // 10)
+
+
+def _reserved_peak_bytes(sizes: LayerSizes, budget: Budget) -> int:
+    """Returns what torch's allocator takes from a card for the tensors of a budget."""
     weights_bytes = 2 * sizes.weights if budget.prefetch else 0
     own_bytes = int(FRAGMENTED * (budget.peak_bytes - weights_bytes)) + SEGMENT_BYTES
-    return replace(budget, peak_bytes=reserved_bytes(own_bytes) + reserved_bytes(weights_bytes))
+    return reserved_bytes(own_bytes) + reserved_bytes(weights_bytes)
 
 
 def reserved_bytes(allocated_bytes: int) -> int:
