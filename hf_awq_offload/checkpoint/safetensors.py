@@ -68,7 +68,7 @@ def tensor_places(file: str | os.PathLike[str]) -> dict[str, TensorPlace]:
     path = Path(file)
     try:
         if not path.is_file():  # a folder, or a pipe, which would be waited for
-            raise ValueError("there is not a regular file of this name")
+            raise ValueError("it is missing, or not a regular file")
         with path.open("rb") as opened:
             first_bytes = opened.read(8)
             if first_bytes == LFS_POINTER[:8]:

@@ -56,6 +56,11 @@ Candidate = tuple[Fold, ...]
 
 def discover_structure(layer: nn.Module, probes: ProbeCalls, device: torch.device, seed: int) -> LayerStructure:
     """Probes `layer` (on `device`) with one short forward per linear and norm, and a few more for each fold found."""
+    return without_refuted_folds(layer, _found(layer, probes, device, seed), probes, device, seed)
+
+
+def _found(layer: nn.Module, probes: ProbeCalls, device: torch.device, seed: int) -> LayerStructure:
+    """Returns the groups, with folds that were proven with every expert at work."""
     with routed(layer, Routing.UNIFORM):  # so that every expert contributes to the output
         probe = _Probe(layer, probes, device, seed)
         inputs = probe.inputs({})
@@ -68,7 +73,7 @@ def discover_structure(layer: nn.Module, probes: ProbeCalls, device: torch.devic
         groups = _with_experts_joined(probe, inputs, on_host, groups)
         softmax_only = probe.without_influence_on_a_lone_token()
         softmax_only |= probe.factors_of_a_softmax([group.consumers for group in groups], softmax_only)
-    return without_refuted_folds(layer, LayerStructure(tuple(groups), softmax_only), probes, device, seed)
+    return LayerStructure(tuple(groups), softmax_only)
 
 
 def without_refuted_folds(
@@ -90,6 +95,7 @@ def without_refuted_folds(
                     for group in structure.groups
                 ]
                 structure = LayerStructure(tuple(kept), structure.softmax_only)
+            del probe  # before the next one: on a CPU each holds the layer in fp32
     return structure
 
 

@@ -70,11 +70,10 @@ def budget_of(
     free_bytes, total_bytes = (None, None) if device.type == "cpu" else accelerator_bytes(device)
     limit_bytes = recipe.memory_limit_bytes(device)
     sizes = LayerSizes.of(candidate_layers(model).values(), device, recipe.group_size)
-    beside_bytes = 2 * (SEGMENT_BYTES + SMALL_SEGMENT_BYTES) if device.type == "cuda" else 0
-    if limit_bytes is not None and device.type == "cpu":
-        beside_bytes = PROCESS_BYTES + hidden_bytes(model, calibration)
-    if limit_bytes is not None:
-        limit_bytes = max(1, limit_bytes - beside_bytes)
+    if device.type == "cuda":
+        limit_bytes, total_bytes = (None if most is None else _for_tensors(most) for most in (limit_bytes, total_bytes))
+    elif limit_bytes is not None and device.type == "cpu":
+        limit_bytes = max(1, limit_bytes - PROCESS_BYTES - hidden_bytes(model, calibration))
     budget = budget_for(
         sizes,
         device,
@@ -99,6 +98,11 @@ def reserved_bytes_of(budget: Budget, sizes: LayerSizes) -> int:
     weights_bytes = 2 * sizes.weights if budget.prefetch else 0
     own_bytes = int(FRAGMENTED * (budget.peak_bytes - weights_bytes)) + SEGMENT_BYTES
     return _in_pieces(own_bytes) + _in_pieces(weights_bytes)
+
+
+def _for_tensors(reserved_bytes: int) -> int:
+    """Returns how many bytes of tensors fit for certain where the allocator may take so much from a card."""
+    return max(1, int((reserved_bytes - 3 * SEGMENT_BYTES - 2 * SMALL_SEGMENT_BYTES) / FRAGMENTED))
 
 
 def _in_pieces(allocated_bytes: int) -> int:

@@ -127,7 +127,7 @@ class LayerSizes:
             computed_copy=0 if computed == dtype else weights // dtype.itemsize * computed.itemsize,
             statistics=sum(grams),
             largest_gram=max(grams),
-            probing=probing_bytes(widest),
+            probing=probing_bytes(widest, keeps_casts=device.type == "cpu"),
             activation_bytes_per_token=computed.itemsize * _features_per_token(widest),
             inputs=_searched_inputs(widest, group_size),
             device_type=device.type,

@@ -349,8 +349,7 @@ class _CalibratedLayers:
             ) from error
         if is_forward:
             self.collectors.pop(name, None)
-        error.__traceback__ = None  # it holds the activations
-        release_cached(self.run.device)
+        self._release_what_holds(error)
 
     def _halve_batches(self, name: str, error: Exception) -> bool:
         """Cuts smaller micro-batches; returns False if a text fills one already."""
@@ -361,5 +360,10 @@ class _CalibratedLayers:
             "%s ran out of memory on layer %s (%s) Continuing with micro-batches of %d tokens instead of %d.",
             self.run.device, name, first_line(error), tokens // 2, tokens,
         )  # fmt: skip
+        self._release_what_holds(error)  # before other micro-batches are allocated
         self.inputs.rebatch(tokens // 2)
         return True
+
+    def _release_what_holds(self, error: Exception) -> None:
+        error.__traceback__ = None  # it holds the activations
+        release_cached(self.run.device)

@@ -28,7 +28,7 @@ LEAST_ELEMENTS = 2**16
 
 HELPS = {
     "skeleton": "Set max_seq_len or batch_tokens to less.",
-    "forward": "Set max_seq_len to less: a text is not cut into micro-batches.",
+    "forward": "Set batch_tokens or max_seq_len to less: a micro-batch holds at least one text.",
     "search": "Set rounding='nearest', which needs no factorized gram matrix.",
 }
 """Phase -> what needs less memory in it."""

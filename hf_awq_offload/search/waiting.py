@@ -8,6 +8,7 @@ that it has to read, and goes on with its values. `side_by_side` runs many of th
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -52,6 +53,8 @@ def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
     """Copies values from the CPU to a device; the host does not wait where that can be had."""
-    if values.is_cpu and device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
+    if not values.is_cpu or device.type != "cuda":
+        return values.to(device)
+    with suppress(RuntimeError):  # the system gives no pinned memory, so the host waits
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

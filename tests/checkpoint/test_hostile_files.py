@@ -79,22 +79,22 @@ def test_deep_brackets_in_a_checkpoint_are_an_error_of_ours(name, tmp_path):
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
     for name in ("config.json", "model.safetensors"):
         os.mkfifo(tmp_path / name)
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         read_json(tmp_path / "config.json")
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         tensor_places(tmp_path / "model.safetensors")
 
 
 def test_an_endless_file_is_not_read_to_its_end(tmp_path):
     (tmp_path / "config.json").symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         read_json(tmp_path / "config.json")
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         tensor_places(tmp_path / "model.safetensors")
     assert inspect_checkpoint(tmp_path).is_damaged
 

@@ -41,11 +41,13 @@ SMALLER_BATCHES_HELP: dict[str, tuple[Any, str]] = {
 NOTHING_HELPS: dict[str, tuple[Any, str, str]] = {
     "the skeleton": (opened_inputs, "record_skeleton", "'skeleton'"),
     "searching": (scaling, "search_group_scale", r"'search' of layer model\.layers\.\d"),
-    "rounding": (layer_quantization, "_quantize_stack", r"'search' of layer model\.layers\.\d"),
+    "rounding": (layer_quantization, "_rounded", r"'search' of layer model\.layers\.\d"),
     "packing": (stack_rounding._RoundedStack, "packed", r"'search' of layer model\.layers\.\d"),
     "storing": (RunStorage, "store_layer", r"'commit' of layer model\.layers\.\d"),
 }
 """What is called, and the phase that the error names."""
+REPEATED = ("searching", "rounding", "packing")
+"""Steps that are repeated with less at a time."""
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +66,13 @@ def recipe() -> AwqOffloadConfig:
     return token_recipe(n_grid=1, clip=False)
 
 
-def runs_out(monkeypatch, owner: Any, name: str, call: int, kind: str = "allocator") -> None:
-    """Has one call fail for want of memory."""
+def runs_out(monkeypatch, owner: Any, name: str, call: int, kind: str = "allocator", lasts: bool = False) -> None:
+    """Has one call fail for want of memory; if it lasts, all that follow as well."""
     original, calls = getattr(owner, name), []
 
     def failing(*args, **kwargs):
         calls.append(name)
-        if len(calls) == call:
+        if len(calls) == call or (lasts and len(calls) > call):
             raise ERRORS[kind]()
         return original(*args, **kwargs)
 
@@ -95,6 +97,17 @@ def test_a_layer_that_did_not_fit_runs_in_smaller_batches(where, call, kind, lla
 
 
 @pytest.mark.parametrize(("call", "kind"), [(1, "allocator"), (3, "driver")])
+@pytest.mark.parametrize("where", REPEATED)
+def test_a_step_of_the_search_that_did_not_fit_is_repeated_and_ends_the_same(
+    where, call, kind, llama, expected, tmp_path, monkeypatch
+):
+    owner, name, _ = NOTHING_HELPS[where]
+    runs_out(monkeypatch, owner, name, call, kind)
+    quantize(llama, tmp_path / "out", recipe(), checkpoint_dir=tmp_path / "journal")
+    assert digests(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(("call", "kind"), [(1, "allocator"), (3, "driver")])
 @pytest.mark.parametrize("where", NOTHING_HELPS)
 def test_otherwise_the_error_names_the_phase_and_a_repeat_ends_the_same(
     where, call, kind, llama, expected, tmp_path, monkeypatch
@@ -104,7 +117,7 @@ def test_otherwise_the_error_names_the_phase_and_a_repeat_ends_the_same(
         call = min(call, 2 if where == "storing" else 1)
     source = digests(llama)
     with monkeypatch.context() as full:
-        runs_out(full, owner, name, call, kind)
+        runs_out(full, owner, name, call, kind, lasts=True)
         with pytest.raises(MemoryLimitError, match=rf"ran out of memory .*phase {phase}: CUDA.* (Set|Free)"):
             quantize(llama, tmp_path / "out", recipe(), checkpoint_dir=tmp_path / "journal")
     assert digests(llama) == source
@@ -120,7 +133,7 @@ def test_a_model_in_memory_is_what_it_was_before(where, llama, monkeypatch):
     model = tiny_llama()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with monkeypatch.context() as full:
-        runs_out(full, owner, name, 1 if where == "the skeleton" else 2)
+        runs_out(full, owner, name, 1 if where == "the skeleton" else 2, lasts=True)
         with pytest.raises(MemoryLimitError, match=rf"phase {phase}"):
             quantize_model(model, recipe())
     after = model.state_dict()
@@ -131,7 +144,7 @@ def test_a_model_in_memory_is_what_it_was_before(where, llama, monkeypatch):
 
 
 def test_rounding_without_data_names_its_phase_too(llama, tmp_path, monkeypatch):
-    runs_out(monkeypatch, layer_quantization, "round_to_nearest_and_pack", 9)
+    runs_out(monkeypatch, layer_quantization, "round_to_nearest_and_pack", 9, lasts=True)
     nearest = AwqOffloadConfig(group_size=32, n_grid=0, clip=False, rounding="nearest")
     with pytest.raises(MemoryLimitError, match=r"in the phase 'search' of layer model\.layers\.1: CUDA out of memory"):
         quantize(llama, tmp_path / "out", nearest, checkpoint_dir=tmp_path / "journal")

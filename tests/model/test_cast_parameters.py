@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.nn.functional import linear
 
 from hf_awq_offload.calibration.skeleton import record_skeleton
 from hf_awq_offload.model.cast_parameters import parameters_in_fp32
-from hf_awq_offload.model.decoder_layers import HIDDEN, LayerCall, LayerRunner
+from hf_awq_offload.model.decoder_layers import HIDDEN, LayerCall, LayerRunner, ProbeCalls
+from hf_awq_offload.model.fold_probing import discover_structure
 from hf_awq_offload.model.fused_experts import take_experts_apart
 from hf_awq_offload.model.probe_runner import ProbeRunner
 from hf_awq_offload.model.scalings import Scaling
@@ -170,3 +172,21 @@ def test_a_layer_may_write_to_what_it_is_called_on():
     assert torch.equal(outputs[0], outputs[1])
     assert not hidden.any()
     assert torch.equal(mask, torch.ones(4))
+
+
+def test_one_probe_at_a_time_holds_the_layer_in_fp32(monkeypatch):
+    model = half(tiny_mixtral())
+    take_experts_apart(model, all_kinds=True)
+    alive: WeakSet[ProbeRunner] = WeakSet()
+    original, counts = ProbeRunner.__init__, []
+
+    def counted(runner: ProbeRunner, *args: object) -> None:
+        alive.add(runner)
+        counts.append(len(alive))
+        original(runner, *args)
+
+    monkeypatch.setattr(ProbeRunner, "__init__", counted)
+    skeleton = record_skeleton(model, [token_batch(1, 16), token_batch(1, 1)])
+    calls, hidden = skeleton.calls["model.layers.0"], skeleton.hidden
+    discover_structure(model.model.layers[0], ProbeCalls((calls[0], hidden[0]), (calls[1], hidden[1])), CPU, seed=0)
+    assert counts == [1, 1, 1]  # for what is found, then for its proofs under two kinds of routing

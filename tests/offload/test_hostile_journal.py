@@ -134,7 +134,7 @@ def test_pipes_in_the_place_of_files_are_not_waited_for(folder):
     assert found(folder) == ["layers.0"]
     (folder / "journal.json").unlink()
     os.mkfifo(folder / "journal.json")
-    with pytest.raises(JournalError, match="no regular file"):
+    with pytest.raises(JournalError, match="not a regular file"):
         found(folder)
 
 

@@ -11,11 +11,13 @@ import torch
 from models import save_model, tiny_llama, tiny_mixtral, token_batch, token_recipe
 from torch import Tensor, nn
 
-from hf_awq_offload import plan, quantize
+from hf_awq_offload import AwqOffloadConfig, plan, quantize
 from hf_awq_offload.calibration import statistics_collector
+from hf_awq_offload.calibration.dataset import CalibrationSet
 from hf_awq_offload.calibration.statistics_collector import StatisticsCollector
 from hf_awq_offload.model.expert_interface import unfused
 from hf_awq_offload.offload.devices import CPU
+from hf_awq_offload.pipeline import budget
 from hf_awq_offload.pipeline.budget import (
     ACCELERATOR_BATCH_TOKENS,
     CPU_BATCH_TOKENS,
@@ -137,6 +139,30 @@ def test_without_a_limit_a_share_of_what_is_free_is_taken():
     large = budget_for(SIZES, GPU, **USUAL, total_bytes=80 * 2**30, free_bytes=80 * 2**30)
     assert large.batch_tokens == ACCELERATOR_BATCH_TOKENS, "a larger card gives no larger micro-batches"
     assert budget_for(SIZES, CPU, **USUAL).batch_tokens == CPU_BATCH_TOKENS
+
+
+def test_what_the_allocator_takes_beside_tensors_keeps_to_the_limit_too(monkeypatch):
+    with torch.device("meta"):
+        model = tiny_llama(hidden_size=1024, intermediate_size=2816, num_attention_heads=8, num_key_value_heads=8)
+    limits = [1]
+    monkeypatch.setattr(AwqOffloadConfig, "memory_limit_bytes", lambda recipe, device: limits[-1])
+    monkeypatch.setattr(budget, "accelerator_bytes", lambda device: (80 * 2**30, 80 * 2**30))
+    data = CalibrationSet([torch.zeros(512, dtype=torch.int64)] * 64, [None] * 64, "data")
+
+    def peak_bytes(limit_bytes: int) -> int:
+        limits.append(limit_bytes)
+        return budget.budget_of(model, AwqOffloadConfig(), GPU, data).peak_bytes
+
+    least, most = peak_bytes(1), peak_bytes(2**40)
+    assert most > 1.2 * least
+    for limit_bytes in range(least, most, 10 << 20):
+        assert peak_bytes(limit_bytes) <= limit_bytes
+
+
+def test_on_a_cpu_the_casts_that_probing_keeps_are_counted():
+    layer = tiny_llama().bfloat16().model.layers[0]
+    casts = 4 * sum(parameter.numel() for parameter in layer.parameters())
+    assert LayerSizes.of([layer], CPU).probing == LayerSizes.of([layer], GPU).probing + casts
 
 
 def test_sums_that_live_elsewhere_are_the_same(monkeypatch):

@@ -111,7 +111,10 @@ def test_statistics_move_to_ram_once():
     assert not under.move_statistics(torch.OutOfMemoryError("out of memory"))
 
 
-@pytest.mark.parametrize(("phase", "helps"), [("forward", "max_seq_len"), ("search", "rounding='nearest'")])
+@pytest.mark.parametrize(
+    ("phase", "helps"),
+    [("forward", "max_seq_len"), ("forward", "batch_tokens"), ("search", "rounding='nearest'")],
+)
 def test_every_phase_says_what_helps_it(phase, helps):
     assert helps in what_helps(phase)
     assert "execution_device" in what_helps(phase)
