@@ -2,7 +2,7 @@
 
 Where the host reads a number from a device, it waits until all that was launched before is done, and the device then
 has nothing to do until the next launch. A search that needs numbers is written as a generator: it yields the tensor
-that it has to read, and goes on with its values. `side_by_side` runs many of these and reads for all of them at once.
+that it has to read, and continues with its values. `side_by_side` runs many of these and reads for all at once.
 """
 
 from __future__ import annotations
