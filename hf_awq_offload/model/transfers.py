@@ -49,7 +49,7 @@ def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     """
     if device.type == "cuda" and tensor.device.type == "cpu" and (buffer := pinned_like(tensor)) is not None:
         tensor = buffer.copy_(tensor)
-    return tensor.to(device=device, non_blocking=True).to(dtype=dtype)
+    return tensor.to(device=device, non_blocking=device.type == "cuda").to(dtype=dtype)
 
 
 def pinned_like(tensor: Tensor) -> Tensor | None:

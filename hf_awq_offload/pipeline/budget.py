@@ -24,10 +24,9 @@ from ..calibration.dataset import CalibrationSet
 from ..config import AwqOffloadConfig
 from ..model.decoder_layers import candidate_layers
 from ..offload.devices import CPU, accelerator_bytes
-from ..search.chunks import ACCELERATOR_ELEMENTS
+from ..search.chunks import ACCELERATOR_ELEMENTS, STACK_ELEMENTS
 from .layer_sizes import LayerSizes
 from .memory_pressure import LEAST_ELEMENTS
-from .stack_rounding import STACK_ELEMENTS
 
 CPU_BATCH_TOKENS = 4096
 """Micro-batch on a CPU: large enough for full-speed matrix products, small beside any model."""

@@ -20,7 +20,7 @@ from ..model.fused_experts import FusedExperts, fused_experts
 from ..model.linears import linears_in
 from ..model.probe_memory import probing_bytes
 from ..ops.blocks import matmul_dtype
-from ..search.chunks import chunks_of_at_most
+from ..search.chunks import STACK_ELEMENTS, chunks_of_at_most
 from ..search.ranking_memory import (
     FEEDBACK_CANDIDATES,
     GroupShape,
@@ -31,7 +31,6 @@ from ..search.ranking_memory import (
 )
 from ..search.scale import SAMPLE_ROWS, kept_elements
 from ..search.working_memory import ordering_bytes, rounding_bytes
-from .stack_rounding import STACK_ELEMENTS
 
 FP32_BYTES = 4
 CPU_CHUNK_COPIES = 6

@@ -87,7 +87,7 @@ def quantize_layers(
         storage.onloader,
         CPU if budget is None else budget.statistics_device,
         None if budget is None else budget.chunk_elements,
-        0 if budget is None else int(budget.peak_bytes * CACHED_SHARE),
+        None if budget is None else int(budget.peak_bytes * CACHED_SHARE),
     )
     if budget is not None and recipe.prefetch and not budget.prefetch:
         logger.info("%s has no room for the next layer: it is not read ahead.", device)
@@ -336,7 +336,7 @@ class _CalibratedLayers:
         """
         record, pressure = self.run.record, self.run.pressure
         is_forward = record.phase == "forward"
-        can_repeat = self.changed != name and (self.inputs.can_run_again or not is_forward)
+        can_repeat = self.changed != name and (self.inputs.can_run_again or record.phase in ("onload", "structure"))
         made_room = can_repeat and (
             (is_forward and self._halve_batches(name, error))
             or pressure.stop_reading_ahead(error)

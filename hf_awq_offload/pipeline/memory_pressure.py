@@ -19,7 +19,7 @@ from ..logs import get_logger
 from ..machine_errors import first_line, is_out_of_memory
 from ..offload.devices import CPU, release_cached, trim_cache
 from ..offload.onloader import Onloader
-from ..search.chunks import ACCELERATOR_ELEMENTS, CACHED_ELEMENTS, chunks_of_at_most
+from ..search.chunks import ACCELERATOR_ELEMENTS, STACK_ELEMENTS, chunks_of_at_most
 
 logger = get_logger(__name__)
 
@@ -49,7 +49,7 @@ class MemoryPressure:
         onloader: of the run.
         statistics_device: where statistics are summed at first.
         chunk_elements: weights that the search works on at a time; None: as many as are fastest.
-        most_cached_bytes: what torch's allocator may keep of freed memory between two steps.
+        most_cached_bytes: what torch's allocator may keep of freed memory between two steps; None: all of it.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MemoryPressure:
         onloader: Onloader,
         statistics_device: torch.device = CPU,
         chunk_elements: int | None = None,
-        most_cached_bytes: int = 0,
+        most_cached_bytes: int | None = None,
     ):
         self.device = onloader.device
         self.statistics_device = statistics_device
@@ -101,7 +101,8 @@ class MemoryPressure:
 
     def trim_cache(self) -> None:
         """Returns cached memory to the device if there is much of it: the next step's blocks have other sizes."""
-        trim_cache(self.device, self._most_cached_bytes)
+        if self._most_cached_bytes is not None:
+            trim_cache(self.device, self._most_cached_bytes)
 
     def stop_reading_ahead(self, error: Exception) -> bool:
         """Lets every layer be read when its turn comes; returns whether the next one was read before that."""
@@ -124,7 +125,7 @@ class MemoryPressure:
         return True
 
     def _halve_chunks(self, error: Exception) -> bool:
-        usual = CACHED_ELEMENTS if self.device.type == "cpu" else ACCELERATOR_ELEMENTS
+        usual = STACK_ELEMENTS if self.device.type == "cpu" else ACCELERATOR_ELEMENTS
         elements = (self.chunk_elements or usual) // 2
         if elements < LEAST_ELEMENTS:
             return False

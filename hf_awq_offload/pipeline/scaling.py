@@ -47,7 +47,8 @@ def search_group_scales(
     elements = 0
     for group, statistics in groups:
         more = kept_elements(statistics.gram.shape[0])
-        if batch and (elements + more > at_once(ACCELERATOR_ELEMENTS) or statistics.gram.device != device):
+        is_alone = device.type == "cpu" or statistics.gram.device != device  # a CPU has nothing to wait for
+        if batch and (is_alone or elements + more > at_once(ACCELERATOR_ELEMENTS)):
             results += side_by_side(batch, context.between_steps)
             batch, elements = [], 0
         batch.append(search_group_scale(context, group, statistics.to(device)))

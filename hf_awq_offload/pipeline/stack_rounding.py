@@ -11,15 +11,12 @@ from torch import Tensor, nn
 
 from ..formats.grid import Grid, GroupParameters, GroupRange, group_parameters, group_range, quantize
 from ..nn.registry import linear_class
-from ..search.chunks import at_once
+from ..search.chunks import STACK_ELEMENTS, at_once
 from ..search.clip import STEP, STEPS, search_clip
 from ..search.rounding import FeedbackOrder, RoundedWeight, round_weight
 from .layer_context import LayerContext
 from .scaling import UNSCALED, LinearScales
 from .weight_checks import require_finite_result
-
-STACK_ELEMENTS = 2**26
-"""Weights of several linears that are rounded together: 256 MiB for each fp32 temporary."""
 
 
 @dataclass(frozen=True)
