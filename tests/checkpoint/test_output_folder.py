@@ -73,7 +73,7 @@ def test_a_folder_with_the_name_of_a_file_is_no_checkpoint(tmp_path):
 def test_links_are_resolved_first(tmp_path):
     precious = folder_of(tmp_path / "precious", ("notes.txt",))
     (tmp_path / "link").symlink_to(precious)
-    with pytest.raises(ConfigError, match=r"notes\.txt is no part"):
+    with pytest.raises(ConfigError, match=r"notes\.txt is not part"):
         output_folder(tmp_path / "link", overwrite=True)
     source = folder_of(tmp_path / "source", CHECKPOINT)
     (tmp_path / "other").symlink_to(source)

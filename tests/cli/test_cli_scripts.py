@@ -181,7 +181,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bits(quantized, tiny_llama_di
     assert "Traceback" not in first.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.journal"]
     refused = script(NAME, *line, cwd=tmp_path, code=1)
-    assert "Resume that run with --resume" in refused.stderr.splitlines()[-1]
+    assert "Continue that run with --resume" in refused.stderr.splitlines()[-1]
     command = shlex.split(last.partition("resume with: ")[2])
     assert command == [NAME, *line, "--resume"]
     script(command[0], *command[1:], cwd=tmp_path)
