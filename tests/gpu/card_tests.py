@@ -7,12 +7,16 @@ GPU, but for the file that is named here: it tests the product, on any device of
 from __future__ import annotations
 
 CARD_TESTS = (
-    "tests/search/test_rounding.py::test_the_kernel_rounds_a_leaf_as_the_loop_does",
+    "tests/search/test_rounding.py::test_the_kernel_rounds_as_the_loop_does",
     "tests/offload/test_onloader.py::test_every_tensor_travels_to_an_accelerator_and_back",
     "tests/simulated_gpu/inside/test_product_on_cuda.py",
     "tests/ops/test_behaviour.py",
     "tests/ops/test_schema.py",
+    "tests/ops/test_triton_trial.py",
+    "tests/ops/test_cuda_graphs.py",
 )
+NOT_SIMULATED = ("tests/ops/test_cuda_graphs.py",)
+"""The simulated GPU has no CUDA graphs."""
 ONLY = "not (test_behaviour or test_schema) or triton or tinygemm"
 """For pytest's -k: of the files that go through all backends, those that run on a card."""
 

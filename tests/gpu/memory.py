@@ -22,6 +22,8 @@ from .recorder import NotRunError, Recorder
 DEVICE = "cuda:0"
 PLANS = (1.0, 1.15, 1.3, 1.6, 2.0, 3.0)
 """Limits that are tried, in terms of the plan: it leaves out what the allocator and CUDA's libraries hold beside."""
+TOO_LITTLE = 2**20
+"""Bytes that no run can do with: a decoder layer of these shapes does not fit."""
 ROOM = (1.25, 1.6, 2.2)
 """Limits for a run whose micro-batches are far too large, in terms of what one with small ones has reserved."""
 
@@ -38,7 +40,7 @@ def run(recorder: Recorder) -> None:
     with recorder.attempt("a run that meets its limit goes on"):
         case.goes_on(reserved_bytes)
     with recorder.attempt("a run that can't go on names the phase"):
-        case.names_the_phase(int(reserved_bytes * 0.4))
+        case.names_the_phase(TOO_LITTLE)
     with recorder.attempt("a limit below the plan is refused before the run"):
         case.is_refused(planned_bytes // 2)
     with recorder.attempt("the limits are gone"):
