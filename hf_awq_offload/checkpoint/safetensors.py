@@ -248,12 +248,14 @@ class TensorFile:
 def writing(
     target: Path,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],  # name -> dtype as the format spells it, shape
+    flush: bool = True,
 ) -> Iterator[TensorFile]:
-    """Opens a file for these tensors and flushes it to the disk on exit; write or copy all of them inside."""
+    """Opens a file for these tensors; write or copy all of them inside. On exit flushes it to the disk, if asked to."""
     with target.open("wb") as opened:
         yield TensorFile(opened, tensors)
         opened.flush()
-        os.fsync(opened.fileno())
+        if flush:
+            os.fsync(opened.fileno())
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

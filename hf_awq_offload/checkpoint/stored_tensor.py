@@ -100,20 +100,23 @@ def require_unchanged(tensors: Mapping[str, CarriedTensor]) -> None:
                 )
 
 
-def write_all(file: Path, tensors: Mapping[str, CarriedTensor], dtype: torch.dtype = torch.float32) -> None:
+def write_all(
+    file: Path, tensors: Mapping[str, CarriedTensor], dtype: torch.dtype = torch.float32, flush: bool = True
+) -> None:
     """Writes a safetensors file, one tensor at a time in memory.
 
     Args:
         file: where.
         tensors: by name. What a file holds is copied byte by byte.
         dtype: of what is dequantized.
+        flush: make the file durable.
 
     Raises:
         CheckpointError: a source file has changed.
         OSError: the file can't be written.
     """
     layout = {name: (_dtype_in_file(stored, dtype), stored.shape) for name, stored in tensors.items()}
-    with writing(file, layout) as opened:
+    with writing(file, layout, flush) as opened:
         for name, stored in tensors.items():
             if isinstance(stored, TensorPlace):
                 opened.copy(name, stored)

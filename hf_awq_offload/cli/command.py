@@ -97,16 +97,28 @@ def _as_json(value: Any) -> str:
     """Returns JSON in which nothing that a terminal would obey stands as itself."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     return "".join(
-        character if character.isprintable() or character == "\n" else json.dumps(character)[1:-1] for character in text
+        character if character == "\n" or _can_be_shown(character) else json.dumps(character)[1:-1]
+        for character in text
     )
 
 
 def _printable(text: str) -> str:
     """Escapes what a terminal would obey, or can't show: texts may quote names from a checkpoint."""
     return "".join(
-        character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
+        character if character in "\n\t" or _can_be_shown(character) else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def _can_be_shown(character: str) -> bool:
+    """Returns whether a terminal shows a character as itself; in the C locale, standard output takes ASCII alone."""
+    if character.isascii() or not character.isprintable():
+        return character.isprintable()
+    try:
+        character.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _finite(value: Any) -> Any:

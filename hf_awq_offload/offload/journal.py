@@ -184,7 +184,7 @@ class Journal:
         entry: dict[str, Any] = {"index": index, "name": name, "batch_tokens": batch_tokens, "report": report}
         with _storage_errors(self.directory):
             with replacing(file, flush=self.is_kept) as partial:
-                write_all(partial, {key: HeldTensor(value) for key, value in tensors.items()})
+                write_all(partial, {key: HeldTensor(value) for key, value in tensors.items()}, flush=self.is_kept)
             entry["hidden"] = None if hidden is None else self._keep(hidden, index + 1)
             if self.is_kept:
                 entry["tensors"] = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}

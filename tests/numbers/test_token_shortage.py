@@ -98,7 +98,7 @@ def test_the_mark_is_in_the_report_the_page_and_the_card(tmp_path):
     assert summary["loss_caveat"] == FEW_TOKENS
     assert summary["few_token_groups"] == 8
     assert f"Losses: {FEW_TOKENS}." in (tmp_path / "report" / "report.html").read_text()
-    assert re.search(rf"rounding to nearest: \d\.\d\d \({FEW_TOKENS}\)\.", (tmp_path / "out" / "README.md").read_text())
+    assert re.search(rf"\d\.\d\d × round-to-nearest \({FEW_TOKENS}\)\.", (tmp_path / "out" / "README.md").read_text())
 
 
 def test_the_command_line_marks_the_loss(tmp_path, tiny_llama_dir, capsys):
