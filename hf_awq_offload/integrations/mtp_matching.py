@@ -78,7 +78,7 @@ def place_mtp_layer(
             raise
     except NoMatchError as reason:
         logger.warning(
-            f"The tensors for multi-token prediction, such as {names[0]}, stay in full precision in spite of "
+            f"The tensors for multi-token prediction, such as {names[0]}, stay in full precision despite "
             f"mtp='quantize': {reason}."
         )
         return None, found
