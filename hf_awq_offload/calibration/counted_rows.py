@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model.transfers import sent
+from ..transfers import sent
 
 
 class CountedRows:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ModelStructureError
 from ..nn.quantized_linear import packed_tensors
 from ..ops.blocks import matmul_dtype
-from .transfers import sent
+from ..transfers import sent
 
 
 class _Hidden:

@@ -24,6 +24,7 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
+from ..transfers import all_to_device, all_to_host, numbers_of
 from .decoder_layers import ProbeCalls
 from .experts import Routing, UnfusedExperts, expert_parts, routed
 from .folds import NOT_EXACT, Fold, InputGroup, LayerStructure, ProducerKind, Reader, producer_scalings
@@ -32,7 +33,6 @@ from .linears import is_linear, linears_in
 from .probe_runner import ProbeRunner
 from .row_maps import LEVELS, complete_row_map, factor_index, level_factors, row_subsets
 from .scalings import Scaling, Scalings
-from .transfers import all_to_device, all_to_host, numbers_of
 
 PROOF_SENSITIVITY = 1e-4
 """Least relative change of the output that scaling *without* compensation must cause for a proof to count …"""

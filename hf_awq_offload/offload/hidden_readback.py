@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model.transfers import pinned_like
+from ..transfers import pinned_like
 from .hidden_states import HiddenWriter
 
 

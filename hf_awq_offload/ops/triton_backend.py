@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.awq import COLUMNS_PER_WORD, PackedWeight
-from ..triton_trial import interpreting, triton_refusal
+from ..triton_trial import LAUNCH_OPTIONS, interpreting, triton_refusal
 from .backend import LinearShape, WordsBackend
 from .blocks import Blocks
 
@@ -29,10 +29,6 @@ WORDS = 4
 WORDS_TO_DEQUANTIZE = 8
 WARPS = 8
 LANES = 32
-
-
-OPTIONS = {"enable_fp_fusion": True}
-"""Given explicitly because Triton 3.9 warns about its own default, and 3.10 changes it."""
 
 
 class Tile(NamedTuple):
@@ -165,10 +161,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: object
     """Launches on the device of `like`: Triton launches on the current one, whatever the tensors are on."""
     index = like.get_device()
     if index < 0 or index == torch.cuda.current_device():  # entering a context takes longer than asking
-        kernel[grid](*arguments, **constants, **OPTIONS)
+        kernel[grid](*arguments, **constants, **LAUNCH_OPTIONS)
         return
     with torch.cuda.device(index):
-        kernel[grid](*arguments, **constants, **OPTIONS)
+        kernel[grid](*arguments, **constants, **LAUNCH_OPTIONS)
 
 
 def tile_for(rows: int, dtype: torch.dtype) -> Tile:

@@ -31,11 +31,11 @@ from .memory_pressure import LEAST_ELEMENTS
 CPU_BATCH_TOKENS = 4096
 """Micro-batch on a CPU: large enough for full-speed matrix products, small beside any model."""
 ACCELERATOR_BATCH_TOKENS = 8192
-"""Micro-batch on an accelerator: more would take memory and save no time (docs/gpu.md)."""
+"""Micro-batch on an accelerator: an estimate of where more tokens only take memory, until a card has measured it."""
 ACCELERATOR_MEMORY_SHARE = 0.25
 """Share of the accelerator's free memory that a micro-batch's activations may take if no limit is set."""
 SMALL_CHUNK = 2**20
-"""Weights at a time, below which launching kernels takes longer than reading the next layer."""
+"""Weights at a time, below which launches should take longer than reading the next layer: an estimate, too."""
 
 PROCESS_BYTES = 32 << 20
 """RAM for modules that are imported during a run, and for buffers that libraries keep (docs/log.md)."""

@@ -22,7 +22,7 @@ from ..report import GroupReport, LayerReport
 from ..search.rounding import FeedbackOrder, feedback_order
 from ..search.scale import ScaleSearch, weights_mse
 from ..search.statistics import InputStatistics
-from ..search.waiting import numbers_of
+from ..transfers import numbers_of
 from .layer_context import LayerContext
 from .scaling import UNSCALED, LinearScales, fold_scales, search_group_scales, why_unscaled
 from .stack_rounding import (

@@ -27,10 +27,9 @@ class RunRecord:
     def __init__(self, title: str, device: torch.device, tokens: int):
         self.report = QuantizationReport(tokens=tokens)
         self.progress = Progress(title)
-        self.where = "the start"
-        """The phase that the run is in, or was in last, and the layer: for errors."""
         self.phase = "start"
-        """The phase alone."""
+        """The phase that the run is in, or was in last."""
+        self._layer: str | None = None
         self._memory = MemoryWatch(device)
         self._layer_seconds: dict[str, dict[str, float]] = defaultdict(dict)
         """Layer -> phase -> seconds."""
@@ -39,12 +38,18 @@ class RunRecord:
     def finished_layers(self) -> int:
         return len(self.report.layers)
 
+    @property
+    def where(self) -> str:
+        """The phase and the layer, for errors."""
+        if self.phase == "start":
+            return "the start"
+        return f"the phase {self.phase!r}" + (f" of layer {self._layer}" if self._layer is not None else "")
+
     @contextmanager
     def timed(self, phase: str, layer: str | None = None) -> Iterator[None]:
         """Shows the phase while it lasts, and adds its seconds to those of the run and of the layer."""
         self.progress.phase(phase, layer)
-        self.phase = phase
-        self.where = f"the phase {phase!r}" + (f" of layer {layer}" if layer is not None else "")
+        self.phase, self._layer = phase, layer
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start

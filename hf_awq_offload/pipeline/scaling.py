@@ -13,7 +13,8 @@ from ..model.folds import InputGroup, ProducerKind, absorb, storable_scales
 from ..search.chunks import ACCELERATOR_ELEMENTS, at_once
 from ..search.scale import ScaleSearch, kept_elements, scale_steps, without_scale
 from ..search.statistics import InputStatistics
-from ..search.waiting import Reading, sent, side_by_side
+from ..search.waiting import Reading, side_by_side
+from ..transfers import sent
 from .layer_context import LayerContext
 from .weight_checks import scalable_magnitude
 

@@ -26,7 +26,7 @@ from ..formats.grid import (
 from ..logs import get_logger
 from ..messages import shortened
 from ..search.chunks import row_chunks
-from ..search.waiting import numbers_of
+from ..transfers import numbers_of
 from .layer_context import LayerContext
 
 logger = get_logger(__name__)

@@ -20,7 +20,7 @@ ACCELERATOR_ELEMENTS = 2**24
 """Weights processed at a time on an accelerator, which prefers few large kernels: 64 MiB for each fp32 temporary."""
 
 STACK_ELEMENTS = 2**26
-"""Weights of several linears that are rounded together: 256 MiB for each fp32 temporary."""
+"""Weights, of one linear or several, that are rounded together: 256 MiB for each fp32 temporary."""
 
 _most: ContextVar[int | None] = ContextVar("most_elements", default=None)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_trial import LAUNCH_OPTIONS
 from .feedback_state import FeedbackState
 
 BLOCK_CHANNELS = 128
@@ -87,5 +88,5 @@ def round_block(
     rows = state.remaining.shape[1]
     block_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
         *state, start // BLOCK_CHANNELS, stop, rows, state.coupling.stride(0), float(levels),
-        BLOCK=BLOCK_CHANNELS, INNER=INNER_CHANNELS, ROWS=BLOCK_ROWS, num_warps=1,
+        BLOCK=BLOCK_CHANNELS, INNER=INNER_CHANNELS, ROWS=BLOCK_ROWS, num_warps=1, **LAUNCH_OPTIONS,
     )  # fmt: skip

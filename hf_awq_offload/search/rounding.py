@@ -24,15 +24,12 @@ import torch
 from torch import Tensor
 
 from ..formats.grid import Grid, GroupParameters, GroupRange, dequantize, group_parameters, group_range, quantize
-from .chunks import at_once, row_chunks
+from .chunks import STACK_ELEMENTS, at_once, row_chunks
 from .factorization import damped_factor, multiplied, reordered, reverse_order, reversed_in
 from .feedback import feed_back
 from .feedback_state import FeedbackState
 from .loss import row_mse
 from .refit import refitted
-
-ROWS_ELEMENTS = 2**26
-"""Weights that are rounded at once: 256 MiB for each fp32 temporary."""
 
 
 class FeedbackOrder(NamedTuple):
@@ -169,7 +166,7 @@ def round_with_feedback(
 
 
 def _rows_at_once(weight: Tensor) -> Iterator[slice]:
-    rows = max(1, at_once(ROWS_ELEMENTS) // weight.shape[1])
+    rows = max(1, at_once(STACK_ELEMENTS) // weight.shape[1])
     return (slice(start, start + rows) for start in range(0, len(weight), rows))
 
 

@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 from ..formats.grid import Grid, quantize_dequantize
+from ..transfers import sent
 from .chunks import ACCELERATOR_ELEMENTS, at_once, row_chunks
 from .feedback_ranking import feedback_losses
 from .loss import RowSample, row_mse
 from .row_blocks import row_blocks
 from .statistics import InputStatistics
-from .waiting import Reading, sent, side_by_side
+from .waiting import Reading, side_by_side
 
 SMALLEST_SCALE = 1e-4
 SAMPLE_ROWS = 256

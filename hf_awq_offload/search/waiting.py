@@ -8,7 +8,6 @@ that it has to read, and continues with its values. `side_by_side` runs many of 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -39,22 +38,3 @@ def side_by_side(steps: Sequence[Reading[Result]], between: Callable[[], None] =
         parts = () if values is None else values.split([len(tensor) for tensor in asked.values()])
         answers = dict(zip(asked, parts, strict=True))
     return [results[index] for index in range(len(steps))]
-
-
-def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
-    """Returns the numbers in all tensors, one after another; the host waits once for those on each device."""
-    places = list(dict.fromkeys(tensor.device for tensor in tensors))
-    read = {
-        place: iter(torch.cat([each.flatten().double() for each in tensors if each.device == place]).tolist())
-        for place in places
-    }
-    return [next(read[tensor.device]) for tensor in tensors for _ in range(tensor.numel())]
-
-
-def sent(values: Tensor, device: torch.device) -> Tensor:
-    """Copies values from the CPU to a device; the host does not wait where that can be had."""
-    if not values.is_cpu or device.type != "cuda":
-        return values.to(device)
-    with suppress(RuntimeError):  # the system gives no pinned memory, so the host waits
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)

@@ -6,10 +6,9 @@ libraries take inside a call (cuSOLVER, cuBLAS).
 
 from __future__ import annotations
 
-from .chunks import ACCELERATOR_ELEMENTS
+from .chunks import ACCELERATOR_ELEMENTS, STACK_ELEMENTS
 from .factorization import ORDER_BLOCKS
 from .refit import MOST_PRODUCT_ELEMENTS
-from .rounding import ROWS_ELEMENTS
 
 FP32_BYTES = 4
 SMALL_BYTES = 2**14
@@ -34,7 +33,7 @@ def rounding_bytes(
     def rows(of: int, usual: int, width: int) -> int:
         return min(of, max(1, (usual if elements is None else min(usual, elements)) // width))
 
-    fed_back = rows(out_features, ROWS_ELEMENTS, in_features)
+    fed_back = rows(out_features, STACK_ELEMENTS, in_features)
     chunk = rows(fed_back, ACCELERATOR_ELEMENTS, in_features)
     fitted = rows(chunk, ACCELERATOR_ELEMENTS, groups**2)
     products = rows(groups, MOST_PRODUCT_ELEMENTS, fitted * in_features)

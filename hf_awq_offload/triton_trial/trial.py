@@ -18,6 +18,8 @@ from ..machine_errors import first_line, is_out_of_memory
 
 logger = get_logger(__name__)
 
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+"""What every launch is given: explicitly, because Triton 3.9 warns about its own default, and 3.10 changes it."""
 VALUE = 7  # what the trial writes
 
 _tried: dict[torch.device, str | None] = {}
@@ -88,7 +90,6 @@ def _launch(device: torch.device) -> None:
 
     target = torch.zeros(1, dtype=torch.int32, device=device)
     with torch.cuda.device_of(target):  # on which Triton launches
-        # The option is given because Triton 3.9 warns about its own default.
-        trial_kernel[(1,)](target, VALUE=VALUE, enable_fp_fusion=True)
+        trial_kernel[(1,)](target, VALUE=VALUE, **LAUNCH_OPTIONS)
         if int(target) != VALUE:
             raise RuntimeError(f"a kernel that should write {VALUE} wrote {int(target)}")

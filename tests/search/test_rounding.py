@@ -196,7 +196,7 @@ def test_the_factor_is_of_the_damped_matrix():
 def test_how_many_rows_and_channels_are_rounded_at_a_time_changes_next_to_nothing(monkeypatch):
     order, (weight, parameters) = feedback_order(correlated_gram(5)), random_weight(5)
     whole, mse = round_with_feedback(weight, order, parameters, GRID)
-    monkeypatch.setattr(rounding, "ROWS_ELEMENTS", 5 * IN)
+    monkeypatch.setattr(rounding, "STACK_ELEMENTS", 5 * IN)
     monkeypatch.setattr(feedback, "LEAF_CHANNELS", 3)
     parts, parts_mse = round_with_feedback(weight, order, parameters, GRID)
     assert float((whole == parts).float().mean()) > 0.99

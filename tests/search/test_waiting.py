@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_awq_offload.search.waiting import Reading, numbers_of, sent, side_by_side
+from hf_awq_offload.search.waiting import Reading, side_by_side
 
 
 def asking(*questions: list[float]) -> Reading[list[list[float]]]:
@@ -42,18 +40,3 @@ def test_an_error_in_one_ends_all():
 
     with pytest.raises(ValueError, match="no more"):
         side_by_side([asking([1.0], [2.0]), failing()])
-
-
-def test_numbers_of_any_shape_and_dtype_come_in_their_order():
-    tensors = [torch.tensor(2**53, dtype=torch.int64), torch.tensor([[1, 2], [3, 4]]).bfloat16(), torch.tensor(True)]
-    assert numbers_of(tensors) == [2**53, 1, 2, 3, 4, 1]
-    assert numbers_of([]) == []
-
-
-def test_values_are_sent_from_pageable_memory_where_none_can_be_pinned():
-    def refused() -> None:
-        raise RuntimeError("CUDA error: out of memory")
-
-    gpu = torch.device("cuda:1")
-    values = SimpleNamespace(is_cpu=True, pin_memory=refused, to=lambda device, non_blocking: ("sent to", device))
-    assert cast(Any, sent(cast(Any, values), gpu)) == ("sent to", gpu)

@@ -11,10 +11,9 @@ from simulated_gpu import observed
 from simulated_gpu.layer_counts import PhaseCounts
 from torch import Tensor, nn
 
-from hf_awq_offload import quantize
+from hf_awq_offload import quantize, transfers
 from hf_awq_offload.calibration import gram_products
 from hf_awq_offload.calibration.statistics_collector import StatisticsCollector
-from hf_awq_offload.model import transfers
 from hf_awq_offload.offload.hidden_readback import HiddenReadback
 from hf_awq_offload.offload.hidden_states import HiddenWriter
 from hf_awq_offload.search.statistics import InputStatistics

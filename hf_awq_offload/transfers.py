@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..logs import get_logger
+from .logs import get_logger
 
 logger = get_logger(__name__)
 
@@ -37,9 +37,14 @@ def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tenso
     return list(torch.cat(list(tensors)).to(device).split([len(tensor) for tensor in tensors]))
 
 
-def numbers_of(scalars: Sequence[Tensor]) -> list[float]:
-    """Returns the values of tensors without dimensions, of fp32 precision at most."""
-    return torch.stack([scalar.float() for scalar in scalars]).tolist() if scalars else []
+def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
+    """Returns the numbers in all tensors, one after another; the host waits once for those on each device."""
+    places = list(dict.fromkeys(tensor.device for tensor in tensors))
+    read = {
+        place: iter(torch.cat([each.flatten().double() for each in tensors if each.device == place]).tolist())
+        for place in places
+    }
+    return [next(read[tensor.device]) for tensor in tensors for _ in range(tensor.numel())]
 
 
 def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,0 +1,29 @@
+"""Tests of copies between the host and a device that show on any machine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from hf_awq_offload import transfers
+from hf_awq_offload.transfers import numbers_of, sent
+
+
+def test_numbers_of_any_shape_and_dtype_come_in_their_order():
+    tensors = [torch.tensor(2**53, dtype=torch.int64), torch.tensor([[1, 2], [3, 4]]).bfloat16(), torch.tensor(True)]
+    assert numbers_of(tensors) == [2**53, 1, 2, 3, 4, 1]
+    assert numbers_of([]) == []
+
+
+def test_values_are_sent_from_pageable_memory_where_none_can_be_pinned(monkeypatch):
+    def refused(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(transfers, "_can_pin", True)
+    monkeypatch.setattr(torch, "empty_like", refused)
+    gpu = torch.device("cuda:1")
+    arrived = SimpleNamespace(to=lambda dtype: ("sent to", gpu, dtype))
+    values = SimpleNamespace(device=torch.device("cpu"), to=lambda device, non_blocking: arrived)
+    assert cast(Any, sent(cast(Any, values), gpu)) == ("sent to", gpu, None)
