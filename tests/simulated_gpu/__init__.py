@@ -13,6 +13,7 @@ first import of torch. `test_on_simulated_gpu.py` starts such processes from an 
 | torch_cuda.py | what torch.cuda expects of its C extension |
 | triton_stand_ins.py, int4_stand_ins.py, half_products.py | kernels that the CPU does not have |
 | by_line.py | counters by line of the package |
+| memory_by_shape.py | what is planned and what is taken, for layers of many shapes |
 | observed.py | counters, findings, and limits of memory |
 | plugin.py, __main__.py | pytest on the simulated GPU |
 | suites.py | which of the product's tests run on it |
