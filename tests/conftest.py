@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
         "TRITON_INTERPRET", "1"
     )  # before anything imports triton, which reads it when kernels are defined
 
-import optimized  # noqa: F401  # before the package is imported
+import optimized  # before the package is imported
 
 import hf_awq_offload
 
@@ -25,6 +25,17 @@ settings.load_profile("repeatable")
 def tiny_llama_dir() -> Path:
     """The trained tiny Llama that comes with the package, with its tokenizer."""
     return Path(hf_awq_offload.__file__).parent / "assets" / "tiny_llama"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started_optimized() -> None:
+    """Has processes that tests start run under -O where the package does.
+
+    A fixture, because only processes that run tests may set it: pytest-xdist's controller would start its workers with
+    it, and pytest refuses to run under -O.
+    """
+    if os.environ.get(optimized.VARIABLE):
+        os.environ["PYTHONOPTIMIZE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

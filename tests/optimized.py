@@ -2,7 +2,8 @@
 
     TEST_OPTIMIZED=1 python -m pytest tests/cli tests/formats        (or `make test-optimized`)
 
-`python -O -m pytest` would take the asserts out of helpers of tests, too. Processes that tests start run under -O.
+`python -O -m pytest` would take the asserts out of helpers of tests, too. Processes that tests start run under -O
+(`started_optimized` in conftest.py).
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ def install() -> None:
     """Has the package imported without asserts from here on; it must not have been imported before."""
     assert not any(name.partition(".")[0] == PACKAGE for name in sys.modules)
     sys.meta_path.insert(0, _Finder())
-    os.environ["PYTHONOPTIMIZE"] = "1"
 
 
 if os.environ.get(VARIABLE):
