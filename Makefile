@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-optimized fuzz lint docs package mutants compatibility gpu clean
+.PHONY: demo test test-optimized fuzz lint docs package mutants compatibility served gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hf_awq_offload demo
@@ -45,6 +45,11 @@ mutants: $(INSTALLED)
 # Not in CI. Two environments of 6 GB each; they are made once. Needs python3.10 and python3.12.
 compatibility: $(INSTALLED)
 	$(BIN)/python tests/bench/compatibility.py --folder .compatibility oldest newest
+
+# Not in CI. vLLM, SGLang and stock transformers read this package's checkpoints on a CPU, and docs/serving.md gets the
+# table. Environments of 9 GB in all, made once; then 40 minutes. SERVED="--readers vLLM --kinds Llama" asks for a part.
+served: $(INSTALLED)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m served --folder .served $(SERVED)
 
 # Not in CI. Everything that a real GPU has to say, in nine minutes (docs/gpu.md): with .venv if it is there, else, or if
 # PYTHON is given, with that interpreter and what it has. GPU="--only linears --out FILE" passes options. Installs nothing.
