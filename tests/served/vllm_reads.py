@@ -21,13 +21,12 @@ from torch import Tensor
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
-NIBBLES = torch.arange(0, 32, 4, dtype=torch.int32)
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
-def nibbles(words: Tensor) -> Tensor:
-    """Returns the values of int32 words along the last dimension, lowest bits first: (..., n) -> (..., 8 n)."""
-    return ((words.unsqueeze(-1) >> NIBBLES) & 15).flatten(-2)
+def unpacked(words: Tensor, bits: int = 4) -> Tensor:
+    """Returns the values of int32 words along the last dimension, lowest bits first."""
+    return ((words.unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32)) & (2**bits - 1)).flatten(-2)
 
 
 def gemm_wna16(
@@ -39,10 +38,11 @@ def gemm_wna16(
     pack_factor: int,
     isa_hint: str,
 ) -> Tensor:
-    """Multiplies by a weight in blocks of 16 output channels, (out / 16, in · 2) words; scales are (groups, out)."""
+    """Multiplies by a weight in blocks of 16 output channels; `q_weight` is (out / 16, in · bits / 2) words."""
     groups, out_features = scales.shape
-    codes = nibbles(q_weight.view(out_features // 16, -1, 2)).transpose(0, 1).flatten(1)  # (in, out)
-    zero_points = 8 if zeros is None else nibbles(zeros).repeat_interleave(len(codes) // groups, 0)
+    bits = 2 * q_weight.shape[1] // input.shape[-1]
+    codes = unpacked(q_weight.view(out_features // 16, -1, bits // 2), bits).transpose(0, 1).flatten(1)  # (in, out)
+    zero_points = 2 ** (bits - 1) if zeros is None else unpacked(zeros).repeat_interleave(len(codes) // groups, 0)
     weight = (codes - zero_points) * scales.float().repeat_interleave(len(codes) // groups, 0)
     product = input.float() @ weight
     return (product if bias is None else product + bias.float()).to(input.dtype)
@@ -54,11 +54,11 @@ def dequantized_experts(
     """Returns weights of experts, (experts, in, out), in place of words in tiles of AMX."""
     if algorithm.name == "AWQ":
         codes, zero_points = (
-            nibbles(words).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2) for words in (q_weight, zeros)
+            unpacked(words).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2) for words in (q_weight, zeros)
         )
     else:  # packed along the input, zero points stored one too small
-        codes = nibbles(q_weight.transpose(1, 2)).transpose(1, 2)
-        zero_points = nibbles(zeros) + 1
+        codes = unpacked(q_weight.transpose(1, 2)).transpose(1, 2)
+        zero_points = unpacked(zeros) + 1
     repeats = codes.shape[1] // scales.shape[1]
     weight = (codes - zero_points.repeat_interleave(repeats, 1)) * scales.float().repeat_interleave(repeats, 1)
     return weight, zeros, scales
@@ -80,12 +80,14 @@ def run_experts(
 def substitute() -> list[str]:
     """Puts the functions above in place of kernels that this CPU lacks; returns the kernels' names."""
     from vllm import _custom_ops
+    from vllm.model_executor.kernels.linear.mixed_precision import cpu as linear
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+    from vllm.scalar_type import scalar_types
 
     names = []
-    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
-        _custom_ops.cpu_gemm_wna16 = gemm_wna16
-        names.append("cpu_gemm_wna16")
+    linear._CPUWNA16_SUPPORTED_QUANT_TYPES += (scalar_types.uint8b128,)  # 8 bits, which vLLM serves on GPUs
+    _custom_ops.cpu_gemm_wna16 = gemm_wna16
+    names.append("cpu_gemm_wna16")
     if not torch.cpu._is_amx_tile_supported():
         cpu_moe.CPUExpertsInt4._supports_current_device = staticmethod(lambda: True)
         cpu_moe.convert_weight_packed_scale_zp = dequantized_experts
