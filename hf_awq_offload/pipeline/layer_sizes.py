@@ -17,6 +17,7 @@ from torch import nn
 
 from ..model.experts import expert_parts
 from ..model.fused_experts import FusedExperts, fused_experts
+from ..model.input_widths import expert_input_widths, input_widths, readers_by_width
 from ..model.linears import linears_in
 from ..model.probe_memory import probing_bytes
 from ..ops.blocks import matmul_dtype
@@ -43,8 +44,6 @@ RANKING_COPIES = 5
 """fp32 tensors of the size of all candidates' rows that rounding holds: w - ŵ, w', codes, steps and zero points."""
 N_GRID = 20
 """Candidates for scales; their number hardly changes what the search holds."""
-SEQUENTIAL_NORMS = 2
-"""Norms of a layer whose parts follow on each other; in one whose parts read the same input there is one."""
 EXPERT_LINEARS = 3
 """Linears of an expert that is not taken apart yet: gate, up and down."""
 
@@ -178,27 +177,22 @@ def _features_per_token(layer: nn.Module) -> int:
 def _searched_inputs(layer: nn.Module, group_size: int) -> tuple[SearchedInput, ...]:
     """Returns what shares an input, as far as shapes tell: linears of one module and width, or of one width where
     attention and the rest read the output of the same norm."""
-    parts, are_parallel = expert_parts(layer), _norms_in(layer) < SEQUENTIAL_NORMS
-    weights: dict[tuple[str, int], list[int]] = defaultdict(list)  # (expert, module or none; width) -> elements
-    for name, linear in linears_in(layer).items():
-        module = "" if are_parallel else name.rpartition(".")[0]
-        owner = parts[name].expert_name if name in parts else module
-        weights[owner, linear.in_features].append(linear.weight.numel())
+    weights = {
+        ("", module, width): [linear.weight.numel() for linear in linears]
+        for (module, width), linears in readers_by_width(layer).items()
+    }
+    linears = linears_in(layer)
+    for name, part in expert_parts(layer).items():
+        own = weights.setdefault((part.expert_name, "", linears[name].in_features), [])
+        own.append(linears[name].weight.numel())
     inputs = {
-        SearchedInput(width, max(sizes), sum(sizes), _group(group_size, width)) for (_, width), sizes in weights.items()
+        SearchedInput(width, max(sizes), sum(sizes), _group(group_size, width))
+        for (*_, width), sizes in weights.items()
     }
     for fused in fused_experts(layer).values():
         largest = max(fused.matrix_size(matrix) for matrix in fused.matrices)
         inputs |= {SearchedInput(width, largest, 2 * largest, _group(group_size, width)) for width in _sides(fused)}
     return tuple(inputs)
-
-
-def _norms_in(layer: nn.Module) -> int:
-    """Returns how many norms are as wide as the widest one; norms of heads are narrower."""
-    widths = [
-        parameter.numel() for name, parameter in layer.named_parameters() if parameter.ndim == 1 and "bias" not in name
-    ]
-    return widths.count(max(widths, default=0))
 
 
 def _group(group_size: int, width: int) -> int:
@@ -218,11 +212,7 @@ def _gram_bytes(in_features: int) -> int:
 
 def _gram_sizes(layer: nn.Module) -> list[int]:
     """Returns the bytes of a layer's gram matrices: one for each distinct input, as far as shapes tell, and expert."""
-    parts, linears = expert_parts(layer), linears_in(layer)
-    shapes = {(linear.in_features, linear.out_features) for name, linear in linears.items() if name not in parts}
-    sizes = [_gram_bytes(in_features) for in_features, _ in shapes]
-    of_experts = {(part.expert_name, linears[name].in_features) for name, part in parts.items()}
-    sizes += [_gram_bytes(in_features) for _, in_features in of_experts]
+    widths = [*input_widths(layer), *expert_input_widths(layer)]
     for fused in fused_experts(layer).values():  # not taken apart yet
-        sizes += map(_gram_bytes, fused.input_widths)
-    return sizes
+        widths += fused.input_widths
+    return [*map(_gram_bytes, widths)]
