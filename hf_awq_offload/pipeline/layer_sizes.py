@@ -22,6 +22,7 @@ from ..model.linears import linears_in
 from ..model.probe_memory import probing_bytes
 from ..ops.blocks import matmul_dtype
 from ..search.chunks import STACK_ELEMENTS, chunks_of_at_most
+from ..search.large_products import parts_bytes
 from ..search.ranking_memory import (
     FEEDBACK_CANDIDATES,
     GroupShape,
@@ -72,7 +73,7 @@ class SearchedInput:
             return max(
                 whole_loss_bytes(shape),
                 sampled_loss_bytes(shape, N_GRID),
-                ranking_kept_bytes(shape, N_GRID) + ordering_bytes(self.in_features),
+                ranking_kept_bytes(shape, N_GRID) + ordering_bytes(self.in_features, chunk_elements),
                 feedback_ranking_bytes(shape, N_GRID) + self._ranking_rounds(chunk_elements),
             )
 
@@ -82,7 +83,7 @@ class SearchedInput:
         block = min(stack, chunk_elements)
         rounding = rounding_bytes(block // self.in_features, self.in_features, self.group_size, chunk_elements)
         rounding += GRAM_COPIES * gram + FP32_BYTES * block + stack
-        return max(gram + ordering_bytes(self.in_features), rounding)
+        return max(gram + ordering_bytes(self.in_features, chunk_elements), rounding)
 
     def _stack_elements(self, chunk_elements: int) -> int:
         """Returns the weights of linears that are rounded together; their codes take a byte each."""
@@ -91,7 +92,8 @@ class SearchedInput:
     def _ranking_rounds(self, chunk_elements: int) -> int:
         """Returns what rounding takes when scales are ranked by it: every channel has a step of its own there."""
         rows = max(1, min(FEEDBACK_CANDIDATES * SAMPLE_ROWS, chunk_elements // self.in_features))
-        return FP32_BYTES * RANKING_COPIES * rows * self.in_features
+        half = self.in_features // 2
+        return FP32_BYTES * RANKING_COPIES * rows * self.in_features + parts_bytes(half, half, rows, chunk_elements)
 
 
 @dataclass(frozen=True)

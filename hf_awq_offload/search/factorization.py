@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
+from .large_products import subtract_square
 
 DAMPING = 0.01
 """λ relative to the mean of G's diagonal; it is multiplied by ten until the factorization succeeds."""
@@ -46,7 +47,7 @@ def reverse_order(
         rest = rest[others]
         remaining = there.view(-1)[: len(rest) ** 2].view(len(rest), len(rest))
         unexplained = reordered(unexplained, others, remaining)
-        unexplained.addmm_(explaining.t(), explaining, alpha=-1)
+        subtract_square(unexplained, explaining)
         here, there = there, here
     chosen.append(rest[torch.argsort(unexplained.diagonal(), stable=True)])
     by_loudness = torch.argsort(loudness, stable=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..formats.grid import Grid, GroupParameters, stored_scale
 from .chunks import ACCELERATOR_ELEMENTS, at_once, row_chunks
+from .large_products import product
 
 MOST_SYSTEM_ELEMENTS = 2**24
 """Matrix elements of the equations that are solved at once: 64 MiB."""
@@ -88,7 +89,7 @@ def _equations_in_blocks(
     """
     rows, n, group_size = centered.shape
     matrix = weight.new_empty(rows, n, n)
-    right = (weight @ gram).unflatten(1, (n, group_size)).mul_(centered).sum(dim=-1)
+    right = product(weight, gram).unflatten(1, (n, group_size)).mul_(centered).sum(dim=-1)
     groups = max(1, at_once(MOST_PRODUCT_ELEMENTS) // weight.numel())
     for start in range(0, n, groups):
         own = centered[:, start : start + groups].transpose(0, 1)  # (groups, rows, group_size)

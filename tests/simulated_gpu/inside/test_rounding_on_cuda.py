@@ -10,6 +10,7 @@ from simulated_gpu import observed
 from torch import Tensor
 
 from hf_awq_offload.formats.grid import Grid
+from hf_awq_offload.search import large_products
 from hf_awq_offload.search.chunks import chunks_of_at_most
 from hf_awq_offload.search.clip import search_clip
 from hf_awq_offload.search.rounding import feedback_order, round_weight
@@ -71,6 +72,35 @@ def test_rounding_takes_the_memory_that_is_planned(rows, channels, group_size, e
         clipped = search_clip(weight, gram, grid) if clip else None
         taken = peak_bytes(lambda: round_weight(weight, gram, grid, clipped=clipped, order=order))
     assert taken <= rounding_bytes(rows, channels, group_size, elements) <= 1.15 * taken
+
+
+@pytest.fixture
+def large_from_64(monkeypatch) -> None:
+    """Products count as large from 64 rows and columns on, and are made in small pieces."""
+    monkeypatch.setattr(large_products, "LEAST_SIDE", 64)
+    monkeypatch.setattr(large_products, "TILE", 128)
+    monkeypatch.setattr(large_products, "PART_ELEMENTS", 2**15)
+
+
+@pytest.mark.usefixtures("large_from_64")
+def test_products_in_three_parts_take_the_memory_that_is_planned():
+    grid, weight, gram = Grid(4, 64, True), random_weight(512, 512).cuda(), gram_matrix(512).cuda()
+    observed.reset_counters()
+    taken, planned = peak_bytes(lambda: feedback_order(gram)), ordering_bytes(512)
+    assert taken <= planned <= 1.15 * taken
+    order = feedback_order(gram)
+    splits = observed.launches_by_operation()["aten::bitwise_and"]
+    assert splits > 0
+    taken = peak_bytes(lambda: round_weight(weight, gram, grid, order=order))
+    assert taken <= rounding_bytes(512, 512, 64) <= 1.15 * taken
+    assert observed.launches_by_operation()["aten::bitwise_and"] > splits
+    assert large_products.parts_bytes(512, 512, 512) > 0
+    assert large_products.parts_bytes(512, 512, 512, 2**20) == 0
+
+
+@pytest.mark.usefixtures("large_from_64")
+def test_products_in_three_parts_round_as_on_the_cpu():
+    test_it_rounds_as_on_the_cpu(Grid(4, 32, True), None)
 
 
 def test_the_host_waits_once_for_an_order_and_never_for_rounding():
