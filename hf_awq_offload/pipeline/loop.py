@@ -102,6 +102,7 @@ def quantize_layers(
             stack.enter_context(storage.onloader.on_demand())
             stack.enter_context(record.progress)
             adopted = _without_data(run) if budget is None else _on_data(run, cast(CalibrationSet, calibration), budget)
+            storage.settle()
             storage.install(adopted, run.context)
     except Exception as error:
         if not is_out_of_memory(error):
@@ -136,7 +137,7 @@ def _without_data(run: Run) -> list[LayerCommit]:
             report = record.layer_report(name, groups, time.perf_counter() - start)
             record.add(report, {})
             with record.timed("commit", name):
-                run.storage.store_layer(index, report, {}, choices[name])
+                run.storage.store_layer(index, report, {}, choices[name], run.pressure.notes())
         record.progress.finished(report)
     return adopted
 
@@ -206,6 +207,7 @@ class _CalibratedLayers:
             if turn.is_last:
                 adopted.append(commits[turn.name])
                 record.adopt(commits[turn.name])
+                self.run.pressure.adopt(commits[turn.name].report.get("memory", {}))
         return adopted
 
     def _take_turn(self, turn: LayerTurn) -> None:
@@ -248,7 +250,8 @@ class _CalibratedLayers:
             record.add(report, left_out)
             with record.timed("commit", name):
                 index = self.inputs.layer_names.index(name)
-                run.storage.store_layer(index, report, left_out, self.choices[name], self.inputs.batch_tokens, outputs)
+                memory, tokens = run.pressure.notes(), self.inputs.batch_tokens
+                run.storage.store_layer(index, report, left_out, self.choices[name], memory, tokens, outputs)
         self.inputs.advance(outputs)
         release_freed()
         record.progress.finished(report)

@@ -5,13 +5,14 @@
     statistics      to RAM: help forward passes, and the search
     chunks          half as many weights at a time: help search and rounding
 
-What was given up stays given up, since the next layer is as large. None of it changes more than the last bits.
+What was given up stays given up, since the next layer is as large. None of it changes more than the last bits. The
+journal notes it for each layer, so that a resumed run goes on with what it has left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
@@ -98,6 +99,17 @@ class MemoryPressure:
             error.__traceback__ = None
         release_cached(self.device)
         return step()
+
+    def notes(self) -> dict[str, Any]:
+        """Returns what is left, in JSON values: a resumed run has to start from it, or its last bits would differ."""
+        return {"chunk_elements": self.chunk_elements, "statistics_in_ram": self.statistics_device == CPU}
+
+    def adopt(self, notes: Mapping[str, Any]) -> None:
+        """Gives up what an earlier run had given up by then, as `notes` says; journals of earlier releases have none."""
+        chunks = [most for most in (self.chunk_elements, notes.get("chunk_elements")) if most is not None]
+        self.chunk_elements = min(chunks, default=None)
+        if notes.get("statistics_in_ram"):
+            self.statistics_device = CPU
 
     def trim_cache(self) -> None:
         """Returns cached memory to the device if there is much of it: the next step's blocks have other sizes."""
