@@ -128,7 +128,8 @@ def estimate(model: PreTrainedModel, is_kept: bool) -> Plan:
         batch_tokens=budget.batch_tokens,
         accelerator_peak_bytes=0 if device.type == "cpu" else budget.peak_bytes,
         ram_peak_bytes=PROCESS_BYTES + max(beside_bytes, entering_bytes) + hidden,
-        disk_bytes=sizes.quantized_layers + max(min(HIDDEN_FILES + is_kept, len(layers) - 1) * hidden, sizes.result + hidden),
+        disk_bytes=sizes.quantized_layers
+        + max(min(HIDDEN_FILES + is_kept, len(layers) - 1) * hidden, sizes.result + hidden),
         seconds=None,
     )
 

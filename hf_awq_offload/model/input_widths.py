@@ -9,7 +9,6 @@ that are none of the module's own may be two. Where shapes leave it open, the an
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 
 from torch import nn
 

@@ -7,9 +7,10 @@
     layer-00007.json            the commit: names, sizes and SHA-256 of both files, and the layer's report
 
 Every file is written under another name and renamed. A thread flushes and hashes the files of a layer while the next
-layer is worked on. It writes the commit last, so that a layer is either committed or absent. The journal keeps the hidden states of the last two commits: if the newest are damaged, the run
-falls back one layer. A damaged older layer is quantized again, on hidden states that forward passes of the original
-layers compute anew. Opening a journal checks its files.
+layer is worked on. It writes the commit last, so that a layer is either committed or absent. The journal keeps the
+hidden states of the last two commits: if the newest are damaged, the run falls back one layer. A damaged older layer is
+quantized again, on hidden states that forward passes of the original layers compute anew. Opening a journal checks its
+files.
 """
 
 from __future__ import annotations

@@ -109,8 +109,11 @@ def _check_report(report: Mapping[str, Any], name: str) -> None:
 
 
 def _check_memory(memory: Mapping[str, Any]) -> None:
-    most, in_ram = memory.get("chunk_elements"), memory.get("statistics_in_ram", False)
-    if not (most is None or (_is_count(most) and most > 0)) or type(in_ram) is not bool:
+    most, places = (
+        memory.get("chunk_elements"),
+        [memory.get(f"{what}_in_ram", False) for what in ("statistics", "grams")],
+    )
+    if not (most is None or (_is_count(most) and most > 0)) or not all(type(place) is bool for place in places):
         raise ValueError(f"what memory it had left is {str(memory)[:200]}")
 
 

@@ -15,7 +15,9 @@ class OneBehind:
     """
 
     def __init__(self, name: str):
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)  # starts no thread before its first call
+        self._pool = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix=name
+        )  # starts no thread before its first call
         self._running: Future[Any] | None = None
 
     def start(self, call: Callable[[], object]) -> None:

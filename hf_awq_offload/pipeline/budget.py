@@ -7,6 +7,7 @@ take, one after the other (`layer_sizes.py`). If that is too much, the run gives
     prefetch        the next layer's weights are read when it is their turn
     statistics      in RAM; the device holds one gram matrix at a time
     chunks          down to LEAST_ELEMENTS
+    gram matrices   stay in RAM: the search reads them in blocks, once for each chunk; the device holds a factor alone
 
 The micro-batch takes what the rest leaves.
 """
@@ -26,7 +27,7 @@ from ..model.decoder_layers import candidate_layers
 from ..offload.devices import CPU, accelerator_bytes
 from ..search.chunks import ACCELERATOR_ELEMENTS, STACK_ELEMENTS
 from .layer_sizes import LayerSizes
-from .memory_pressure import LEAST_ELEMENTS
+from .memory_pressure import BLOCKWISE_ELEMENTS, LEAST_ELEMENTS
 
 CPU_BATCH_TOKENS = 4096
 """Micro-batch on a CPU: large enough for full-speed matrix products, small beside any model."""
@@ -58,6 +59,8 @@ class Budget:
     prefetch: bool
     chunk_elements: int | None
     """Weights that the search works on at a time; None: as many as are fastest."""
+    grams_in_ram: bool = False
+    """The search reads gram matrices from RAM, block by block."""
 
 
 def budget_of(
@@ -153,6 +156,7 @@ def budget_for(
         choice.peak_bytes(sizes, tokens),
         choice.prefetch,
         choice.chunk_elements,
+        choice.grams_in_ram,
     )
 
 
@@ -164,13 +168,17 @@ class _Choice:
     statistics_device: torch.device
     chunk_elements: int | None
     device: torch.device
+    grams_in_ram: bool = False
 
     def peak_bytes(self, sizes: LayerSizes, tokens: int) -> int:
         """Returns the most that is held on the device, in micro-batches of so many tokens."""
         forward = self.beside_activations_bytes(sizes) + tokens * sizes.activation_bytes_per_token
         from_ram = self.statistics_device != self.device
-        search = self._held_bytes(sizes) + self._statistics_bytes(sizes)
-        search += sizes.search_bytes(self.chunk_elements, from_ram)
+        search = self._held_bytes(sizes)
+        if self.grams_in_ram:
+            search += sizes.blockwise_search_bytes(cast(int, self.chunk_elements))
+        else:
+            search += self._statistics_bytes(sizes) + sizes.search_bytes(self.chunk_elements, from_ram)
         return max(self._held_bytes(sizes) + sizes.probing, forward, search)
 
     def beside_activations_bytes(self, sizes: LayerSizes) -> int:
@@ -198,3 +206,6 @@ def _choices(prefetch: bool, device: torch.device) -> Iterator[_Choice]:
         yield from (_Choice(reads_ahead, device, size, device) for size in large)
     for place in places:
         yield from (_Choice(False, place, size, device) for size in sizes)
+    if device.type == "cuda":
+        blockwise = [size for size in sizes if cast(int, size) <= BLOCKWISE_ELEMENTS]
+        yield from (_Choice(False, CPU, size, device, grams_in_ram=True) for size in blockwise)

@@ -22,6 +22,7 @@ from ..model.linears import linears_in
 from ..model.probe_memory import probing_bytes
 from ..ops.blocks import matmul_dtype
 from ..search.chunks import STACK_ELEMENTS, chunks_of_at_most
+from ..search.gram_matrix import block_bytes
 from ..search.large_products import parts_bytes
 from ..search.ranking_memory import (
     FEEDBACK_CANDIDATES,
@@ -32,7 +33,7 @@ from ..search.ranking_memory import (
     whole_loss_bytes,
 )
 from ..search.scale import SAMPLE_ROWS, kept_elements
-from ..search.working_memory import ordering_bytes, rounding_bytes
+from ..search.working_memory import ordering_bytes, ordering_in_place_bytes, rounding_bytes
 
 FP32_BYTES = 4
 CPU_CHUNK_COPIES = 6
@@ -84,6 +85,24 @@ class SearchedInput:
         rounding = rounding_bytes(block // self.in_features, self.in_features, self.group_size, chunk_elements)
         rounding += GRAM_COPIES * gram + FP32_BYTES * block + stack
         return max(gram + ordering_bytes(self.in_features, chunk_elements), rounding)
+
+    def blockwise_bytes(self, chunk_elements: int) -> int:
+        """Returns what search and rounding take on an accelerator beside weights, if gram matrices stay in RAM."""
+        gram, block, stack = (
+            _gram_bytes(self.in_features), block_bytes(self.in_features), self._stack_elements(chunk_elements)
+        )  # fmt: skip
+        ordering = ordering_in_place_bytes(self.in_features)
+        with chunks_of_at_most(chunk_elements):
+            shape = GroupShape(self.weights // self.in_features, self.in_features, self.group_size)
+            searching = max(
+                block + whole_loss_bytes(shape),
+                block + sampled_loss_bytes(shape, N_GRID),
+                ranking_kept_bytes(shape, N_GRID) + ordering,
+                feedback_ranking_bytes(shape, N_GRID) + self._ranking_rounds(chunk_elements),
+            )
+        rows = max(1, min(stack, chunk_elements) // self.in_features)
+        rounding = rounding_bytes(rows, self.in_features, self.group_size, chunk_elements)
+        return max(searching, ordering, gram + block + rounding + FP32_BYTES * rows * self.in_features + stack)
 
     def _stack_elements(self, chunk_elements: int) -> int:
         """Returns the weights of linears that are rounded together; their codes take a byte each."""
@@ -151,6 +170,12 @@ class LayerSizes:
         ranking = side_by_side + max(each.ranking_bytes(chunk) for each in self.inputs)
         copied = self.largest_gram if from_ram else 0
         return max(ranking, *(each.rounding_bytes(chunk) - copied for each in self.inputs))
+
+    def blockwise_search_bytes(self, chunk_elements: int) -> int:
+        """Returns what the search takes on an accelerator beside weights, if gram matrices stay in RAM."""
+        return FP32_BYTES * min(self.searched_elements, chunk_elements) + max(
+            each.blockwise_bytes(chunk_elements) for each in self.inputs
+        )
 
 
 def parameter_bytes(module: nn.Module) -> int:

@@ -88,6 +88,7 @@ def quantize_layers(
         CPU if budget is None else budget.statistics_device,
         None if budget is None else budget.chunk_elements,
         None if budget is None else int(budget.peak_bytes * CACHED_SHARE),
+        budget is not None and budget.grams_in_ram,
     )
     if budget is not None and recipe.prefetch and not budget.prefetch:
         logger.info("%s has no room for the next layer: it is not read ahead.", device)

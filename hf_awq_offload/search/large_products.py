@@ -4,9 +4,9 @@ TF32 keeps 10 of the 23 bits of an fp32 mantissa. What it drops is taken as a se
 
     x y  ≈  hi_x hi_y + hi_x lo_y + lo_x hi_y
 
-What is missing, lo_x lo_y, is less than 2⁻²⁰ of the product, about what the sums in fp32 lose; TF32 alone is off by 2⁻¹⁰
-(CUTLASS, example 27, and Ootomo and Yokota 2022, arXiv:2203.03341, do the same). The three are one product of matrices
-with three times the inner dimension, so the sum is read and written once.
+What is missing, lo_x lo_y, is less than 2⁻²⁰ of the product, about what the sums in fp32 lose; TF32 alone is off by
+2⁻¹⁰ (CUTLASS, example 27, and Ootomo and Yokota 2022, arXiv:2203.03341, do the same). The three are one product of
+matrices with three times the inner dimension, so the sum is read and written once.
 
 Splitting reads and writes its operands several times. It pays where both sides of the result are long: the error
 feedback between halves, Schur complements, and a weight with its gram matrix. Products with one short side, such as the
@@ -15,7 +15,7 @@ losses of a chunk of rows, are bound by memory and stay in fp32 (tests/bench/acc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..precision import tf32_products
 from .chunks import ACCELERATOR_ELEMENTS, at_once
+from .gram_matrix import spans
 
 LEAST_SIDE = 2048
 """Rows and columns of a result from which on three products should be faster than one in fp32: an estimate."""
@@ -58,7 +59,7 @@ def subtract_square(
         total.addmm_(rows.t(), rows, alpha=-1)
         return
     with tf32_products():
-        for tile in _spans(len(total), TILE):
+        for tile in spans(len(total), TILE):
             add_in_three_products(total[tile, : tile.stop], rows[:, tile].t(), rows[:, : tile.stop], -1)
             total[: tile.start, tile] = total[tile, : tile.start].t()
 
@@ -85,11 +86,14 @@ def add_in_three_products(
     """Adds alpha · left @ right to `total` in place; `add` may keep no more than TF32's bits of its operands."""
     m, n = total.shape
     inner = inner_at_once(m, left.shape[1], n)
-    for rows in _spans(m, TILE):
-        for columns in _spans(n, TILE):
-            for part in _spans(left.shape[1], inner):
+    for rows in spans(m, TILE):
+        for columns in spans(n, TILE):
+            for part in spans(left.shape[1], inner):
                 own, other = left[rows, part], right[part, columns]
-                lefts, rights = own.new_empty(own.shape[0], 3 * own.shape[1]), own.new_empty(3 * len(other), other.shape[1])
+                lefts, rights = (
+                    own.new_empty(own.shape[0], 3 * own.shape[1]),
+                    own.new_empty(3 * len(other), other.shape[1]),
+                )
                 high, high_again, low = lefts.chunk(3, dim=1)
                 high_again.copy_(split(own, high, low))
                 high, low, high_again = rights.chunk(3)
@@ -124,10 +128,6 @@ def _pays(total: Tensor) -> bool:
     """Whether to make a product in three parts: its result is large, on a device that does, and memory is not short."""
     is_large = min(total.shape) >= LEAST_SIDE and at_once(ACCELERATOR_ELEMENTS) == ACCELERATOR_ELEMENTS
     return is_large and _has_tf32(total.device)
-
-
-def _spans(size: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(size, start + step)) for start in range(0, size, step))
 
 
 @cache

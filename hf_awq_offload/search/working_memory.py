@@ -6,6 +6,7 @@ libraries take inside a call (cuSOLVER, cuBLAS).
 
 from __future__ import annotations
 
+from . import factorization_in_place, gram_matrix
 from .chunks import ACCELERATOR_ELEMENTS, STACK_ELEMENTS
 from .factorization import ORDER_BLOCKS
 from .large_products import parts_bytes
@@ -27,6 +28,16 @@ def ordering_bytes(
     others = in_features - block
     in_turn = max(FP32_BYTES * 2 * block * in_features, parts_bytes(others, block, others, elements))
     return FP32_BYTES * numbers + in_turn + SMALL_BYTES
+
+
+def ordering_in_place_bytes(in_features: int) -> int:
+    """Returns what `feedback_order` takes where the gram matrix stays in RAM: one matrix, and blocks of rows."""
+    block = -(-in_features // ORDER_BLOCKS)
+    in_turn = max(
+        (3 * min(gram_matrix.BLOCK_CHANNELS, in_features) + block) * in_features,  # rows from RAM, or moving up
+        (3 * block + factorization_in_place.PANEL_CHANNELS) * in_features,
+    )
+    return FP32_BYTES * (in_features**2 + in_turn + 2 * block**2 + 16 * in_features) + SMALL_BYTES
 
 
 def rounding_bytes(

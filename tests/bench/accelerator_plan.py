@@ -37,6 +37,7 @@ MODELS = {
 def line(name: str, sizes: LayerSizes, budget: Budget) -> str:
     chunk = "usual" if budget.chunk_elements is None else f"2^{budget.chunk_elements.bit_length() - 1}"
     place = "RAM" if budget.statistics_device.type == "cpu" else "GPU"
+    place += ", in blocks" if budget.grams_in_ram else ""
     gib = reserved_bytes_of(budget, sizes) / GIB
     return f"| {name} | {gib:.2f} | {budget.batch_tokens} | {place} | {'yes' if budget.prefetch else 'no'} | {chunk} |"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -13,7 +14,7 @@ from hf_awq_offload.offload.devices import CPU
 from hf_awq_offload.offload.onloader import Onloader
 from hf_awq_offload.offload.stored_weights import ReadAhead
 from hf_awq_offload.pipeline import memory_pressure
-from hf_awq_offload.pipeline.memory_pressure import LEAST_ELEMENTS, MemoryPressure, what_helps
+from hf_awq_offload.pipeline.memory_pressure import BLOCKWISE_ELEMENTS, LEAST_ELEMENTS, MemoryPressure, what_helps
 from hf_awq_offload.search.chunks import ACCELERATOR_ELEMENTS, at_once
 
 GPU = torch.device("cuda", 0)
@@ -86,8 +87,30 @@ def test_other_room_is_made_last_and_then_the_error_is_raised():
     with pytest.raises(torch.OutOfMemoryError):
         under.attempt(fitting(0, tried), make("nothing", helps=False), make("something", helps=True))
     assert made == ["nothing", "something"]
-    assert min(tried) == LEAST_ELEMENTS
-    assert tried[-2:] == [LEAST_ELEMENTS] * 2, "once more after room was made, and no more"
+    assert under.grams_in_ram
+    assert under.statistics_device == CPU
+    again = tried.index(BLOCKWISE_ELEMENTS, tried.index(LEAST_ELEMENTS))
+    assert tried[again - 2 : again] == [LEAST_ELEMENTS] * 2, "once more after room was made"
+    assert tried[again:] == sorted(set(tried[again:]), reverse=True), "and in all sizes with gram matrices in RAM"
+    assert tried[-1] == LEAST_ELEMENTS
+
+
+def test_a_step_that_reads_no_statistics_gets_no_gram_matrices_from_ram():
+    under = pressure(reads_ahead=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        under.attempt(fitting(0, []))
+    assert not under.grams_in_ram
+
+
+def test_what_an_earlier_run_had_left_is_adopted_and_never_more():
+    earlier, under = pressure(reads_ahead=False), pressure(reads_ahead=False)
+    under.adopt({})  # a journal of an earlier release
+    assert under.notes() == pressure(reads_ahead=False).notes()
+    earlier.chunk_elements, earlier.grams_in_ram, earlier.statistics_device = 4096, True, CPU
+    under.adopt(json.loads(json.dumps(earlier.notes())))
+    assert under.notes() == earlier.notes()
+    under.adopt({"chunk_elements": 8192, "statistics_in_ram": False, "grams_in_ram": False})
+    assert under.notes() == earlier.notes()
 
 
 def test_other_errors_are_not_repeated():

@@ -90,9 +90,7 @@ def test_only_large_products_of_a_gpu_with_room_are_split(device_has_tf32, most,
     """On a CPU, nothing ever is: what is asked here is what the decision depends on."""
     seen: list[str] = []
     monkeypatch.setattr(large_products, "_has_tf32", lambda device: device_has_tf32)
-    monkeypatch.setattr(
-        large_products, "add_in_three_products", lambda *operands: seen.append(MATMUL.fp32_precision)
-    )
+    monkeypatch.setattr(large_products, "add_in_three_products", lambda *operands: seen.append(MATMUL.fp32_precision))
     monkeypatch.setattr(large_products, "LEAST_SIDE", 8)
     total, small = torch.zeros(8, 8), torch.zeros(7, 8)
     with ieee_products(), chunks_of_at_most(most):
