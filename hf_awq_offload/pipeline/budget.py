@@ -73,7 +73,9 @@ def budget_of(
     limit_bytes = recipe.memory_limit_bytes(device)
     sizes = LayerSizes.of(candidate_layers(model).values(), device, recipe.group_size)
     if device.type == "cuda":
-        limit_bytes, total_bytes = (None if most is None else _for_tensors(most) for most in (limit_bytes, total_bytes))
+        limit_bytes, total_bytes = (
+            None if most is None else tensor_bytes_within(most) for most in (limit_bytes, total_bytes)
+        )
     elif limit_bytes is not None and device.type == "cpu":
         limit_bytes = max(1, limit_bytes - PROCESS_BYTES - hidden_bytes(model, calibration))
     budget = budget_for(
@@ -102,7 +104,7 @@ def reserved_bytes_of(budget: Budget, sizes: LayerSizes) -> int:
     return _in_pieces(own_bytes) + _in_pieces(weights_bytes)
 
 
-def _for_tensors(reserved_bytes: int) -> int:
+def tensor_bytes_within(reserved_bytes: int) -> int:
     """Returns how many bytes of tensors fit for certain where the allocator may take so much from a card."""
     return max(1, int((reserved_bytes - 3 * SEGMENT_BYTES - 2 * SMALL_SEGMENT_BYTES) / FRAGMENTED))
 

@@ -128,7 +128,7 @@ def _without_data(run: Run) -> list[LayerCommit]:
     for index, name in enumerate(names):
         if name in commits:
             adopted.append(commits[name])
-            record.adopt(commits[name])
+            run.adopt(commits[name])
             continue
         start = time.perf_counter()
         with run.onloaded(name):
@@ -207,8 +207,7 @@ class _CalibratedLayers:
                 self._pass_through(turn.name)
             if turn.is_last:
                 adopted.append(commits[turn.name])
-                record.adopt(commits[turn.name])
-                self.run.pressure.adopt(commits[turn.name].report.get("memory", {}))
+                self.run.adopt(commits[turn.name])
         return adopted
 
     def _take_turn(self, turn: LayerTurn) -> None:
