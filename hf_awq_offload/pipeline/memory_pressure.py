@@ -7,7 +7,7 @@
     gram matrices   stay in RAM, and come in blocks: help search and rounding
 
 What was given up stays given up, since the next layer is as large. None of it changes more than the last bits. The
-journal notes it for each layer, so that a resumed run goes on with what it has left.
+journal notes it for each layer, so that a resumed run starts from what is left.
 """
 
 from __future__ import annotations

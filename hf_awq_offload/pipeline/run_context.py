@@ -55,7 +55,7 @@ class Run:
         )
 
     def adopt(self, commit: LayerCommit) -> None:
-        """Reports a layer that an earlier run has quantized, and goes on with the memory that it had left by then."""
+        """Reports a layer that an earlier run has quantized, and takes no more memory than it had left by then."""
         self.record.adopt(commit)
         self.pressure.adopt(commit.report.get("memory", {}))
 

@@ -180,7 +180,7 @@ def test_a_limit_is_kept_or_the_error_names_the_phase_and_what_helps(limit_mib, 
     torch.empty(128 * MIB, device=GPU, dtype=torch.uint8)  # the limit is gone
 
 
-def test_a_resumed_run_goes_on_with_what_memory_was_left(small, tmp_path, monkeypatch):
+def test_a_resumed_run_takes_the_memory_that_was_left(small, tmp_path, monkeypatch):
     """The first layer runs out of memory; the run that goes on after it has all the memory, but repeats its pieces."""
     monkeypatch.setattr(streamed, "require_fit", lambda *args: None)
     asked = {"n_grid": 2, "batch_tokens": 2048}
