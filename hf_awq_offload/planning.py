@@ -44,6 +44,8 @@ from .report import Plan
 PROBE_LAYERS = 2
 """The first layer's structure is probed; the second is like all that follow."""
 PROBE_BATCHES = 2
+HIDDEN_FILES = 3
+"""Hidden states on the disk at once: of two commits, and those being written. A kept journal's thread is one behind."""
 CUDA_CONTEXT_BYTES = 512 << 20
 """RAM that CUDA's libraries take once a device is used: an estimate, until a card has measured it (docs/gpu.md)."""
 
@@ -83,7 +85,7 @@ def plan(
     meter = MemoryMeter(execution_device(recipe))
     with tempfile.TemporaryDirectory(prefix="hf_awq_offload-") as scratch:
         model = load_on_meta(src, recipe, model_class, dtype, Path(scratch) / "converted", kwargs)
-        first_look = estimate(model)
+        first_look = estimate(model, is_kept)
         require_fit(first_look, recipe, Path(scratch))
         if not probe:
             return first_look
@@ -99,8 +101,11 @@ def streamed_recipe(config: AwqOffloadConfig, **changes: Any) -> AwqOffloadConfi
     return recipe
 
 
-def estimate(model: PreTrainedModel) -> Plan:
-    """Estimates a plan from sizes alone; `model` is on the meta device, its quantizer holds recipe and data."""
+def estimate(model: PreTrainedModel, is_kept: bool) -> Plan:
+    """Estimates a plan from sizes alone; `model` is on the meta device, its quantizer holds recipe and data.
+
+    `is_kept` says whether the journal is for a later run.
+    """
     preparation, mtp = _quantizer(model).preparation, _quantizer(model).source.mtp
     recipe, calibration = preparation.recipe, preparation.calibration
     device = execution_device(recipe)
@@ -123,7 +128,8 @@ def estimate(model: PreTrainedModel) -> Plan:
         batch_tokens=budget.batch_tokens,
         accelerator_peak_bytes=0 if device.type == "cpu" else budget.peak_bytes,
         ram_peak_bytes=PROCESS_BYTES + max(beside_bytes, entering_bytes) + hidden,
-        disk_bytes=sizes.quantized_layers + max(min(3, len(layers) - 1) * hidden, sizes.result + hidden),
+        disk_bytes=sizes.quantized_layers
+        + max(min(HIDDEN_FILES + is_kept, len(layers) - 1) * hidden, sizes.result + hidden),
         seconds=None,
     )
 

@@ -40,6 +40,13 @@ def exact_on_matrix_units(dtype: torch.dtype, device: torch.device) -> Iterator[
 
 
 @contextmanager
+def tf32_products() -> Iterator[None]:
+    """Lets CUDA multiply fp32 matrices in TF32 inside the context; on exit the setting is back."""
+    with _precision(torch.backends.cuda.matmul, "tf32"):
+        yield
+
+
+@contextmanager
 def _precision(backend: Any, precision: str) -> Iterator[None]:
     before = backend.fp32_precision
     backend.fp32_precision = precision

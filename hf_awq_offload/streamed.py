@@ -115,7 +115,7 @@ def quantize(
         with blaming_changes(companions):
             model = load_on_meta(src, recipe, model_class, dtype, work / "converted", kwargs)
         quantizer = cast(AwqOffloadQuantizer, cast(Any, model).hf_quantizer)
-        planned = estimate(model)
+        planned = estimate(model, keeps_journal)
         require_fit(planned, recipe, work)
         if probe and not (Path(recipe.checkpoint_dir) / "journal.json").exists():
             asked = streamed_recipe(config, checkpoint_dir=checkpoint_dir, max_memory=max_memory, prefetch=prefetch)

@@ -57,6 +57,13 @@ def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     return tensor.to(device=device, non_blocking=device.type == "cuda").to(dtype=dtype)
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """Returns a tensor of the CPU in pinned memory: a copy, or the tensor itself if it is pinned or nothing can be."""
+    if tensor.is_pinned() or (buffer := pinned_like(tensor)) is None:
+        return tensor
+    return buffer.copy_(tensor)
+
+
 def pinned_like(tensor: Tensor) -> Tensor | None:
     """Returns an empty CPU tensor in pinned memory; None if the machine has none to give, which is tried once only."""
     global _can_pin

@@ -9,6 +9,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ class _Counter:
     def __init__(self, kill_at: int | None):
         self.kill_at = kill_at
         self.steps: list[str] = []
+        self._lock = threading.Lock()
 
     def watch(self) -> None:
         from hf_awq_offload.offload import journal
@@ -113,6 +115,7 @@ class _Counter:
         return step
 
     def _next(self, words: str) -> None:
-        self.steps.append(words)
-        if len(self.steps) == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self._lock:  # the journal has a thread
+            self.steps.append(words)
+            if len(self.steps) == self.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)

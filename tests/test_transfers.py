@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import torch
 
 from hf_awq_offload import transfers
-from hf_awq_offload.transfers import numbers_of, sent
+from hf_awq_offload.transfers import numbers_of, pinned, sent
 
 
 def test_numbers_of_any_shape_and_dtype_come_in_their_order():
@@ -27,3 +28,14 @@ def test_values_are_sent_from_pageable_memory_where_none_can_be_pinned(monkeypat
     arrived = SimpleNamespace(to=lambda dtype: ("sent to", gpu, dtype))
     values = SimpleNamespace(device=torch.device("cpu"), to=lambda device, non_blocking: arrived)
     assert cast(Any, sent(cast(Any, values), gpu)) == ("sent to", gpu, None)
+
+
+@pytest.mark.parametrize("message", ["out of memory", "operation not supported"])
+def test_unpinned_memory_does_where_none_can_be_pinned(message, monkeypatch):
+    def refused(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(f"CUDA error: {message}")
+
+    monkeypatch.setattr(transfers, "_can_pin", True)
+    monkeypatch.setattr(torch, "empty_like", refused)
+    values = torch.ones(3)
+    assert pinned(values) is values

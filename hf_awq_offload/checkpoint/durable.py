@@ -36,14 +36,19 @@ def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
     try:
         yield partial
         if flush:
-            with partial.open("rb") as opened:
-                os.fsync(opened.fileno())
+            flush_file(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     if flush:
         flush_directory(path.parent)
+
+
+def flush_file(path: Path) -> None:
+    """Makes a file's bytes durable."""
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def remove_link(path: Path) -> None:

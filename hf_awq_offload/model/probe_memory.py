@@ -10,7 +10,6 @@ On a CPU, the casts of all parameters are kept beside that.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -18,8 +17,9 @@ import torch
 from torch import nn
 
 from .expert_interface import InterfaceExperts
-from .experts import UnfusedExperts, expert_parts
+from .experts import UnfusedExperts
 from .fused_experts import FusedExperts, fused_experts
+from .input_widths import input_widths
 from .linears import linears_in
 from .row_maps import LEVELS
 
@@ -35,8 +35,6 @@ CHANNEL_NUMBERS = 5
 """Numbers for each input channel: the digit and the row that feeds it, int64 both, and the factor of its producer."""
 ROUNDED_TENSORS = 4
 """Tensors for each input: before and after, and of the channels' numbers."""
-MOST_SHARED = 2
-"""Linears of one module and one width have at most so many inputs: q, k and v share one, o has another."""
 
 
 def probing_bytes(
@@ -77,11 +75,12 @@ def _parameter_sizes(layer: nn.Module, fused: dict[str, FusedExperts]) -> Iterat
 
 
 def _input_widths(layer: nn.Module) -> Iterator[int]:
-    """Yields the features of each input that linears read, as far as shapes tell: rather too many than too few."""
-    linears, parts = linears_in(layer), expert_parts(layer)
-    outside = Counter((name.rpartition(".")[0], x.in_features) for name, x in linears.items() if name not in parts)
-    for (_, width), count in outside.items():
-        yield from [width] * min(count, MOST_SHARED)
+    """Yields the features of each input that linears read, as far as shapes tell.
+
+    Experts that share an interface read one input together, which holds the tokens of all.
+    """
+    yield from input_widths(layer)
+    linears = linears_in(layer)
     for name, experts in layer.named_modules():
         if isinstance(experts, InterfaceExperts):
             down = linears[f"{name}.0.{experts.projections.down}".lstrip(".")]

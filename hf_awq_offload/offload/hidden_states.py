@@ -7,7 +7,6 @@ do not depend on the micro-batches that it is read or written in.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,15 +64,13 @@ class HiddenWriter:
 
     Args:
         file: the file to write to; None keeps the outputs in RAM.
-        hashed: compute the SHA-256 of what is written.
     """
 
-    def __init__(self, file: Path | None = None, hashed: bool = False):
+    def __init__(self, file: Path | None = None):
         self.file = file
         self.shapes: list[Shape] = []
         self.dtype: torch.dtype | None = None
         self._batches: list[Tensor] = []
-        self._digest = hashlib.sha256() if hashed else None
         if file is not None:
             remove_link(file)
         self._opened = None if file is None else file.open("wb")
@@ -96,8 +93,6 @@ class HiddenWriter:
             self._batches.append(batch)
             return
         data = bytes_of(batch.contiguous())
-        if self._digest is not None:
-            self._digest.update(data)
         try:
             self._opened.write(data)
         except OSError as error:
@@ -105,11 +100,6 @@ class HiddenWriter:
                 f"The hidden states could not be written to {self.file}: {error}. What was committed before is intact: "
                 "make room, and repeat the call."
             ) from error
-
-    @property
-    def digest(self) -> str | None:
-        """The SHA-256 of the bytes written to a file; None if it was not asked for."""
-        return None if self._digest is None else self._digest.hexdigest()
 
     def close(self) -> None:
         if self._opened is not None:

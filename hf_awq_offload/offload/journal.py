@@ -6,33 +6,37 @@
     hidden-00008.bin            what enters the ninth, the bytes of all batches
     layer-00007.json            the commit: names, sizes and SHA-256 of both files, and the layer's report
 
-Every file is written under another name, flushed and renamed. The commit comes last, so that a layer is either
-committed or absent. The journal keeps the hidden states of the last two commits: if the newest are damaged, the run
-falls back one layer. A damaged older layer is quantized again, on hidden states that forward passes of the original
-layers compute anew. Opening a journal checks its files.
+Every file is written under another name and renamed. A thread flushes and hashes the files of a layer while the next
+layer is worked on. It writes the commit last, so that a layer is either committed or absent. The journal keeps the
+hidden states of the last two commits: if the newest are damaged, the run falls back one layer. A damaged older layer is
+quantized again, on hidden states that forward passes of the original layers compute anew. Opening a journal checks its
+files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial as partial_call
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.durable import PARTIAL_SUFFIX, file_digest, flush_directory, holder_of, locked, replacing
+from ..checkpoint.durable import PARTIAL_SUFFIX, file_digest, holder_of, locked, replacing
 from ..checkpoint.safetensors import read_tensor, tensor_places
 from ..checkpoint.stored_tensor import HeldTensor, write_all
 from ..errors import JournalError, StorageError
 from ..logs import get_logger
+from .durable_commit import write_commit
 from .hidden_states import HiddenStates, HiddenWriter
-from .journal_commits import hidden_name, layer_name, parse_regular, sealed, unsealed
+from .journal_commits import hidden_name, layer_name, parse_regular, unsealed
 from .journal_header import differences
+from .one_behind import OneBehind
 
 logger = get_logger(__name__)
 
@@ -63,8 +67,7 @@ class Journal:
     Args:
         directory: the folder.
         fingerprint: part -> JSON value; covers what the result of every layer depends on.
-        is_kept: a later run may resume from it. Otherwise nothing is hashed or flushed, which takes as long as the
-            calibration of a layer on a GPU.
+        is_kept: a later run may resume from it. Otherwise nothing is hashed or flushed.
 
     Raises:
         JournalError: the folder belongs to another run, holds other files, or is in use.
@@ -78,6 +81,7 @@ class Journal:
         self.commits: dict[str, LayerCommit] = {}
         self._hidden: dict[int, dict[str, Any]] = {}
         self._lock: Any = None
+        self._behind = OneBehind("journal")
         try:
             with _storage_errors(self.directory):
                 self._open()
@@ -164,7 +168,7 @@ class Journal:
     def hidden_writer(self, index: int) -> HiddenWriter:
         """Returns a writer for what enters the layer of this index; `commit` makes it durable."""
         with _storage_errors(self.directory):
-            return HiddenWriter(self.directory / (hidden_name(index) + PARTIAL_SUFFIX), hashed=self.is_kept)
+            return HiddenWriter(self.directory / (hidden_name(index) + PARTIAL_SUFFIX))
 
     def commit(
         self,
@@ -175,52 +179,55 @@ class Journal:
         report: dict[str, Any],
         hidden: HiddenWriter | None,  # closed by this; None: nothing that comes later needs them
     ) -> LayerCommit:
-        """Makes a layer durable, all of it or nothing; just writes its files if the journal is not kept.
+        """Writes a layer's files, and starts making them durable, all of the layer or nothing; see `settle`.
+
+        If the journal is not kept, writing the files is all. At most one layer is on its way: this waits for the one
+        before it.
 
         Raises:
-            StorageError: the disk is full, or a file cannot be written; earlier commits are intact.
+            StorageError: the disk is full, or a file of this layer or of the one before it cannot be written; earlier
+                commits are intact.
         """
+        self.settle()
         file = self.directory / layer_name(index)
         entry: dict[str, Any] = {"index": index, "name": name, "batch_tokens": batch_tokens, "report": report}
         with _storage_errors(self.directory):
-            with replacing(file, flush=self.is_kept) as partial:
-                write_all(partial, {key: HeldTensor(value) for key, value in tensors.items()}, flush=self.is_kept)
+            with replacing(file, flush=False) as partial:
+                write_all(partial, {key: HeldTensor(value) for key, value in tensors.items()}, flush=False)
             entry["hidden"] = None if hidden is None else self._keep(hidden, index + 1)
-            if self.is_kept:
-                entry["tensors"] = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
-                with replacing(file.with_suffix(".json")) as partial:
-                    partial.write_text(sealed(entry), encoding="utf-8")
             if entry["hidden"] is not None:
                 self._hidden[index + 1] = entry["hidden"]
-            self._forget_hidden(index - 1)
+        obsolete = [self._hidden.pop(earlier) for earlier in sorted(self._hidden) if earlier < index]
+        self._behind.start(partial_call(self._finish, file, entry, obsolete))
+        if not self.is_kept:
+            self.settle()
         commit = LayerCommit(index, name, file, batch_tokens, report)
         self.commits[name] = commit
         return commit
+
+    def settle(self) -> None:
+        """Waits until all commits are durable.
+
+        Raises:
+            StorageError: the last one could not be made durable; earlier commits are intact.
+        """
+        self._behind.wait()
 
     def _keep(self, hidden: HiddenWriter, index: int) -> dict[str, Any]:
         hidden.close()
         assert hidden.file is not None
         assert hidden.dtype is not None
         target = self.directory / hidden_name(index)
-        if self.is_kept:
-            with hidden.file.open("rb") as opened:
-                os.fsync(opened.fileno())
         os.replace(hidden.file, target)
-        if self.is_kept:
-            flush_directory(self.directory)
-        return {
-            "file": target.name,
-            "bytes": target.stat().st_size,
-            "sha256": hidden.digest,
-            "shapes": hidden.shapes,
-            "dtype": str(hidden.dtype).removeprefix("torch."),
-        }
+        dtype = str(hidden.dtype).removeprefix("torch.")
+        return {"file": target.name, "bytes": target.stat().st_size, "shapes": hidden.shapes, "dtype": dtype}
 
-    def _forget_hidden(self, last: int) -> None:
-        """Removes the hidden states that enter this layer and earlier ones."""
-        for index in [kept for kept in self._hidden if kept <= last]:
-            entry = self._hidden.pop(index)
-            (self.directory / entry["file"]).unlink(missing_ok=True)
+    def _finish(self, file: Path, entry: dict[str, Any], obsolete: Sequence[Mapping[str, Any]]) -> None:
+        with _storage_errors(self.directory):
+            if self.is_kept:
+                write_commit(file, entry)
+            for hidden in obsolete:
+                (self.directory / hidden["file"]).unlink(missing_ok=True)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -229,6 +236,7 @@ class Journal:
 
         What can't be removed stays, with a warning: the result, which is complete by now, matters more.
         """
+        self._behind.close()
         try:
             _remove_files(self.directory)
             self.close()
@@ -241,7 +249,13 @@ class Journal:
             )
 
     def close(self) -> None:
-        """Releases the folder for other runs."""
+        """Lets the last commit become durable, and releases the folder for other runs."""
+        try:
+            self.settle()
+        except StorageError as error:
+            logger.warning("%s", error)
+        finally:
+            self._behind.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -96,6 +96,7 @@ def _check_report(report: Mapping[str, Any], name: str) -> None:
         left_out = _object("left_out", report.get("left_out"))
         if not all(isinstance(reason, str) for reason in (*left_out.values(), report.get("choices"))):
             raise ValueError("its choices are missing")
+        _check_memory(_object("memory", report.get("memory", {})))
         layer = _object("layer", report.get("layer"))
         groups = layer.get("groups")
         if layer.get("name") != name or not isinstance(groups, list | tuple):
@@ -105,6 +106,15 @@ def _check_report(report: Mapping[str, Any], name: str) -> None:
             if not isinstance(consumers, list | tuple) or not all(isinstance(linear, str) for linear in consumers):
                 raise ValueError("a group has no linears")
         LayerReport.from_dict(dict(layer))  # TypeError if a field is missing or unknown
+
+
+def _check_memory(memory: Mapping[str, Any]) -> None:
+    most, places = (
+        memory.get("chunk_elements"),
+        [memory.get(f"{what}_in_ram", False) for what in ("statistics", "grams")],
+    )
+    if not (most is None or (_is_count(most) and most > 0)) or not all(type(place) is bool for place in places):
+        raise ValueError(f"what memory it had left is {str(memory)[:200]}")
 
 
 def _object(what: str, value: Any) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..machine_errors import is_out_of_memory
 from ..model.decoder_layers import LayerRunner, candidate_layers, runner_on, shadowed_forward
+from ..transfers import pinned
 from .stored_weights import ReadAhead, StoredWeights, Tensors
 
 ALIGNMENT_BYTES = 64
@@ -315,22 +315,12 @@ class Onloader:
         if staging is None:
             return tensors, None
         with torch.cuda.stream(staging):
-            pinned = {key: value if value.is_pinned() else _pinned(value) for key, value in tensors.items()}
-            copies = {key: value.to(self.device, non_blocking=True) for key, value in pinned.items()}
+            from_pinned = {key: pinned(value) for key, value in tensors.items()}
+            copies = {key: value.to(self.device, non_blocking=True) for key, value in from_pinned.items()}
             ready = torch.cuda.Event()
             ready.record(staging)
         ready.synchronize()  # in the reading thread: pinned memory must live until it was copied
         return copies, ready
-
-
-def _pinned(value: Tensor) -> Tensor:
-    """Returns a copy in pinned memory, or the tensor itself where the system gives no more of it."""
-    try:
-        return value.pin_memory()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return value
 
 
 def _put(layer: nn.Module, staged: tuple[Tensors, Any], stream: torch.cuda.Stream) -> None:

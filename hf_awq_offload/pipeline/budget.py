@@ -7,6 +7,7 @@ take, one after the other (`layer_sizes.py`). If that is too much, the run gives
     prefetch        the next layer's weights are read when it is their turn
     statistics      in RAM; the device holds one gram matrix at a time
     chunks          down to LEAST_ELEMENTS
+    gram matrices   stay in RAM: the search reads them in blocks, once for each chunk; the device holds a factor alone
 
 The micro-batch takes what the rest leaves.
 """
@@ -26,7 +27,7 @@ from ..model.decoder_layers import candidate_layers
 from ..offload.devices import CPU, accelerator_bytes
 from ..search.chunks import ACCELERATOR_ELEMENTS, STACK_ELEMENTS
 from .layer_sizes import LayerSizes
-from .memory_pressure import LEAST_ELEMENTS
+from .memory_pressure import BLOCKWISE_ELEMENTS, LEAST_ELEMENTS
 
 CPU_BATCH_TOKENS = 4096
 """Micro-batch on a CPU: large enough for full-speed matrix products, small beside any model."""
@@ -58,6 +59,8 @@ class Budget:
     prefetch: bool
     chunk_elements: int | None
     """Weights that the search works on at a time; None: as many as are fastest."""
+    grams_in_ram: bool = False
+    """The search reads gram matrices from RAM, block by block."""
 
 
 def budget_of(
@@ -70,7 +73,9 @@ def budget_of(
     limit_bytes = recipe.memory_limit_bytes(device)
     sizes = LayerSizes.of(candidate_layers(model).values(), device, recipe.group_size)
     if device.type == "cuda":
-        limit_bytes, total_bytes = (None if most is None else _for_tensors(most) for most in (limit_bytes, total_bytes))
+        limit_bytes, total_bytes = (
+            None if most is None else tensor_bytes_within(most) for most in (limit_bytes, total_bytes)
+        )
     elif limit_bytes is not None and device.type == "cpu":
         limit_bytes = max(1, limit_bytes - PROCESS_BYTES - hidden_bytes(model, calibration))
     budget = budget_for(
@@ -99,7 +104,7 @@ def reserved_bytes_of(budget: Budget, sizes: LayerSizes) -> int:
     return _in_pieces(own_bytes) + _in_pieces(weights_bytes)
 
 
-def _for_tensors(reserved_bytes: int) -> int:
+def tensor_bytes_within(reserved_bytes: int) -> int:
     """Returns how many bytes of tensors fit for certain where the allocator may take so much from a card."""
     return max(1, int((reserved_bytes - 3 * SEGMENT_BYTES - 2 * SMALL_SEGMENT_BYTES) / FRAGMENTED))
 
@@ -153,6 +158,7 @@ def budget_for(
         choice.peak_bytes(sizes, tokens),
         choice.prefetch,
         choice.chunk_elements,
+        choice.grams_in_ram,
     )
 
 
@@ -164,13 +170,17 @@ class _Choice:
     statistics_device: torch.device
     chunk_elements: int | None
     device: torch.device
+    grams_in_ram: bool = False
 
     def peak_bytes(self, sizes: LayerSizes, tokens: int) -> int:
         """Returns the most that is held on the device, in micro-batches of so many tokens."""
         forward = self.beside_activations_bytes(sizes) + tokens * sizes.activation_bytes_per_token
         from_ram = self.statistics_device != self.device
-        search = self._held_bytes(sizes) + self._statistics_bytes(sizes)
-        search += sizes.search_bytes(self.chunk_elements, from_ram)
+        search = self._held_bytes(sizes)
+        if self.grams_in_ram:
+            search += sizes.blockwise_search_bytes(cast(int, self.chunk_elements))
+        else:
+            search += self._statistics_bytes(sizes) + sizes.search_bytes(self.chunk_elements, from_ram)
         return max(self._held_bytes(sizes) + sizes.probing, forward, search)
 
     def beside_activations_bytes(self, sizes: LayerSizes) -> int:
@@ -198,3 +208,6 @@ def _choices(prefetch: bool, device: torch.device) -> Iterator[_Choice]:
         yield from (_Choice(reads_ahead, device, size, device) for size in large)
     for place in places:
         yield from (_Choice(False, place, size, device) for size in sizes)
+    if device.type == "cuda":
+        blockwise = [size for size in sizes if cast(int, size) <= BLOCKWISE_ELEMENTS]
+        yield from (_Choice(False, CPU, size, device, grams_in_ram=True) for size in blockwise)

@@ -19,6 +19,7 @@ from ..errors import NumericalError
 from ..model.folds import InputGroup, LayerStructure
 from ..nn.registry import linear_class
 from ..report import GroupReport, LayerReport
+from ..search.gram_matrix import Gram
 from ..search.rounding import FeedbackOrder, feedback_order
 from ..search.scale import ScaleSearch, weights_mse
 from ..search.statistics import InputStatistics
@@ -175,7 +176,7 @@ def _factorized(
     statistics: GatheredStatistics,
     scale: Tensor | None,  # (in,)
     with_loss: bool,
-) -> tuple[Tensor, FeedbackOrder | None, Tensor | None]:
+) -> tuple[Gram, FeedbackOrder | None, Tensor | None]:
     """Returns the gram matrix of the scaled input, its factorization, and the loss of rounding to nearest, if asked."""
     here = statistics.of_linear(group, sharing[0]).to(_device_of(context))
     loss = _identity_loss(context, sharing, here) if with_loss else None

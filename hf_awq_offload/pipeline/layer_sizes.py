@@ -17,10 +17,13 @@ from torch import nn
 
 from ..model.experts import expert_parts
 from ..model.fused_experts import FusedExperts, fused_experts
+from ..model.input_widths import expert_input_widths, input_widths, readers_by_width
 from ..model.linears import linears_in
 from ..model.probe_memory import probing_bytes
 from ..ops.blocks import matmul_dtype
 from ..search.chunks import STACK_ELEMENTS, chunks_of_at_most
+from ..search.gram_matrix import block_bytes
+from ..search.large_products import parts_bytes
 from ..search.ranking_memory import (
     FEEDBACK_CANDIDATES,
     GroupShape,
@@ -30,7 +33,7 @@ from ..search.ranking_memory import (
     whole_loss_bytes,
 )
 from ..search.scale import SAMPLE_ROWS, kept_elements
-from ..search.working_memory import ordering_bytes, rounding_bytes
+from ..search.working_memory import ordering_bytes, ordering_in_place_bytes, rounding_bytes
 
 FP32_BYTES = 4
 CPU_CHUNK_COPIES = 6
@@ -43,8 +46,6 @@ RANKING_COPIES = 5
 """fp32 tensors of the size of all candidates' rows that rounding holds: w - ŵ, w', codes, steps and zero points."""
 N_GRID = 20
 """Candidates for scales; their number hardly changes what the search holds."""
-SEQUENTIAL_NORMS = 2
-"""Norms of a layer whose parts follow on each other; in one whose parts read the same input there is one."""
 EXPERT_LINEARS = 3
 """Linears of an expert that is not taken apart yet: gate, up and down."""
 
@@ -73,7 +74,7 @@ class SearchedInput:
             return max(
                 whole_loss_bytes(shape),
                 sampled_loss_bytes(shape, N_GRID),
-                ranking_kept_bytes(shape, N_GRID) + ordering_bytes(self.in_features),
+                ranking_kept_bytes(shape, N_GRID) + ordering_bytes(self.in_features, chunk_elements),
                 feedback_ranking_bytes(shape, N_GRID) + self._ranking_rounds(chunk_elements),
             )
 
@@ -83,7 +84,25 @@ class SearchedInput:
         block = min(stack, chunk_elements)
         rounding = rounding_bytes(block // self.in_features, self.in_features, self.group_size, chunk_elements)
         rounding += GRAM_COPIES * gram + FP32_BYTES * block + stack
-        return max(gram + ordering_bytes(self.in_features), rounding)
+        return max(gram + ordering_bytes(self.in_features, chunk_elements), rounding)
+
+    def blockwise_bytes(self, chunk_elements: int) -> int:
+        """Returns what search and rounding take on an accelerator beside weights, if gram matrices stay in RAM."""
+        gram, block, stack = (
+            _gram_bytes(self.in_features), block_bytes(self.in_features), self._stack_elements(chunk_elements)
+        )  # fmt: skip
+        ordering = ordering_in_place_bytes(self.in_features)
+        with chunks_of_at_most(chunk_elements):
+            shape = GroupShape(self.weights // self.in_features, self.in_features, self.group_size)
+            searching = max(
+                block + whole_loss_bytes(shape),
+                block + sampled_loss_bytes(shape, N_GRID),
+                ranking_kept_bytes(shape, N_GRID) + ordering,
+                feedback_ranking_bytes(shape, N_GRID) + self._ranking_rounds(chunk_elements),
+            )
+        rows = max(1, min(stack, chunk_elements) // self.in_features)
+        rounding = rounding_bytes(rows, self.in_features, self.group_size, chunk_elements)
+        return max(searching, ordering, gram + block + rounding + FP32_BYTES * rows * self.in_features + stack)
 
     def _stack_elements(self, chunk_elements: int) -> int:
         """Returns the weights of linears that are rounded together; their codes take a byte each."""
@@ -92,7 +111,8 @@ class SearchedInput:
     def _ranking_rounds(self, chunk_elements: int) -> int:
         """Returns what rounding takes when scales are ranked by it: every channel has a step of its own there."""
         rows = max(1, min(FEEDBACK_CANDIDATES * SAMPLE_ROWS, chunk_elements // self.in_features))
-        return FP32_BYTES * RANKING_COPIES * rows * self.in_features
+        half = self.in_features // 2
+        return FP32_BYTES * RANKING_COPIES * rows * self.in_features + parts_bytes(half, half, rows, chunk_elements)
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,12 @@ class LayerSizes:
         copied = self.largest_gram if from_ram else 0
         return max(ranking, *(each.rounding_bytes(chunk) - copied for each in self.inputs))
 
+    def blockwise_search_bytes(self, chunk_elements: int) -> int:
+        """Returns what the search takes on an accelerator beside weights, if gram matrices stay in RAM."""
+        return FP32_BYTES * min(self.searched_elements, chunk_elements) + max(
+            each.blockwise_bytes(chunk_elements) for each in self.inputs
+        )
+
 
 def parameter_bytes(module: nn.Module) -> int:
     """Returns the bytes of a module's parameters."""
@@ -178,27 +204,22 @@ def _features_per_token(layer: nn.Module) -> int:
 def _searched_inputs(layer: nn.Module, group_size: int) -> tuple[SearchedInput, ...]:
     """Returns what shares an input, as far as shapes tell: linears of one module and width, or of one width where
     attention and the rest read the output of the same norm."""
-    parts, are_parallel = expert_parts(layer), _norms_in(layer) < SEQUENTIAL_NORMS
-    weights: dict[tuple[str, int], list[int]] = defaultdict(list)  # (expert, module or none; width) -> elements
-    for name, linear in linears_in(layer).items():
-        module = "" if are_parallel else name.rpartition(".")[0]
-        owner = parts[name].expert_name if name in parts else module
-        weights[owner, linear.in_features].append(linear.weight.numel())
+    weights = {
+        ("", module, width): [linear.weight.numel() for linear in linears]
+        for (module, width), linears in readers_by_width(layer).items()
+    }
+    linears = linears_in(layer)
+    for name, part in expert_parts(layer).items():
+        own = weights.setdefault((part.expert_name, "", linears[name].in_features), [])
+        own.append(linears[name].weight.numel())
     inputs = {
-        SearchedInput(width, max(sizes), sum(sizes), _group(group_size, width)) for (_, width), sizes in weights.items()
+        SearchedInput(width, max(sizes), sum(sizes), _group(group_size, width))
+        for (*_, width), sizes in weights.items()
     }
     for fused in fused_experts(layer).values():
         largest = max(fused.matrix_size(matrix) for matrix in fused.matrices)
         inputs |= {SearchedInput(width, largest, 2 * largest, _group(group_size, width)) for width in _sides(fused)}
     return tuple(inputs)
-
-
-def _norms_in(layer: nn.Module) -> int:
-    """Returns how many norms are as wide as the widest one; norms of heads are narrower."""
-    widths = [
-        parameter.numel() for name, parameter in layer.named_parameters() if parameter.ndim == 1 and "bias" not in name
-    ]
-    return widths.count(max(widths, default=0))
 
 
 def _group(group_size: int, width: int) -> int:
@@ -218,11 +239,7 @@ def _gram_bytes(in_features: int) -> int:
 
 def _gram_sizes(layer: nn.Module) -> list[int]:
     """Returns the bytes of a layer's gram matrices: one for each distinct input, as far as shapes tell, and expert."""
-    parts, linears = expert_parts(layer), linears_in(layer)
-    shapes = {(linear.in_features, linear.out_features) for name, linear in linears.items() if name not in parts}
-    sizes = [_gram_bytes(in_features) for in_features, _ in shapes]
-    of_experts = {(part.expert_name, linears[name].in_features) for name, part in parts.items()}
-    sizes += [_gram_bytes(in_features) for _, in_features in of_experts]
+    widths = [*input_widths(layer), *expert_input_widths(layer)]
     for fused in fused_experts(layer).values():  # not taken apart yet
-        sizes += map(_gram_bytes, fused.input_widths)
-    return sizes
+        widths += fused.input_widths
+    return [*map(_gram_bytes, widths)]

@@ -88,6 +88,7 @@ def quantize_layers(
         CPU if budget is None else budget.statistics_device,
         None if budget is None else budget.chunk_elements,
         None if budget is None else int(budget.peak_bytes * CACHED_SHARE),
+        budget is not None and budget.grams_in_ram,
     )
     if budget is not None and recipe.prefetch and not budget.prefetch:
         logger.info("%s has no room for the next layer: it is not read ahead.", device)
@@ -102,6 +103,7 @@ def quantize_layers(
             stack.enter_context(storage.onloader.on_demand())
             stack.enter_context(record.progress)
             adopted = _without_data(run) if budget is None else _on_data(run, cast(CalibrationSet, calibration), budget)
+            storage.settle()
             storage.install(adopted, run.context)
     except Exception as error:
         if not is_out_of_memory(error):
@@ -126,7 +128,7 @@ def _without_data(run: Run) -> list[LayerCommit]:
     for index, name in enumerate(names):
         if name in commits:
             adopted.append(commits[name])
-            record.adopt(commits[name])
+            run.adopt(commits[name])
             continue
         start = time.perf_counter()
         with run.onloaded(name):
@@ -136,7 +138,7 @@ def _without_data(run: Run) -> list[LayerCommit]:
             report = record.layer_report(name, groups, time.perf_counter() - start)
             record.add(report, {})
             with record.timed("commit", name):
-                run.storage.store_layer(index, report, {}, choices[name])
+                run.storage.store_layer(index, report, {}, choices[name], run.pressure.notes())
         record.progress.finished(report)
     return adopted
 
@@ -205,7 +207,7 @@ class _CalibratedLayers:
                 self._pass_through(turn.name)
             if turn.is_last:
                 adopted.append(commits[turn.name])
-                record.adopt(commits[turn.name])
+                self.run.adopt(commits[turn.name])
         return adopted
 
     def _take_turn(self, turn: LayerTurn) -> None:
@@ -248,7 +250,8 @@ class _CalibratedLayers:
             record.add(report, left_out)
             with record.timed("commit", name):
                 index = self.inputs.layer_names.index(name)
-                run.storage.store_layer(index, report, left_out, self.choices[name], self.inputs.batch_tokens, outputs)
+                memory, tokens = run.pressure.notes(), self.inputs.batch_tokens
+                run.storage.store_layer(index, report, left_out, self.choices[name], memory, tokens, outputs)
         self.inputs.advance(outputs)
         release_freed()
         record.progress.finished(report)

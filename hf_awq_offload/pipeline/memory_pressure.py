@@ -4,14 +4,16 @@
     read-ahead      the next layer no longer waits on the device: helps every phase
     statistics      to RAM: help forward passes, and the search
     chunks          half as many weights at a time: help search and rounding
+    gram matrices   stay in RAM, and come in blocks: help search and rounding
 
-What was given up stays given up, since the next layer is as large. None of it changes more than the last bits.
+What was given up stays given up, since the next layer is as large. None of it changes more than the last bits. The
+journal notes it for each layer, so that a resumed run starts from what is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,12 +21,15 @@ from ..logs import get_logger
 from ..machine_errors import first_line, is_out_of_memory
 from ..offload.devices import CPU, release_cached, trim_cache
 from ..offload.onloader import Onloader
-from ..search.chunks import ACCELERATOR_ELEMENTS, STACK_ELEMENTS, chunks_of_at_most
+from ..search.chunks import ACCELERATOR_ELEMENTS, STACK_ELEMENTS, chunks_of_at_most, grams_left_in_ram
 
 logger = get_logger(__name__)
 
 LEAST_ELEMENTS = 2**16
 """Smallest chunk: 256 KiB for each fp32 temporary. Less would save next to nothing beside a gram matrix."""
+
+BLOCKWISE_ELEMENTS = 2**22
+"""Chunk to start from when gram matrices stay in RAM: small beside a factor, and each reads a whole matrix."""
 
 HELPS = {
     "skeleton": "Set max_seq_len or batch_tokens to less.",
@@ -49,6 +54,7 @@ class MemoryPressure:
         onloader: of the run.
         statistics_device: where statistics are summed at first.
         chunk_elements: weights that the search works on at a time; None: as many as are fastest.
+        grams_in_ram: whether the search reads gram matrices from RAM block by block; statistics are there, too.
         most_cached_bytes: what torch's allocator may keep of freed memory between two steps; None: all of it.
     """
 
@@ -58,10 +64,12 @@ class MemoryPressure:
         statistics_device: torch.device = CPU,
         chunk_elements: int | None = None,
         most_cached_bytes: int | None = None,
+        grams_in_ram: bool = False,
     ):
         self.device = onloader.device
         self.statistics_device = statistics_device
         self.chunk_elements = chunk_elements
+        self.grams_in_ram = grams_in_ram
         self._onloader, self._most_cached_bytes = onloader, most_cached_bytes
 
     def attempt(self, step: Callable[[], Result], *others: Callable[[], bool]) -> Result:
@@ -78,12 +86,13 @@ class MemoryPressure:
         self.trim_cache()
         while True:
             try:
-                with chunks_of_at_most(self.chunk_elements):
+                with chunks_of_at_most(self.chunk_elements), grams_left_in_ram(self.grams_in_ram):
                     return step()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if not (self.stop_reading_ahead(error) or self._halve_chunks(error) or _first(remaining)):
+                made_room = self.stop_reading_ahead(error) or self._halve_chunks(error)
+                if not (made_room or _first(remaining) or (others and self._leave_grams(error))):
                     raise
                 error.__traceback__ = None  # it holds the temporaries
             release_cached(self.device)
@@ -98,6 +107,22 @@ class MemoryPressure:
             error.__traceback__ = None
         release_cached(self.device)
         return step()
+
+    def notes(self) -> dict[str, Any]:
+        """Returns what is left, in JSON values: a resumed run has to start from it, or its last bits would differ."""
+        return {
+            "chunk_elements": self.chunk_elements,
+            "statistics_in_ram": self.statistics_device == CPU,
+            "grams_in_ram": self.grams_in_ram,
+        }
+
+    def adopt(self, notes: Mapping[str, Any]) -> None:
+        """Gives up what an earlier run had given up by then; `notes` is empty in journals of earlier releases."""
+        chunks = [most for most in (self.chunk_elements, notes.get("chunk_elements")) if most is not None]
+        self.chunk_elements = min(chunks, default=None)
+        if notes.get("statistics_in_ram"):
+            self.statistics_device = CPU
+        self.grams_in_ram = self.grams_in_ram or notes.get("grams_in_ram", False)
 
     def trim_cache(self) -> None:
         """Returns cached memory to the device if there is much of it: the next step's blocks have other sizes."""
@@ -134,6 +159,17 @@ class MemoryPressure:
             self.device, first_line(error), elements,
         )  # fmt: skip
         self.chunk_elements = elements
+        return True
+
+    def _leave_grams(self, error: Exception) -> bool:
+        if self.grams_in_ram or self.device.type != "cuda":
+            return False
+        logger.warning(
+            "%s ran out of memory (%s) Continuing with gram matrices in RAM, read in blocks, which takes much longer.",
+            self.device, first_line(error),
+        )  # fmt: skip
+        self.statistics_device, self.grams_in_ram = CPU, True
+        self.chunk_elements = BLOCKWISE_ELEMENTS  # each chunk reads the whole matrix
         return True
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..config import AwqOffloadConfig
 from ..model.linears import linears_in
 from ..model.mtp_layer import MtpLayer
+from ..offload.journal import LayerCommit
 from .layer_context import LayerContext, Undo
 from .memory_pressure import MemoryPressure
 from .run_record import RunRecord
@@ -52,6 +53,11 @@ class Run:
         return LayerContext(
             name, layer, quantizable, self.recipe, self.undo, self.pressure.attempt, self.pressure.trim_cache
         )
+
+    def adopt(self, commit: LayerCommit) -> None:
+        """Reports a layer that an earlier run has quantized, and takes no more memory than it had left by then."""
+        self.record.adopt(commit)
+        self.pressure.adopt(commit.report.get("memory", {}))
 
     @contextmanager
     def onloaded(self, name: str) -> Iterator[nn.Module]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -87,6 +88,7 @@ class RunStorage:
         report: LayerReport,
         left_out: dict[str, str],
         choices: str,  # what was chosen for the layer, see layer_choices.py
+        memory: dict[str, Any],  # what the run had left, see `MemoryPressure.notes`
         batch_tokens: int = 0,  # of the micro-batches that the layer ran on
         hidden: HiddenWriter | None = None,  # what enters the next layer
     ) -> None:
@@ -101,7 +103,7 @@ class RunStorage:
             tensors = {f"{name}.{key}": value.detach().cpu() for key, value in layer.state_dict().items()}
             if self._to_checkpoint is not None:
                 tensors = self._to_checkpoint(tensors)
-            entry = {"layer": asdict(report), "left_out": left_out, "choices": choices}
+            entry = {"layer": asdict(report), "left_out": left_out, "choices": choices, "memory": memory}
             self.journal.commit(index, name, tensors, batch_tokens, entry, hidden)
         if self._stays_on_disk(name):
             self._put_on_disk(
@@ -111,6 +113,15 @@ class RunStorage:
             self.onloader.keep(name)
         else:
             self.onloader.release(name)
+
+    def settle(self) -> None:
+        """Waits until every stored layer is durable.
+
+        Raises:
+            StorageError: the last one could not be made durable; what the journal held before is whole.
+        """
+        if self.journal is not None:
+            self.journal.settle()
 
     def install(self, commits: Sequence[LayerCommit], context_of: Callable[[str], LayerContext]) -> None:
         """Puts layers that an earlier run has quantized into the model; their tensors only if it stays in RAM."""

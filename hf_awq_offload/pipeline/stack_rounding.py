@@ -13,6 +13,7 @@ from ..formats.grid import Grid, GroupParameters, GroupRange, group_parameters, 
 from ..nn.registry import linear_class
 from ..search.chunks import STACK_ELEMENTS, at_once
 from ..search.clip import STEP, STEPS, search_clip
+from ..search.gram_matrix import Gram
 from ..search.rounding import FeedbackOrder, RoundedWeight, round_weight
 from .layer_context import LayerContext
 from .scaling import UNSCALED, LinearScales
@@ -23,7 +24,7 @@ from .weight_checks import require_finite_result
 class RoundingData:
     """What is known about the input of linears that are to be rounded."""
 
-    gram: Tensor  # (in, in) fp32, of the scaled input
+    gram: Gram  # of the scaled input
     order: FeedbackOrder | None  # None: to nearest
     clippable: frozenset[str]
     nearest_mse: Mapping[str, Tensor]  # linear -> (out,), of rounding to nearest on the full range; empty: not known

@@ -35,6 +35,23 @@ def chunks_of_at_most(elements: int | None) -> Iterator[None]:
         _most.reset(token)
 
 
+_in_ram: ContextVar[bool] = ContextVar("grams_in_ram", default=False)
+
+
+@contextmanager
+def grams_left_in_ram(are_left: bool) -> Iterator[None]:
+    """Says whether gram matrices that are in RAM stay there while an accelerator searches (gram_matrix.py)."""
+    token = _in_ram.set(are_left)
+    try:
+        yield
+    finally:
+        _in_ram.reset(token)
+
+
+def grams_stay_in_ram() -> bool:
+    return _in_ram.get()
+
+
 def at_once(usual: int) -> int:
     """Returns how many weights to work on at a time where `usual` is best: fewer if memory is short."""
     most = _most.get()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..formats.grid import Grid, GroupRange, group_range, quantize_dequantize
 from .chunks import row_chunks
+from .gram_matrix import Gram, GramInRam
 
 STEPS = 10
 STEP = 1 / 20
@@ -22,7 +23,7 @@ COARSE_STEP = 2
 
 def search_clip(
     weight: Tensor,  # (out, in), scales applied
-    gram: Tensor,  # (in, in) fp32, of the scaled input
+    gram: Gram,  # of the scaled input
     grid: Grid,
 ) -> GroupRange:
     """Returns the best range of every group, (out, n) each."""
@@ -32,10 +33,12 @@ def search_clip(
 
 
 def gram_blocks(
-    gram: Tensor,  # (in, in)
+    gram: Gram,
     grid: Grid,
 ) -> Tensor:
     """Returns the diagonal blocks of the gram matrix, (n, group_size, group_size)."""
+    if isinstance(gram, GramInRam):
+        return gram.diagonal_blocks(grid.group_size)
     n = gram.shape[0] // grid.group_size
     index = torch.arange(n, device=gram.device)
     return gram.unflatten(0, (n, -1)).unflatten(2, (n, -1))[index, :, index]

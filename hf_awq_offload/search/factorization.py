@@ -6,10 +6,13 @@ block could be factorized is asked once, at the end.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..errors import NumericalError
+from .large_products import subtract_square
 
 DAMPING = 0.01
 """λ relative to the mean of G's diagonal; it is multiplied by ten until the factorization succeeds."""
@@ -46,7 +49,7 @@ def reverse_order(
         rest = rest[others]
         remaining = there.view(-1)[: len(rest) ** 2].view(len(rest), len(rest))
         unexplained = reordered(unexplained, others, remaining)
-        unexplained.addmm_(explaining.t(), explaining, alpha=-1)
+        subtract_square(unexplained, explaining)
         here, there = there, here
     chosen.append(rest[torch.argsort(unexplained.diagonal(), stable=True)])
     by_loudness = torch.argsort(loudness, stable=True)
@@ -79,7 +82,6 @@ def reordered(
 def damped_factor(
     matrix: Tensor,  # (in, in) fp32, contiguous; its diagonal is damped afterwards
     out: Tensor,  # (in, in) fp32, contiguous: holds the factor's columns afterwards
-    damping: float = DAMPING,  # relative to the mean of the diagonal; multiplied by ten until it succeeds
 ) -> tuple[Tensor, Tensor]:
     """Returns lower triangular L, (in, in), with L Lᵀ = G + λI, and λ, (). The host waits once for each λ.
 
@@ -89,14 +91,26 @@ def damped_factor(
     mean = matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny)
     diagonal = matrix.diagonal().clone()
     lower, failed = out.t(), torch.empty((), dtype=torch.int32, device=matrix.device)
-    while damping <= LARGEST_DAMPING:
+    for damping in with_damping():
         torch.add(diagonal, damping * mean, out=matrix.diagonal())
         torch.linalg.cholesky_ex(matrix, out=(lower, failed))
         if bool((failed == 0) & torch.isfinite(lower.diagonal()).all()):
             return lower, damping * mean
+    raise not_factorized(len(matrix))
+
+
+def with_damping() -> Iterator[float]:
+    """Yields what to try for λ, relative to the mean of the diagonal."""
+    damping = DAMPING
+    while damping <= LARGEST_DAMPING:
+        yield damping
         damping *= 10
-    raise NumericalError(
-        f"A gram matrix of {matrix.shape[0]} channels could not be factorized even with damping {LARGEST_DAMPING:g}; "
+
+
+def not_factorized(channels: int) -> NumericalError:
+    """Returns the error of a gram matrix that no damping makes positive."""
+    return NumericalError(
+        f"A gram matrix of {channels} channels could not be factorized even with damping {LARGEST_DAMPING:g}; "
         "expected finite calibration activations. Use other calibration data, or rounding='nearest'."
     )
 

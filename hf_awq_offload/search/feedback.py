@@ -13,6 +13,7 @@ import torch
 
 from ..triton_trial import triton_refusal
 from .feedback_state import FeedbackState
+from .large_products import add_product
 
 LEAF_CHANNELS = 16
 """Channels that the loop rounds one by one between two matrix products."""
@@ -42,7 +43,7 @@ def feed_back(
             if stop - start <= leaf.channels:
                 leaf.round(state, start, stop, levels)
             elif is_half_done:
-                remaining[middle:stop].addmm_(coupling[start:middle, middle:stop].t(), errors[start:middle])
+                add_product(remaining[middle:stop], coupling[start:middle, middle:stop].t(), errors[start:middle])
                 spans.append((middle, stop, False))
             else:
                 spans += [(start, stop, True), (start, middle, False)]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..formats.grid import GroupParameters, group_parameters, group_range
 from .chunks import ACCELERATOR_ELEMENTS, at_once
+from .gram_matrix import Gram
 from .loss import RowSample
 from .rounding import FeedbackOrder, feedback_order, round_with_feedback
 
@@ -28,7 +29,7 @@ CPU_ELEMENTS = 2**20
 
 def feedback_losses(
     samples: Iterable[RowSample],
-    gram: Tensor,  # (in, in) fp32
+    gram: Gram,
     reference: Tensor,  # (in,) a scale close to the best one
     candidates: Sequence[Tensor],  # (in,) each
 ) -> Tensor:

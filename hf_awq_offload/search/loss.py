@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..formats.grid import Grid
+from . import gram_matrix
+from .gram_matrix import Gram, GramInRam
 
 BLOCK_CHANNELS = 512
 LEAST_ACCELERATOR_BLOCK_CHANNELS, MOST_ACCELERATOR_BLOCKS = 1024, 4
@@ -34,7 +36,7 @@ class RowSample(NamedTuple):
 
 def row_mse(
     difference: Tensor,  # (rows, in) Ŵ - W
-    gram: Tensor,  # (in, in), symmetric
+    gram: Gram,  # symmetric
 ) -> Tensor:
     """Returns the diagonal of D G Dᵀ, the squared output error per token of every output channel, (rows,)."""
     total = torch.zeros(difference.shape[0], dtype=difference.dtype, device=difference.device)
@@ -42,17 +44,26 @@ def row_mse(
     for start in range(0, gram.shape[0], width):
         stop = min(start + width, gram.shape[0])
         block = difference[:, start:stop]
-        products = block @ gram[start:stop, start:stop]
+        own, others = _columns(gram, slice(start, stop))
+        products = block @ own
         if stop < gram.shape[0]:
-            products.addmm_(difference[:, stop:], gram[stop:, start:stop], alpha=2)
+            products.addmm_(difference[:, stop:], others, alpha=2)
         total += products.mul_(block).sum(dim=1)
     return total
 
 
-def block_channels(
-    gram: Tensor,  # (in, in)
-) -> int:
+def _columns(gram: Gram, block: slice) -> tuple[Tensor, Tensor]:
+    """Returns the columns of a block of channels: its own rows of them, and those after it."""
+    if isinstance(gram, GramInRam):
+        rows = gram.rows(block)  # as columns, since the matrix is symmetric
+        return rows[:, block].t(), rows[:, block.stop :].t()
+    return gram[block, block], gram[block.stop :, block]
+
+
+def block_channels(gram: Gram) -> int:
     """Returns how many channels `row_mse` multiplies at a time."""
+    if isinstance(gram, GramInRam):
+        return gram_matrix.BLOCK_CHANNELS
     if gram.device.type == "cpu":
         return BLOCK_CHANNELS
     return max(LEAST_ACCELERATOR_BLOCK_CHANNELS, -(-gram.shape[0] // MOST_ACCELERATOR_BLOCKS))

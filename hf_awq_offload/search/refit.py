@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from ..formats.grid import Grid, GroupParameters, stored_scale
+from . import gram_matrix
 from .chunks import ACCELERATOR_ELEMENTS, at_once, row_chunks
+from .gram_matrix import Gram, GramInRam, spans
+from .large_products import product
 
 MOST_SYSTEM_ELEMENTS = 2**24
 """Matrix elements of the equations that are solved at once: 64 MiB."""
@@ -26,7 +29,7 @@ def refitted(
     weight: Tensor,  # (out, in) fp32
     codes: Tensor,  # (out, in) integers
     parameters: GroupParameters,  # (out, n)
-    gram: Tensor,  # (in, in) fp32
+    gram: Gram,
     damping: Tensor,  # () fp32: λ
     grid: Grid,
 ) -> tuple[GroupParameters, Tensor]:
@@ -39,8 +42,11 @@ def refitted(
     for span in _spans(weight, parameters.scale.shape[1]):
         before = parameters.scale[span]
         centered = grid.groups(codes[span]) - parameters.zero[span, :, None]
-        equations = _equations if weight.device.type == "cpu" else _equations_in_blocks
-        matrix, right = equations(weight[span], centered, gram)
+        if isinstance(gram, GramInRam):
+            matrix, right = _equations_from_ram(weight[span], centered, gram)
+        else:
+            equations = _equations if weight.device.type == "cpu" else _equations_in_blocks
+            matrix, right = equations(weight[span], centered, gram)
         damped_right = right + damping * (grid.groups(weight[span]) * centered).sum(dim=-1)
         best = _solved(matrix, damping * centered.square().sum(dim=-1), damped_right)
         scale[span] = torch.where(best > 0, stored_scale(best, grid), before)
@@ -88,7 +94,7 @@ def _equations_in_blocks(
     """
     rows, n, group_size = centered.shape
     matrix = weight.new_empty(rows, n, n)
-    right = (weight @ gram).unflatten(1, (n, group_size)).mul_(centered).sum(dim=-1)
+    right = product(weight, gram).unflatten(1, (n, group_size)).mul_(centered).sum(dim=-1)
     groups = max(1, at_once(MOST_PRODUCT_ELEMENTS) // weight.numel())
     for start in range(0, n, groups):
         own = centered[:, start : start + groups].transpose(0, 1)  # (groups, rows, group_size)
@@ -97,6 +103,30 @@ def _equations_in_blocks(
         block = torch.bmm(own, couplings).unflatten(2, (n - start, -1)).mul_(centered[:, start:]).sum(dim=-1)
         matrix[:, start : start + groups, start:] = block.transpose(0, 1)
         matrix[:, start:, start : start + groups] = block.permute(1, 2, 0)
+    return matrix, right
+
+
+def _equations_from_ram(
+    weight: Tensor,  # (rows, in)
+    centered: Tensor,  # (rows, n, group_size): codes - zero point
+    gram: GramInRam,
+) -> tuple[Tensor, Tensor]:
+    """Returns what `_equations` does, reading the gram matrix once: some groups at a time, or a part of a large one."""
+    rows, n, group_size = centered.shape
+    matrix, right = weight.new_zeros(rows, n, n), weight.new_zeros(rows, n)
+    groups = max(1, at_once(MOST_PRODUCT_ELEMENTS) // weight.numel())
+    most = min(gram_matrix.BLOCK_CHANNELS, groups * group_size)
+    width = min(most, group_size)
+    for group in spans(n, max(1, most // group_size)):
+        for part in spans(group_size, width):
+            first, last = group.start * group_size + part.start, (group.stop - 1) * group_size + part.stop
+            couplings = gram.rows(slice(first, last))  # (groups · width, in)
+            own = centered[:, group, part]  # (rows, groups, width)
+            shape = own.shape[1:]
+            right[:, group] += (weight @ couplings.t()).unflatten(1, shape).mul_(own).sum(dim=-1)
+            products = torch.bmm(own.transpose(0, 1), couplings.unflatten(0, shape)).unflatten(2, (n, group_size))
+            matrix[:, group] += products.mul_(centered).sum(dim=-1).transpose(0, 1)
+            del couplings, products
     return matrix, right
 
 

@@ -26,8 +26,10 @@ from torch import Tensor
 from ..formats.grid import Grid, GroupParameters, GroupRange, dequantize, group_parameters, group_range, quantize
 from .chunks import STACK_ELEMENTS, at_once, row_chunks
 from .factorization import damped_factor, multiplied, reordered, reverse_order, reversed_in
+from .factorization_in_place import factor_in_place, reverse_order_in_place, reversed_in_place
 from .feedback import feed_back
 from .feedback_state import FeedbackState
+from .gram_matrix import Gram, GramInRam
 from .loss import row_mse
 from .refit import refitted
 
@@ -53,7 +55,7 @@ class RoundedWeight(NamedTuple):
 
 
 def feedback_order(
-    gram: Tensor,  # (in, in) fp32
+    gram: Gram,
     factors: Tensor | None = None,  # (in,): of the matrix whose rows and columns are multiplied by these
 ) -> FeedbackOrder:
     """Returns the order of the channels and the unit triangular factor of the damped matrix.
@@ -61,19 +63,36 @@ def feedback_order(
     Raises:
         NumericalError: the matrix could not be factorized even when strongly damped (it is not finite).
     """
+    if isinstance(gram, GramInRam):
+        return _order_in_place(gram, factors)
     here, there = gram.new_empty(gram.shape), gram.new_empty(gram.shape)
     backwards = reverse_order(gram, here, there, factors)
     # The upper factor of a matrix is the reversed lower factor of the reversed matrix.
     matrix = multiplied(reordered(gram, backwards, here), None if factors is None else factors[backwards])
     lower, damping = damped_factor(matrix, there)
-    upper = reversed_in(lower, here)
+    return _order_of(backwards, reversed_in(lower, here), damping)
+
+
+def _order_in_place(gram: GramInRam, factors: Tensor | None) -> FeedbackOrder:
+    """Does what `feedback_order` does in one buffer."""
+    buffer = torch.empty(gram.shape, device=gram.device)
+    backwards = reverse_order_in_place(gram, buffer, factors)
+    lower, damping = factor_in_place(gram, backwards, buffer, factors)
+    return _order_of(backwards, reversed_in_place(lower), damping)
+
+
+def _order_of(
+    backwards: Tensor,  # (in,) int64
+    upper: Tensor,  # (in, in), overwritten
+    damping: Tensor,  # ()
+) -> FeedbackOrder:
     diagonal = upper.diagonal().clone()
     return FeedbackOrder(backwards.flip(0), upper.div_(diagonal), diagonal.square(), damping)
 
 
 def round_weight(
     weight: Tensor,  # (out, in) fp32
-    gram: Tensor,  # (in, in) fp32
+    gram: Gram,
     grid: Grid,
     *,
     clipped: GroupRange | None = None,  # (out, n); None: the full range
@@ -114,7 +133,7 @@ def round_weight(
 
 def _round_and_refit(
     weight: Tensor,  # (out, in) fp32
-    gram: Tensor,  # (in, in) fp32
+    gram: Gram,
     order: FeedbackOrder,
     parameters: GroupParameters,  # (out, n)
     grid: Grid,
@@ -129,7 +148,7 @@ def _round_and_refit(
 
 def _round_and_refit_rows(
     weight: Tensor,  # (rows, in) fp32
-    gram: Tensor,  # (in, in) fp32
+    gram: Gram,
     order: FeedbackOrder,
     parameters: GroupParameters,  # (rows, n)
     grid: Grid,
@@ -205,7 +224,7 @@ def _nearest(
 
 def _nearest_mse(
     weight: Tensor,  # (out, in) fp32
-    gram: Tensor,  # (in, in)
+    gram: Gram,
     parameters: GroupParameters,  # (out, n)
     grid: Grid,
 ) -> Tensor:

@@ -30,6 +30,7 @@ from ..formats.grid import Grid, quantize_dequantize
 from ..transfers import sent
 from .chunks import ACCELERATOR_ELEMENTS, at_once, row_chunks
 from .feedback_ranking import feedback_losses
+from .gram_matrix import Gram
 from .loss import RowSample, row_mse
 from .row_blocks import row_blocks
 from .statistics import InputStatistics
@@ -140,7 +141,7 @@ def kept_elements(in_features: int) -> int:
 
 def _best(
     samples: Sequence[RowSample],
-    gram: Tensor,  # (in, in) fp32
+    gram: Gram,
     scales: Sequence[Tensor],  # (in,) each, for rising α
     with_feedback: bool,
 ) -> Reading[list[int]]:
@@ -154,7 +155,7 @@ def _best(
     return list(dict.fromkeys([first + losses.index(min(losses)), for_nearest]))
 
 
-def _coarse_to_fine(samples: Sequence[RowSample], gram: Tensor, scales: Sequence[Tensor]) -> Reading[int]:
+def _coarse_to_fine(samples: Sequence[RowSample], gram: Gram, scales: Sequence[Tensor]) -> Reading[int]:
     """Returns the scale with the least loss among every COARSE_STEP-th and the neighbours of the best two of these."""
     losses: dict[int, float] = {}
 
@@ -175,7 +176,7 @@ def _coarse_to_fine(samples: Sequence[RowSample], gram: Tensor, scales: Sequence
 def without_scale(
     weights: Sequence[Tensor],  # (out_i, in) each
     grids: Sequence[Grid],
-    gram: Tensor,  # (in, in) fp32
+    gram: Gram,
     rows: int,
 ) -> Reading[ScaleSearch]:
     """Returns the identity and its loss; a step at a time (waiting.py)."""
@@ -218,7 +219,7 @@ def _powers(
 def weights_mse(
     weights: Sequence[Tensor],  # (out_i, in) each
     grids: Sequence[Grid],
-    gram: Tensor,  # (in, in) fp32
+    gram: Gram,
     scale: Tensor | None = None,  # (in,)
 ) -> Tensor:
     """Returns the squared output error per token of rounding W·s to nearest for each row, (out_0 + out_1 + …,)."""
@@ -274,7 +275,7 @@ def _joined(samples: Sequence[RowSample]) -> list[RowSample]:
 
 def sampled_losses(
     samples: Sequence[RowSample],
-    gram: Tensor,  # (in, in) fp32
+    gram: Gram,
     scales: Sequence[Tensor],  # (in,) each
 ) -> Tensor:
     """Estimates the loss of rounding W·s to nearest for each scale, (scales,) fp64.
@@ -293,7 +294,7 @@ def sampled_losses(
 
 def _share_of_losses(
     sample: RowSample,
-    gram: Tensor,  # (in, in) fp32
+    gram: Gram,
     scales: Tensor,  # (scales, in)
 ) -> Tensor:
     """Returns what the rows add to the loss of each scale, (scales,) fp64."""

@@ -22,7 +22,8 @@ Reading = Generator[Tensor, Tensor, Result]
 def side_by_side(steps: Sequence[Reading[Result]], between: Callable[[], None] = lambda: None) -> list[Result]:
     """Runs generators to their ends, with one wait for all of them between a step and the next; returns their results.
 
-    All of them are alive together, with what they keep between their steps. `between` is called after every wait.
+    All of them are alive together, with what they keep between their steps. `between` is called after every step of
+    each, where blocks of other sizes will be allocated next.
     """
     results: dict[int, Result] = {}
     answers: dict[int, Tensor | None] = dict.fromkeys(range(len(steps)))
@@ -33,8 +34,8 @@ def side_by_side(steps: Sequence[Reading[Result]], between: Callable[[], None] =
                 asked[index] = next(steps[index]) if answer is None else steps[index].send(answer)
             except StopIteration as end:
                 results[index] = end.value
+            between()
         values = torch.cat([*asked.values()]).cpu() if asked else None
-        between()
         parts = () if values is None else values.split([len(tensor) for tensor in asked.values()])
         answers = dict(zip(asked, parts, strict=True))
     return [results[index] for index in range(len(steps))]

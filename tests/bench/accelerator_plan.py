@@ -12,13 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from hf_awq_offload.model.decoder_layers import candidate_layers
-from hf_awq_offload.pipeline.budget import Budget, budget_for, reserved_bytes_of
+from hf_awq_offload.pipeline.budget import Budget, budget_for, reserved_bytes_of, tensor_bytes_within
 from hf_awq_offload.pipeline.layer_sizes import LayerSizes
 
 GPU = torch.device("cuda", 0)
 GIB, ALL_BYTES = 2**30, 80 * 2**30
 TOKENS, LENGTH, GROUP_SIZE = 128 * 512, 512, 128
-LIMITS = {"usual": {"total_bytes": ALL_BYTES, "free_bytes": ALL_BYTES}, "least": {"limit_bytes": 1}}
+LIMITS = {
+    "usual": {"total_bytes": ALL_BYTES, "free_bytes": ALL_BYTES},
+    "max_memory of 8 GB": {"limit_bytes": tensor_bytes_within(8 * 10**9)},
+    "least": {"limit_bytes": 1},
+}
 MODELS = {
     "7B (4096, 11008)": LlamaConfig(num_hidden_layers=1),
     "8B (4096, 14336, grouped queries)": LlamaConfig(
@@ -37,6 +41,7 @@ MODELS = {
 def line(name: str, sizes: LayerSizes, budget: Budget) -> str:
     chunk = "usual" if budget.chunk_elements is None else f"2^{budget.chunk_elements.bit_length() - 1}"
     place = "RAM" if budget.statistics_device.type == "cpu" else "GPU"
+    place += ", in blocks" if budget.grams_in_ram else ""
     gib = reserved_bytes_of(budget, sizes) / GIB
     return f"| {name} | {gib:.2f} | {budget.batch_tokens} | {place} | {'yes' if budget.prefetch else 'no'} | {chunk} |"
 
@@ -49,8 +54,5 @@ if __name__ == "__main__":
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         sizes = LayerSizes.of(candidate_layers(model).values(), GPU, GROUP_SIZE)
         usual = {"prefetch": True, "longest_tokens": LENGTH, "total_tokens": TOKENS}
-        for what, limits in {
-            "usual": {"total_bytes": ALL_BYTES, "free_bytes": ALL_BYTES},
-            "least": {"limit_bytes": 1},
-        }.items():
+        for what, limits in LIMITS.items():
             print(line(f"{name}, {what}", sizes, budget_for(sizes, GPU, **usual, **limits)))  # type: ignore[arg-type]

@@ -73,6 +73,7 @@ def test_a_journal_that_a_run_is_using_is_left_alone(layers, resume, tiny_llama_
     running = Journal(folder, {"source": "a"})
     for index in range(layers):
         running.commit(index, f"layer.{index}", {}, 1, {}, None)
+    running.settle()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert main(["quantize", str(tiny_llama_dir), str(tmp_path / "out"), *FAST, *resume]) == 1
     said = error_line(capsys)

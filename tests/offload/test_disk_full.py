@@ -130,7 +130,9 @@ def test_a_run_that_goes_on_needs_room_for_the_rest_only(disk, llama, expected, 
         filled_at(full, *AT["before the checkpoint"], folder=disk)
         with pytest.raises(StorageError):
             quantize(llama, disk / "out", recipe(), checkpoint_dir=disk / "journal")
-    planned = plan(llama, recipe(), probe=False).disk_bytes
+    kept = recipe()
+    kept.checkpoint_dir = str(disk / "journal")
+    planned = plan(llama, kept, probe=False).disk_bytes
     there = sum(path.stat().st_size for path in (disk / "journal").iterdir())
     os.truncate(disk / "filler", (disk / "filler").stat().st_size - int(planned - 0.9 * there))
     assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize < planned

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from hf_awq_offload import JournalError, ModelStructureError, StorageError, quantize
 from hf_awq_offload.checkpoint import durable
-from hf_awq_offload.offload import journal
+from hf_awq_offload.offload import durable_commit, journal
 from hf_awq_offload.offload.hidden_states import HiddenStates, HiddenWriter
 from hf_awq_offload.offload.journal import Journal
 from hf_awq_offload.pipeline import loop
@@ -204,6 +205,7 @@ def test_the_journal_does_not_grow_with_the_hidden_states(llama, tmp_path, monke
 
     def watched(self, *args, **kwargs):
         result = commit(self, *args, **kwargs)
+        self.settle()
         kept.append(sorted(path.name for path in self.directory.glob("hidden-*")))
         return result
 
@@ -336,7 +338,7 @@ def test_what_no_run_resumes_from_is_neither_hashed_nor_flushed(tmp_path, monkey
     def refuse(*args: object) -> None:
         raise AssertionError("flushed or hashed")
 
-    for owner, name in ((durable.os, "fsync"), (journal, "file_digest")):
+    for owner, name in ((durable.os, "fsync"), (journal, "file_digest"), (durable_commit, "file_digest")):
         monkeypatch.setattr(owner, name, refuse)
     with closing(Journal(tmp_path / "journal", PRINT, is_kept=False)) as made:
         hidden = made.hidden_writer(1)
@@ -346,3 +348,91 @@ def test_what_no_run_resumes_from_is_neither_hashed_nor_flushed(tmp_path, monkey
         states = made.hidden(1)
         assert states is not None
         assert torch.equal(states.batches[0], torch.ones(2, 3))
+
+
+def begun(folder: Path, name: str = "layers.0", index: int = 0) -> Journal:
+    """Returns an open journal that was given a layer."""
+    made = Journal(folder, PRINT)
+    give(made, name, index)
+    return made
+
+
+def give(made: Journal, name: str, index: int) -> None:
+    with closing(made.hidden_writer(index + 1)) as writer:
+        writer.append(torch.full((1, 2, 3), float(index)))
+        made.commit(index, name, {"a": torch.ones(4)}, 8, {}, writer)
+
+
+class Gate:
+    """Holds the journal's thread before it flushes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.opened, self.reached = threading.Event(), threading.Event()
+        original = durable_commit.flush_file
+
+        def waiting(path: Path) -> None:
+            self.reached.set()
+            assert self.opened.wait(60)
+            original(path)
+
+        monkeypatch.setattr(durable_commit, "flush_file", waiting)
+
+
+def test_a_layer_counts_once_its_files_are_flushed_while_the_run_goes_on(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    made = begun(tmp_path / "journal")
+    assert gate.reached.wait(60)
+    assert torch.equal(made.commits["layers.0"].tensors()["a"], torch.ones(4)), "the run goes on meanwhile"
+    assert made.hidden(1) is not None
+    shutil.copytree(tmp_path / "journal", tmp_path / "killed")  # what a run that was killed now would leave
+    gate.opened.set()
+    made.close()
+    (tmp_path / "killed" / "journal.lock").unlink()
+    with closing(Journal(tmp_path / "killed", PRINT)) as killed:
+        assert not killed.commits
+    with closing(Journal(tmp_path / "journal", PRINT)) as again:
+        assert list(again.commits) == ["layers.0"]
+        assert again.hidden(1) is not None
+
+
+def test_at_most_one_layer_is_on_its_way_and_all_come_in_order(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    made, given = begun(tmp_path), threading.Event()
+
+    def give_the_next() -> None:
+        for index in (1, 2):
+            give(made, f"layers.{index}", index)
+        given.set()
+
+    other = threading.Thread(target=give_the_next)
+    other.start()
+    assert gate.reached.wait(60)
+    assert not given.wait(0.2)
+    gate.opened.set()
+    other.join(60)
+    made.settle()
+    assert sorted(path.name for path in tmp_path.glob("*-*")) == [
+        *(f"hidden-0000{index}.bin" for index in (2, 3)),
+        *(f"layer-0000{index}.{kind}" for index in (0, 1, 2) for kind in ("json", "safetensors")),
+    ]
+    made.close()
+
+
+@pytest.mark.parametrize("when", ["with the next layer", "at the end", "when it is closed"])
+def test_what_fails_behind_a_run_is_said(when, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as full:
+        full.setattr(durable_commit, "flush_file", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+        made = begun(tmp_path)
+        if when == "with the next layer":
+            with pytest.raises(StorageError, match="I/O error"):
+                give(made, "layers.1", 1)
+        elif when == "at the end":
+            with pytest.raises(StorageError, match="I/O error"):
+                made.settle()
+        made.close()  # another error may be on its way: this one is said, not raised
+    assert ("I/O error" in caplog.text) == (when == "when it is closed")
+    with closing(Journal(tmp_path, PRINT)) as again:
+        assert not again.commits
+        give(again, "layers.0", 0)
+    with closing(Journal(tmp_path, PRINT)) as again:
+        assert list(again.commits) == ["layers.0"]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hf_awq_offload.offload import onloader
 from hf_awq_offload.offload.devices import CPU
 from hf_awq_offload.offload.onloader import Onloader
 from hf_awq_offload.offload.stored_weights import ReadAhead
 from hf_awq_offload.pipeline import memory_pressure
-from hf_awq_offload.pipeline.memory_pressure import LEAST_ELEMENTS, MemoryPressure, what_helps
+from hf_awq_offload.pipeline.memory_pressure import BLOCKWISE_ELEMENTS, LEAST_ELEMENTS, MemoryPressure, what_helps
 from hf_awq_offload.search.chunks import ACCELERATOR_ELEMENTS, at_once
 
 GPU = torch.device("cuda", 0)
@@ -88,8 +87,30 @@ def test_other_room_is_made_last_and_then_the_error_is_raised():
     with pytest.raises(torch.OutOfMemoryError):
         under.attempt(fitting(0, tried), make("nothing", helps=False), make("something", helps=True))
     assert made == ["nothing", "something"]
-    assert min(tried) == LEAST_ELEMENTS
-    assert tried[-2:] == [LEAST_ELEMENTS] * 2, "once more after room was made, and no more"
+    assert under.grams_in_ram
+    assert under.statistics_device == CPU
+    again = tried.index(BLOCKWISE_ELEMENTS, tried.index(LEAST_ELEMENTS))
+    assert tried[again - 2 : again] == [LEAST_ELEMENTS] * 2, "once more after room was made"
+    assert tried[again:] == sorted(set(tried[again:]), reverse=True), "and in all sizes with gram matrices in RAM"
+    assert tried[-1] == LEAST_ELEMENTS
+
+
+def test_a_step_that_reads_no_statistics_gets_no_gram_matrices_from_ram():
+    under = pressure(reads_ahead=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        under.attempt(fitting(0, []))
+    assert not under.grams_in_ram
+
+
+def test_what_an_earlier_run_had_left_is_adopted_and_never_more():
+    earlier, under = pressure(reads_ahead=False), pressure(reads_ahead=False)
+    under.adopt({})  # a journal of an earlier release
+    assert under.notes() == pressure(reads_ahead=False).notes()
+    earlier.chunk_elements, earlier.grams_in_ram, earlier.statistics_device = 4096, True, CPU
+    under.adopt(json.loads(json.dumps(earlier.notes())))
+    assert under.notes() == earlier.notes()
+    under.adopt({"chunk_elements": 8192, "statistics_in_ram": False, "grams_in_ram": False})
+    assert under.notes() == earlier.notes()
 
 
 def test_other_errors_are_not_repeated():
@@ -169,11 +190,3 @@ def test_an_onloader_without_prefetching_has_nothing_to_stop():
     own.expect(["0", "1", "2"])
     assert not own.stop_reading_ahead()
     own.close()
-
-
-def test_unpinned_memory_does_where_no_more_can_be_pinned():
-    failing = SimpleNamespace(pin_memory=lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: out of memory")))
-    assert onloader._pinned(failing) is failing  # type: ignore[arg-type,comparison-overlap]
-    broken = SimpleNamespace(pin_memory=lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: device lost")))
-    with pytest.raises(RuntimeError, match="lost"):
-        onloader._pinned(broken)  # type: ignore[arg-type]

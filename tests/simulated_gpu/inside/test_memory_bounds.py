@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from killing import digests
 from models import save_model, tiny_llama, token_batch
+from stopped_runs import Stopped, stop_after
 from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
@@ -24,6 +26,8 @@ from transformers import (
 
 from hf_awq_offload import AwqOffloadConfig, MemoryLimitError, plan, planning, quantize, streamed
 from hf_awq_offload.pipeline.budget import SEGMENT_BYTES, SMALL_SEGMENT_BYTES
+from hf_awq_offload.pipeline.memory_pressure import MemoryPressure
+from hf_awq_offload.search.chunks import ACCELERATOR_ELEMENTS
 
 GPU = torch.device("cuda", torch.cuda.device_count() - 1)
 MIB = 2**20
@@ -174,3 +178,21 @@ def test_a_limit_is_kept_or_the_error_names_the_phase_and_what_helps(limit_mib, 
         assert found.reserved <= limit_mib * MIB
         assert {path.name for path in (tmp_path / "out").iterdir()} == files
     torch.empty(128 * MIB, device=GPU, dtype=torch.uint8)  # the limit is gone
+
+
+def test_a_resumed_run_takes_the_memory_that_was_left(small, tmp_path, monkeypatch):
+    """The first layer runs out of memory; the run that goes on after it has all the memory, but repeats its pieces."""
+    monkeypatch.setattr(streamed, "require_fit", lambda *args: None)
+    asked = {"n_grid": 2, "batch_tokens": 2048}
+    limited = asked | {"max_memory": {str(GPU): 46 * MIB}}
+    quantize(small, tmp_path / "reference", recipe(**limited))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(Stopped):
+            quantize(small, tmp_path / "out", recipe(**limited), checkpoint_dir=tmp_path / "journal")
+    left: list[dict[str, Any]] = []
+    notes = MemoryPressure.notes
+    monkeypatch.setattr(MemoryPressure, "notes", lambda pressure: left.append(notes(pressure)) or left[-1])
+    quantize(small, tmp_path / "out", recipe(**asked), checkpoint_dir=tmp_path / "journal")
+    assert [each["chunk_elements"] < ACCELERATOR_ELEMENTS for each in left] == [True]
+    assert digests(tmp_path / "out") == digests(tmp_path / "reference")

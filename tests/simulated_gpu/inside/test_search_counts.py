@@ -21,7 +21,7 @@ from hf_awq_offload.search.row_blocks import row_blocks
 from hf_awq_offload.search.scale import ScaleSearch, _row_samples, sampled_losses, search_scale
 from hf_awq_offload.search.statistics import InputStatistics
 
-ROUNDING = re.compile(r"search/(rounding|feedback_kernel|feedback_state|feedback|factorization)\.py:")
+ROUNDING = re.compile(r"search/(rounding|feedback_kernel|feedback_state|feedback|factorization|large_products)\.py:")
 """Channel orders and rounding, which the ranking by error feedback calls, have counts of their own."""
 GPU = torch.device("cuda", 0)
 IN, GROUP = 96, 32
