@@ -111,21 +111,22 @@ def evaluate(
         NumericalError: logits are not a number.
     """
     register()
-    limits = AwqOffloadConfig(
-        offload="disk",
-        max_memory=None if max_memory is None else dict(max_memory),
-        execution_device=execution_device,
-        batch_tokens=batch_tokens,
-        prefetch=prefetch,
-        from_quantized=True,
-        rounding="nearest",
+    limits = streaming_limits(
+        max_memory=max_memory, execution_device=execution_device, batch_tokens=batch_tokens, prefetch=prefetch
     )
     of_reference = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder", "variant")}
     of_reference |= {} if against_revision is None else {"revision": against_revision}
     sides = [(model, kwargs)] + ([] if against is None else [(against, of_reference)])
     if model is against:
         raise ConfigError("model and against are the same object; expected a quantized model and its original.")
-    token_ids = held_out_tokens(sides, dataset, text_column, tokenizer, window_tokens, most_tokens)
+    config = require_models(sides)
+    given = isinstance(dataset, Tensor) or (isinstance(dataset, list) and all(isinstance(i, int) for i in dataset))
+    if given:
+        token_ids = torch.as_tensor(dataset, dtype=torch.int64).flatten()[:most_tokens]
+    else:
+        tokenizers = _tokenizers(sides, tokenizer)
+        token_ids = held_out_tokens(tokenizers, dataset, text_column, most_tokens)
+    require_text(token_ids, config, window_tokens)
     windows = sliding_windows(token_ids, window_tokens, stride_tokens or max(1, window_tokens // 2))
     if streamed is None:
         streamed = not fits(sides, limits, device_map)
@@ -140,28 +141,48 @@ def evaluate(
     return in_memory.evaluate(loaded[0], windows, loaded[1] if len(loaded) > 1 else None)
 
 
-def held_out_tokens(
-    sides: Sequence[Side],
-    dataset: Any,
-    text_column: str | None,
-    tokenizer: Any,
-    window_tokens: int,
-    most_tokens: int,
-) -> Tensor:
-    """Checks that the models are a pair and take the text; returns its token ids, (tokens,) int64.
+def streaming_limits(**fields: Any) -> AwqOffloadConfig:
+    """Returns what a streamed evaluation keeps to: of a recipe, what says where weights are and how much room is."""
+    return AwqOffloadConfig(offload="disk", from_quantized=True, **fields)
+
+
+def require_models(sides: Sequence[Side]) -> Any:
+    """Checks that there are models, and that two of them are a pair; returns the first one's config.
 
     Raises:
-        CheckpointError: the models are no pair: other architectures, vocabularies or tokenizers.
-        CalibrationDataError: the text can't be read, is too short, or holds tokens that the model does not have.
+        CheckpointError: there is no such model, or the two differ in type, vocabulary or shape.
     """
     configs = [config_of(*side) for side in sides]
     if len(configs) > 1:
         require_pair(*configs)
-    if isinstance(dataset, Tensor) or (isinstance(dataset, list) and all(isinstance(token, int) for token in dataset)):
-        token_ids = torch.as_tensor(dataset, dtype=torch.int64).flatten()[:most_tokens]
-    else:
-        token_ids = _tokenized(sides, dataset, text_column, tokenizer, most_tokens)
-    text = configs[0].get_text_config(decoder=True)
+    return configs[0]
+
+
+def held_out_tokens(
+    tokenizers: Sequence[Any],  # the model's and, if there is one, that of the original
+    dataset: Any,
+    text_column: str | None,
+    most_tokens: int,
+) -> Tensor:
+    """Returns the token ids of a text, (tokens,) int64.
+
+    Raises:
+        CheckpointError: the tokenizers make different tokens of it.
+        CalibrationDataError: the text can't be read.
+    """
+    found = [evaluation_tokens(dataset, tokenizer, most_tokens, text_column) for tokenizer in tokenizers]
+    if len(found) > 1:
+        require_same_tokens(found[0], found[1], tokenizers)
+    return found[0]
+
+
+def require_text(token_ids: Tensor, config: Any, window_tokens: int) -> None:
+    """Checks that a text can be sent through a model of this config in windows of so many tokens.
+
+    Raises:
+        CalibrationDataError: it is too short, holds tokens that the model does not have, or windows are too long.
+    """
+    text = config.get_text_config(decoder=True)
     if len(token_ids) < 2:
         raise CalibrationDataError(
             f"The text has {len(token_ids)} tokens; expected at least two, better tens of thousands. Name another text."
@@ -178,26 +199,24 @@ def held_out_tokens(
             f"Windows of the text have {longest} tokens, but the model has {positions} positions "
             f"(max_position_embeddings); set window_tokens (--window) to {positions} or less."
         )
-    return token_ids
 
 
-def _tokenized(
-    sides: Sequence[Side], dataset: Any, text_column: str | None, tokenizer: Any, most_tokens: int
-) -> Tensor:
-    """Returns the token ids of a text; both models' tokenizers have to agree, where both have one."""
+def _tokenizers(sides: Sequence[Side], tokenizer: Any) -> list[Any]:
+    """Returns the tokenizer for both models, or each one's own."""
     if tokenizer is not None:
         arguments = {name: value for name, value in hub_arguments_among(sides[0][1]).items() if name in EVERYWHERE}
-        own = tokenizer_of(tokenizer, lambda: tokenizer, arguments)
-        return evaluation_tokens(dataset, own, most_tokens, text_column)
+        return [tokenizer_of(tokenizer, lambda: tokenizer, arguments)]
     own = tokenizer_of(None, lambda: _own_tokenizer(*sides[0]))
-    token_ids = evaluation_tokens(dataset, own, most_tokens, text_column)
-    for side in sides[1:]:
-        try:
-            other = _own_tokenizer(*side)
-        except (OSError, ValueError):  # it has none: the model's own serves both
-            break
-        require_same_tokens(token_ids, evaluation_tokens(dataset, other, most_tokens, text_column), [own, other])
-    return token_ids
+    others = (tokenizer_if_any(side) for side in sides[1:])
+    return [own, *(other for other in others if other is not None)]
+
+
+def tokenizer_if_any(side: Side) -> Any | None:
+    """Returns a model's own tokenizer; None if it has none that loads."""
+    try:
+        return _own_tokenizer(*side)
+    except (OSError, ValueError):
+        return None
 
 
 def _own_tokenizer(model: Model, arguments: Mapping[str, Any]) -> Any:
@@ -213,7 +232,7 @@ def fits(sides: Sequence[Side], limits: AwqOffloadConfig, device_map: Any) -> bo
     """
     if isinstance(device_map, Mapping) or device_map not in ("auto", "cpu", "none", None):
         return True
-    size_bytes = sum(_size_bytes(*side) for side in sides)
+    size_bytes = sum(checkpoint_bytes(*side) for side in sides)
     device = default_execution_device()
     if device_map != "auto" or device.type == "cpu":
         return size_bytes <= RAM_SHARE * free_ram_bytes(limits)
@@ -221,7 +240,7 @@ def fits(sides: Sequence[Side], limits: AwqOffloadConfig, device_map: Any) -> bo
     return size_bytes <= RAM_SHARE * min(free_bytes, limit_bytes or free_bytes)
 
 
-def _size_bytes(model: Model, arguments: Mapping[str, Any]) -> int:
+def checkpoint_bytes(model: Model, arguments: Mapping[str, Any]) -> int:
     """Returns the bytes of a checkpoint's weights; 0 if the model is in memory, or its files are not here yet."""
     if isinstance(model, PreTrainedModel):
         return 0
@@ -242,6 +261,7 @@ def evaluate_streamed(
         MemoryLimitError: not even one layer of each and one window fit.
         ConfigError: a model in memory is not in RAM.
     """
+    register()
     device = execution_device_of(limits)
     with ExitStack() as stack:
         opened = [stack.enter_context(_opened(*side, limits, device, model_class, dtype)) for side in sides]
