@@ -37,7 +37,7 @@ from .messages import size_text
 from .model.decoder_layers import candidate_layers
 from .offload.devices import CPU, accelerator_bytes, default_execution_device
 from .offload.hidden_storage import HiddenStorage
-from .offload.memory_limit import at_most, large_blocks_apart
+from .offload.memory_limit import at_most
 from .offload.onloader import Onloader
 from .pipeline.budget import ACCELERATOR_BATCH_TOKENS, ACCELERATOR_MEMORY_SHARE, CPU_BATCH_TOKENS, PROCESS_BYTES
 from .pipeline.layer_sizes import LayerSizes
@@ -269,7 +269,7 @@ def evaluate_streamed(
         for one in opened if not prefetch else ():
             one.onloader.stop_reading_ahead()
         bounds = {limited: limits.memory_limit_bytes(limited) for limited in (device, CPU)}
-        for context in (at_most(bounds), large_blocks_apart(), ieee_products()):
+        for context in (at_most(bounds), ieee_products()):
             stack.enter_context(context)
         try:
             return evaluate_layer_by_layer(opened[0], opened[1] if opened[1:] else None, windows, batch_tokens)
