@@ -8,6 +8,7 @@ read (evaluation/layer_by_layer.py).
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from .messages import size_text
 from .model.decoder_layers import candidate_layers
 from .offload.devices import CPU, accelerator_bytes, default_execution_device
 from .offload.hidden_storage import HiddenStorage
-from .offload.memory_limit import at_most
+from .offload.memory_limit import at_most, large_blocks_apart, release_freed
 from .offload.onloader import Onloader
 from .pipeline.budget import ACCELERATOR_BATCH_TOKENS, ACCELERATOR_MEMORY_SHARE, CPU_BATCH_TOKENS, PROCESS_BYTES
 from .pipeline.layer_sizes import LayerSizes
@@ -220,7 +221,7 @@ def tokenizer_if_any(side: Side) -> Any | None:
 
 
 def _own_tokenizer(model: Model, arguments: Mapping[str, Any]) -> Any:
-    source = model.config.name_or_path if isinstance(model, PreTrainedModel) else os.fspath(model)
+    source = str(model.config.name_or_path) if isinstance(model, PreTrainedModel) else os.fspath(model)
     return Origin(source, hub_arguments_among(arguments)).load(AutoTokenizer, TOKENIZER_MARKERS)
 
 
@@ -265,11 +266,13 @@ def evaluate_streamed(
     device = execution_device_of(limits)
     with ExitStack() as stack:
         opened = [stack.enter_context(_opened(*side, limits, device, model_class, dtype)) for side in sides]
+        gc.collect()  # what loading leaves behind grows with the number of layers
+        release_freed()
         batch_tokens, prefetch = _budget(opened, windows, limits, device)
         for one in opened if not prefetch else ():
             one.onloader.stop_reading_ahead()
         bounds = {limited: limits.memory_limit_bytes(limited) for limited in (device, CPU)}
-        for context in (at_most(bounds), ieee_products()):
+        for context in (at_most(bounds), large_blocks_apart(), ieee_products()):
             stack.enter_context(context)
         try:
             return evaluate_layer_by_layer(opened[0], opened[1] if opened[1:] else None, windows, batch_tokens)

@@ -109,8 +109,8 @@ def head_of(
     body = require_body(model)
     inside = {id(part) for part in body.modules()}
     names: dict[int, list[str]] = {}  # parameter -> all of its names, of which the files hold one
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    for name, named in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(named), []).append(name)
     given = last_hidden(template, body).dtype
     dtype = matmul_dtype(device.type, given)
     replaced: list[tuple[dict[str, Any], str, Any]] = []

@@ -1,7 +1,8 @@
 """Measures what a streamed evaluation takes: peak resident memory for 6, 24 and 96 layers, and time.
 
-    python tests/bench/evaluation.py [--layers 6 24 96]    memory, 4 windows of 128 tokens
+    python tests/bench/evaluation.py [--layers 6 24 96]    memory, 8 windows of 256 tokens
     python tests/bench/evaluation.py --cost                processor time relative to bare forward passes of both models
+    python tests/bench/evaluation.py --bits                how far the shipped model is from its original at 2 to 8 bits
 
 Memory is counted above what the interpreter and its modules take; weights are random (hidden 1024), in bf16. The cost
 is that of 16 windows of 512 tokens through 8 layers, in fp32.
@@ -16,8 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
 from made import make_checkpoint, measured, size_bytes
 
+import hf_awq_offload
+from hf_awq_offload import AwqOffloadConfig, evaluate, quantize
+
+SHIPPED = Path(hf_awq_offload.__file__).parent / "assets" / "tiny_llama"
 MIB = 2**20
 CHEAP = "AwqOffloadConfig(dataset=token_ids({source!r}, 1, 128), n_samples=1, n_grid=0, clip=False, rounding='nearest')"
 EVALUATE = """
@@ -56,7 +62,7 @@ def memory(layers: list[int]) -> None:
     for n_layers in layers:
         with tempfile.TemporaryDirectory() as scratch:
             source, out = made(Path(scratch), n_layers)
-            values = {"source": source, "out": out, "windows": 4, "tokens": 128, "more": ""}
+            values = {"source": source, "out": out, "windows": 8, "tokens": 256, "more": ""}
             result = measured(EVALUATE.format(measurement=STREAMED.format(**values), **values))
             size = size_bytes(Path(source)) + size_bytes(Path(out))
         first = first or result["above"]
@@ -76,9 +82,41 @@ def cost() -> None:
     print(f"streamed {streamed:.1f} s, two bare passes {bare:.1f} s of processor time: {streamed / bare:.2f} times")
 
 
+def bits() -> None:
+    print("| bits | perplexity | KL (nats) | same top-1 | hidden states | file (MB) |\n|---|---|---|---|---|---|")
+    for n_bits in (2, 3, 4, 8):
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "out"
+            quantize(SHIPPED, out, AwqOffloadConfig(bits=n_bits, group_size=64, n_samples=32, max_seq_len=256))
+            found = evaluate(
+                out,
+                against=SHIPPED,
+                dataset=SHIPPED / "heldout.txt",
+                most_tokens=8000,
+                window_tokens=256,
+                streamed=True,
+                dtype=torch.float32,
+            )
+            size = size_bytes(out)
+        assert found.kl_nats is not None
+        assert found.top1_agreement is not None
+        print(
+            f"| {n_bits} | {found.perplexity:.2f} | {found.kl_nats:.5f} | {found.top1_agreement:.1%} "
+            f"| {found.layers[-1].relative_error:.3f} | {size / 1e6:.2f} |",
+            flush=True,
+        )
+    print(f"The original's perplexity is {found.reference_perplexity:.2f}.")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 24, 96])
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--bits", action="store_true")
     options = parser.parse_args()
-    cost() if options.cost else memory(options.layers)
+    if options.cost:
+        cost()
+    elif options.bits:
+        bits()
+    else:
+        memory(options.layers)
