@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         QuantizedWeightError,
         StorageError,
     )
+    from .evaluating import evaluate
     from .in_memory import quantize_model
     from .integrations.quantizer import AwqOffloadQuantizer
     from .integrations.registration import use_for_awq, use_for_compressed_tensors
@@ -48,6 +49,7 @@ __all__ = [
     "Plan",
     "QuantizedWeightError",
     "StorageError",
+    "evaluate",
     "plan",
     "quantize",
     "quantize_model",
@@ -61,6 +63,7 @@ _HOME = {
     "AwqOffloadQuantizer": "integrations.quantizer",
     "PackedLinear": "nn.packed_linear",
     "Plan": "report",
+    "evaluate": "evaluating",
     "plan": "planning",
     "quantize": "streamed",
     "quantize_model": "in_memory",

@@ -22,10 +22,11 @@ LEVELS: list[list[str]] = [
     ["offload"],
     ["calibration"],
     ["reporting"],
+    ["evaluation"],
     ["pipeline"],
     ["integrations"],
     ["in_memory", "planning"],
-    ["streamed", "trainer"],
+    ["evaluating", "streamed", "trainer"],
     ["__init__", "cli"],
     ["__main__"],
 ]

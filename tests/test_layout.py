@@ -28,6 +28,7 @@ PUBLIC_NAMES = [
     "Plan",
     "QuantizedWeightError",
     "StorageError",
+    "evaluate",
     "plan",
     "quantize",
     "quantize_model",

@@ -64,6 +64,8 @@ class ChainInputs:
     ) -> None:
         """Begins at the first layer, or at another one with the hidden states that enter it."""
         n_probes = len(batches.probes)
+        self.output_forms = skeleton.outputs
+        """Class of a layer -> what one layer of this class returned on a probe."""
         self.calls: dict[str, dict[int, LayerCall]] = skeleton.calls
         """Layer -> index of a batch that reaches it, probes counted -> the recorded call."""
         if self._mtp is not None:
@@ -79,6 +81,10 @@ class ChainInputs:
     @property
     def batch_tokens(self) -> int:
         return self._batches.tokens
+
+    @property
+    def hidden_batches(self) -> list[Tensor]:
+        return self._hidden.batches
 
     def turns(self) -> Iterator[LayerTurn]:
         for name in self.layer_names:

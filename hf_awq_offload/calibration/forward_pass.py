@@ -33,7 +33,7 @@ NO_DATA = frozenset(
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
     """Returns the names of the data arguments of the model's forward pass, with or without its head."""
-    return (_named_arguments(model) | _named_arguments(_without_head(model))) - NO_DATA
+    return (_named_arguments(model) | _named_arguments(without_head(model))) - NO_DATA
 
 
 def kind_of(inputs: ModelInputs) -> frozenset[str]:
@@ -48,7 +48,7 @@ def token_ids_of(inputs: ModelInputs) -> Tensor:
 
 def text_passes(model: nn.Module) -> list[nn.Module]:
     """Returns the modules that may run on token ids alone: the model without its head, and its text decoder."""
-    passes = [_without_head(model)]
+    passes = [without_head(model)]
     decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
     if isinstance(decoder, nn.Module) and all(decoder is not known for known in (*passes, model)):
         passes.append(decoder)
@@ -65,19 +65,22 @@ class ForwardPass:
 
     def __init__(self, model: nn.Module, text: nn.Module | None = None):
         self.model = model
-        self.text = text or _without_head(model)
+        self.text = text or without_head(model)
 
     def __call__(self, inputs: ModelInputs) -> None:
-        """Runs one forward pass without a cache, and discards its output.
+        """Runs one forward pass, and discards its output; see `output`."""
+        self.output(inputs)
+
+    def output(self, inputs: ModelInputs) -> Any:
+        """Runs one forward pass without a cache; returns what the model, without its head if possible, returns.
 
         Raises:
             CalibrationDataError: the model failed on a processor's output.
         """
         if not isinstance(inputs, Mapping):
-            _call(self.text, {"input_ids": inputs})
-            return
+            return called(self.text, {"input_ids": inputs})
         try:
-            _call(self._taking(inputs), self._cast(inputs))
+            return called(self._taking(inputs), self._cast(inputs))
         except (ModelStructureError, CalibrationDataError):
             raise
         except Exception as error:  # of any kind: modeling code can raise anything
@@ -90,7 +93,7 @@ class ForwardPass:
 
     def _taking(self, inputs: Mapping[str, Any]) -> nn.Module:
         """Returns the model without its head, or the whole model if only that takes all of `inputs` by name."""
-        headless = _without_head(self.model)
+        headless = without_head(self.model)
         is_enough = _named_arguments(headless) >= _named_arguments(self.model) & inputs.keys()
         return headless if is_enough else self.model
 
@@ -106,13 +109,15 @@ class ForwardPass:
         return {name: cast_leaf(value) for name, value in inputs.items()}
 
 
-def _call(module: nn.Module, arguments: dict[str, Any]) -> None:
+def called(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """Returns what a forward pass without a cache returns."""
     if "use_cache" in _named_arguments(module) or _takes_any(module):
         arguments = {**arguments, "use_cache": False}
-    module(**arguments)
+    return module(**arguments)
 
 
-def _without_head(model: nn.Module) -> nn.Module:
+def without_head(model: nn.Module) -> nn.Module:
+    """Returns the part of a model that ends with its last hidden states; the model itself if it has no such part."""
     return cast(nn.Module, getattr(model, "base_model", model))
 
 

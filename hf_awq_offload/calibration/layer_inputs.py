@@ -57,6 +57,14 @@ class LayerInputs(Protocol):
         """The most tokens of a micro-batch."""
         ...
 
+    @property
+    def hidden_batches(self) -> list[Tensor]:
+        """The hidden states that enter the next layer, for each batch of data that waits for it.
+
+        After the last layer of a chain, they are its outputs.
+        """
+        ...
+
     def turns(self) -> Iterator[LayerTurn]:
         """Yields the turns in the model's order."""
         ...

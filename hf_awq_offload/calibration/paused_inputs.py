@@ -52,6 +52,12 @@ class PausedInputs:
     def batch_tokens(self) -> int:
         return self._batches.tokens
 
+    @property
+    def hidden_batches(self) -> list[Tensor]:
+        calls = [paused.call for paused in self._passes[len(self._batches.probes) :]]
+        given = [like_given(call.args, call.kwargs) for call in calls if call is not None]
+        return [tensor for tensor in given if tensor is not None]
+
     def turns(self) -> Iterator[LayerTurn]:
         for paused in self._passes:
             paused.start()

@@ -26,6 +26,11 @@ def load_tokenizer(source: str, options: argparse.Namespace, revision: str | Non
         raise CommandError(f"{source} has no tokenizer that loads: {error} Name one with --tokenizer.") from error
 
 
+def model_class_of(options: argparse.Namespace) -> Any:
+    """Returns the Auto class that loads the command's models."""
+    return AutoModelForImageTextToText if options.image_text else AutoModelForCausalLM
+
+
 def load(source: str, options: argparse.Namespace, revision: str | None = None) -> PreTrainedModel:
     """Loads a model as the options say, in evaluation mode.
 
@@ -37,11 +42,10 @@ def load(source: str, options: argparse.Namespace, revision: str | None = None) 
     Raises:
         CommandError: `source` could not be downloaded.
     """
-    model_class: Any = AutoModelForImageTextToText if options.image_text else AutoModelForCausalLM
     device_map = None if options.device_map == "none" else options.device_map
     arguments = from_hub(options, source) | ({"revision": revision} if revision else {})
     with named(source):
-        model = model_class.from_pretrained(source, dtype=options.dtype, device_map=device_map, **arguments)
+        model = model_class_of(options).from_pretrained(source, dtype=options.dtype, device_map=device_map, **arguments)
     return model.eval()
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from importlib.metadata import version
 from typing import Any, NoReturn
 
 from .outcome import UsageError
-from .recipe_options import add_recipe_options
+from .recipe_options import LIMITS, add_recipe_options
 
 PROGRAM = "hf-awq-offload"
 DISTRIBUTION = "hf_awq_offload"
-EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damage found (inspect), 130 interrupted."
+EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damage found (inspect), 4 above --max-kl, 130 interrupted."
 OVERWRITE = "replace the checkpoint in OUT; a folder with other files is refused"
 CONVERSION_TARGETS = ("gemm", "gemv", "compressed-tensors")
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
@@ -138,11 +139,20 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="number of tokens to decode when timing; 0 skips it [32]",
     )
     other.add_argument(
+        "--max-kl", type=_positive_number, metavar="NATS", help="end with exit code 4 if KL to BASE is above this"
+    )
+    other.add_argument(
         "--tasks", type=_names, metavar="A,B", help="lm-eval-harness tasks to run instead (needs lm-eval)"
     )
     other.add_argument("--tasks-path", metavar="DIR", help="with --tasks: folder of your own task definitions")
     other.add_argument("--limit", type=_positive, metavar="N", help="with --tasks: use at most N documents per task")
     loading = parser.add_argument_group("loading")
+    loading.add_argument(
+        "--streamed",
+        action=argparse.BooleanOptionalAction,
+        help="hold one decoder layer of each model in memory at a time [if the models do not fit]",
+    )
+    add_recipe_options(loading, LIMITS)
     loading.add_argument("--device-map", default="auto", metavar="MAP", help="as from_pretrained takes it [auto]")
     add_loading_options(loading)
 
@@ -181,6 +191,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
 
 
 def _natural(text: str) -> int:

@@ -42,6 +42,8 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(f"--dtype is {options.dtype!r}; {remedy}.")
     if options.command == "evaluate" and options.tasks is None and (options.limit or options.tasks_path):
         raise UsageError("--limit and --tasks-path require --tasks; to limit the text, use --tokens.")
+    if getattr(options, "max_kl", None) is not None and (not options.against or options.tasks is not None):
+        raise UsageError("--max-kl requires --against, and a text instead of --tasks: it bounds KL(BASE ‖ MODEL).")
     for name in ("source", "model", "against", "checkpoint"):
         if getattr(options, name, None) is not None:
             _check_source(getattr(options, name), "" if name == "against" else options.subfolder or "", options)

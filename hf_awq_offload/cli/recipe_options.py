@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,10 @@ class Field:
         return "text"
 
 
+LIMITS = ("execution_device", "batch_tokens", "prefetch", "max_memory")
+"""Fields that say how much of a model is in memory, and where."""
+
+
 def recipe_fields() -> dict[str, Field]:
     """Name -> field, in the order of the recipe."""
     return {
@@ -54,10 +59,14 @@ def recipe_fields() -> dict[str, Field]:
     }
 
 
-def add_recipe_options(parser: argparse._ActionsContainer) -> None:
-    """Add all options. One that the user leaves out is absent from the namespace, so that the config file or the
-    default decides."""
+def add_recipe_options(parser: argparse._ActionsContainer, names: Collection[str] = ()) -> None:
+    """Add the options of these fields, by default of all.
+
+    One that the user leaves out is absent from the namespace, so that the config file or the default decides.
+    """
     for field in recipe_fields().values():
+        if names and field.name not in names:
+            continue
         default = "" if field.default is None else f" [{str(field.default).lower()}]"
         arguments: dict[str, Any] = {
             "dest": field.name,
@@ -81,9 +90,9 @@ def _arguments(field: Field) -> dict[str, Any]:
     return {"metavar": "TEXT"}
 
 
-def given_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields that the command line sets."""
-    return {name: getattr(options, name) for name in recipe_fields() if hasattr(options, name)}
+def given_fields(options: argparse.Namespace, names: Collection[str] = ()) -> dict[str, Any]:
+    """The fields that the command line sets, by default among all of them."""
+    return {name: getattr(options, name) for name in names or recipe_fields() if hasattr(options, name)}
 
 
 def with_options(message: str) -> str:

@@ -27,16 +27,24 @@ logger = get_logger(__name__)
 
 
 def load_on_meta(
-    src: str | os.PathLike[str], recipe: AwqOffloadConfig, model_class: Any, dtype: Any, folder: Path, kwargs: Any
+    src: str | os.PathLike[str],
+    recipe: AwqOffloadConfig,
+    model_class: Any,
+    dtype: Any,
+    folder: Path,
+    kwargs: Any,
+    to_quantize: bool = True,
 ) -> PreTrainedModel:
     """Returns the model with its weights left in the files; weights that transformers converts go to `folder`.
+
+    Without `to_quantize`, nothing is prepared for quantizing it.
 
     Raises:
         StorageError: `folder` can't be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with only_loading(), without_offload_message():
+        with only_loading(to_quantize), without_offload_message():
             return model_class.from_pretrained(
                 src, quantization_config=recipe, dtype=dtype, offload_folder=str(folder), **kwargs
             )

@@ -63,21 +63,32 @@ class LoadCall:
 
 _current: ContextVar[LoadCall | None] = ContextVar("load_call", default=None)
 _is_only_loading: ContextVar[bool] = ContextVar("is_only_loading", default=False)
+_is_only_opening: ContextVar[bool] = ContextVar("is_only_opening", default=False)
 
 
 @contextmanager
-def only_loading() -> Iterator[None]:
-    """Lets `from_pretrained` with a recipe prepare a model inside the context, and leave quantizing to the caller."""
-    token = _is_only_loading.set(True)
+def only_loading(to_quantize: bool = True) -> Iterator[None]:
+    """Lets `from_pretrained` with a recipe prepare a model inside the context, and leave quantizing to the caller.
+
+    A model that nobody will quantize may have nothing that can be, and needs no data: its recipe says only where its
+    weights stay.
+    """
+    token, other = _is_only_loading.set(True), _is_only_opening.set(not to_quantize)
     try:
         yield
     finally:
         _is_only_loading.reset(token)
+        _is_only_opening.reset(other)
 
 
 def is_only_loading() -> bool:
     """Whether this runs inside `only_loading`."""
     return _is_only_loading.get()
+
+
+def is_only_opening() -> bool:
+    """Whether this runs inside `only_loading`, for a model that nobody will quantize."""
+    return _is_only_opening.get()
 
 
 def current_call() -> LoadCall | None:

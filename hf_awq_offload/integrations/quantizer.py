@@ -45,24 +45,21 @@ from .dispatching import dispatch, dispatch_with_disk, offload_folder_of
 from .hub import accompany
 from .lazy_loading import detach_stored_weights
 from .linear_choice import modules_not_converted, renaming_of
-from .load_call import is_only_loading
+from .load_call import is_only_loading, is_only_opening
 from .loading import keep_gemm, to_gemm_converter
 from .mtp_results import without_mtp
 from .origin import Origin, origin_of
 from .placement import Placement
 from .preparation import Preparation, require_decoder_only
 from .quantized_source import prepare_quantized
-from .saving import checkpoint_config, config_of_result, leave_out_dense, meta_of, meta_of_run
+from .saving import are_unfused_in_source, checkpoint_config, config_of_result, leave_out_dense, meta_of, meta_of_run
 from .serving import tensor_parallel_advice
 from .source_hooks import end_reading
 from .source_look import ModelSource, look_at_source
 
 
 class AwqOffloadQuantizer(HfQuantizer):
-    """Calibrates and quantizes a model while transformers loads it, or loads a quantized one.
-
-    `report` says what the last quantization did.
-    """
+    """Quantizes a model while transformers loads it, or loads a quantized one; `report` says what was done last."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -126,11 +123,12 @@ class AwqOffloadQuantizer(HfQuantizer):
             return
         require_decoder_only(model)
         placement = self.placement
-        take_apart = partial(self._take_experts_apart, model, False)
+        take_apart = partial(self._take_experts_apart, model, are_unfused_in_source(model))
         self.source = look_at_source(model, self, self.recipe, files, lambda: placement.is_lazy, take_apart)
         placement.choose(kwargs.get("device_map"), files, self.source.opened)
         prepare_folder(self.recipe.report_dir)
-        self._preparation = Preparation.of(model, self.recipe, self.origin, self.source.names)
+        if not is_only_opening():
+            self._preparation = Preparation.of(model, self.recipe, self.origin, self.source.names)
 
     def _take_experts_apart(self, model: PreTrainedModel, all_kinds: bool, stored: Collection[str] = ()) -> None:
         self.fused |= take_experts_apart(model, all_kinds, stored)

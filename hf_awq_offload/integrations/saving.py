@@ -22,6 +22,7 @@ from ..formats.source import SourceFormat
 from ..logs import get_logger
 from ..nn.quantized_linear import QuantizedLinear
 from .linear_choice import renaming_of
+from .load_call import current_call
 from .loading import choice_in
 
 logger = get_logger(__name__)
@@ -87,6 +88,14 @@ def meta_of(model: PreTrainedModel, config: AwqCheckpointConfig | PackedCheckpoi
     if isinstance(config, AwqCheckpointConfig):
         return config.meta
     return getattr(model.config, META_ATTRIBUTE, None) or {}
+
+
+def are_unfused_in_source(model: PreTrainedModel) -> bool:
+    """Returns whether the checkpoint that is opened says that its experts were taken apart, all kinds of them."""
+    call = current_call()
+    fields = {} if call is None else call.quantization or {}
+    metas = (fields.get("meta"), getattr(model.config, META_ATTRIBUTE, None))
+    return any(isinstance(meta, dict) and bool(meta.get("unfused_experts")) for meta in metas)
 
 
 def meta_of_run(

@@ -34,7 +34,7 @@ from ..logs import get_logger
 from ..model.mtp_layer import MtpLayer
 from .carrying import carried, carried_names
 from .config_look import NEEDS_CODE, UNKNOWN_TYPE, require_readable_config
-from .load_call import LoadCall, current_call
+from .load_call import LoadCall, current_call, is_only_opening
 from .mtp_matching import place_mtp_layer
 from .source_fit import SourceFit, fit, require_all_weights
 from .source_hooks import read_source
@@ -258,8 +258,10 @@ def look_at_source(
     mtp = None
     if recipe.mtp == "quantize":
         mtp, found = place_mtp_layer(model, source, found, conversions())
-    _say_what_is_unused(source)
     read_source(source, found, model, is_lazy)
+    if is_only_opening():
+        return ModelSource(source)
+    _say_what_is_unused(source)
     return ModelSource(source, carried(model, recipe, source, found), mtp)
 
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..errors import CalibrationDataError
 from ..model.decoder_layers import calibration_mode
+from .distances import Distances, PositionBucket, rows_at_a_time
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far the hidden states after a decoder layer are from the original model's."""
+
+    name: str
+    relative_error: float  # ‖h - h₀‖ / ‖h₀‖ over all tokens; it accumulates from layer to layer
 
 
 @dataclass(frozen=True)
@@ -26,12 +35,15 @@ class Evaluation:
     top1_agreement: float | None  # share of tokens where both models predict the same one, None without a reference
     tokens: int  # predicted tokens
     reference_perplexity: float | None = None  # the reference's, on the same tokens
+    positions: tuple[PositionBucket, ...] = ()  # the same by the number of tokens before the predicted one
+    layers: tuple[LayerError, ...] = ()  # in the model's order; empty unless the models ran layer by layer
+    streamed: bool = False  # whether they did
 
 
 class Window(NamedTuple):
-    """A stretch of text whose last tokens a model is scored on."""
+    """A stretch of text whose last tokens a model is scored on, or a batch of such stretches."""
 
-    token_ids: Tensor  # (1, tokens) int64
+    token_ids: Tensor  # (batch, tokens) int64
     predicted: int  # how many of the last tokens are scored; those before them are context
 
 
@@ -85,45 +97,84 @@ def evaluate(
 ) -> Evaluation:
     """Measures `model` on `windows` against the text itself and, if given, against `reference`.
 
-    Log-probabilities are computed in fp32.
+    Log-probabilities are computed in fp32, for a block of rows at a time.
 
     Raises:
-        ValueError: there is no window, or one has fewer than two tokens.
+        CalibrationDataError: there is no window, or one has fewer than two tokens.
+        NumericalError: logits are not a number.
     """
-    stretches = [window if isinstance(window, Window) else Window(window, window.shape[1] - 1) for window in windows]
-    if not stretches or any(stretch.token_ids.shape[1] < 2 for stretch in stretches):
-        raise ValueError("Expected at least one window of at least two tokens; give a longer text.")
-    nll_nats, reference_nll_nats, kl_nats, agreed, tokens = 0.0, 0.0, 0.0, 0, 0
-    with calibration_mode(model):
+    stretches = stretches_of(windows)
+    distances = Distances(reference is not None)
+    with ExitStack() as stack:
+        for evaluated in (model, reference):
+            if evaluated is not None:
+                stack.enter_context(calibration_mode(evaluated))
         for stretch in stretches:
-            log_p = _log_probabilities(model, stretch)
-            targets = stretch.token_ids[:, -stretch.predicted :].flatten().to(log_p.device)
-            nll_nats += float(F.nll_loss(log_p, targets, reduction="sum"))
-            tokens += targets.numel()
-            if reference is not None:
-                with calibration_mode(reference):
-                    reference_log_p = _log_probabilities(reference, stretch).to(log_p.device)
-                reference_nll_nats += float(F.nll_loss(reference_log_p, targets, reduction="sum"))
-                kl_nats += float(F.kl_div(log_p, reference_log_p, reduction="sum", log_target=True))
-                agreed += int((log_p.argmax(-1) == reference_log_p.argmax(-1)).sum())
+            logits = _logits(model, stretch)
+            reference_logits = None if reference is None else _logits(reference, stretch)
+            for rows, targets, positions in scored_blocks(stretch, logits.shape[-1]):
+                of_reference = None if reference_logits is None else reference_logits[rows]
+                distances.add(logits[rows], of_reference, targets, positions)
+    return evaluation_of(distances)
+
+
+def evaluation_of(distances: Distances, layers: Sequence[LayerError] = (), streamed: bool = False) -> Evaluation:
+    """Returns what was measured on all rows that `distances` was given."""
+    total = distances.total
     return Evaluation(
-        perplexity=_exp(nll_nats / tokens),
-        kl_nats=None if reference is None else kl_nats / tokens,
-        top1_agreement=None if reference is None else agreed / tokens,
-        tokens=tokens,
-        reference_perplexity=None if reference is None else _exp(reference_nll_nats / tokens),
+        perplexity=total.perplexity,
+        kl_nats=total.kl_nats,
+        top1_agreement=total.top1_agreement,
+        tokens=total.tokens,
+        reference_perplexity=total.reference_perplexity,
+        positions=distances.buckets,
+        layers=tuple(layers),
+        streamed=streamed,
     )
 
 
-def _log_probabilities(model: PreTrainedModel, stretch: Window) -> Tensor:
-    """Returns the log-probabilities at the scored tokens, (batch * predicted, vocabulary) fp32."""
+def scored_blocks(stretch: Window, vocabulary: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields the scored rows of a batch of windows, block by block: (rows, targets, positions).
+
+    Rows count the scored tokens of all windows, one window after the other (`scored_rows`).
+    """
+    length = stretch.token_ids.shape[1]
+    targets = stretch.token_ids[:, -stretch.predicted :].flatten()
+    positions = torch.arange(length - stretch.predicted, length).repeat(len(stretch.token_ids))
+    step = rows_at_a_time(vocabulary)
+    for start in range(0, len(targets), step):
+        rows = slice(start, min(start + step, len(targets)))
+        yield rows, targets[rows], positions[rows]
+
+
+def scored_rows(
+    values: Tensor,  # (batch, tokens, ...): one for each token of a batch of windows
+    predicted: int,
+) -> Tensor:
+    """Returns those from which the scored tokens are predicted, (batch * predicted, ...)."""
+    return values[:, -predicted - 1 : -1].flatten(0, 1)
+
+
+def _logits(model: PreTrainedModel, stretch: Window) -> Tensor:
+    """Returns the logits that predict the scored tokens, (batch * predicted, vocabulary)."""
     logits = model(input_ids=stretch.token_ids.to(model.device), use_cache=False).logits
-    return logits[:, -stretch.predicted - 1 : -1].flatten(0, 1).float().log_softmax(-1)
+    return scored_rows(logits, stretch.predicted)
 
 
-def _exp(nats: float) -> float:
-    """Returns infinity instead of overflowing, which a broken model's perplexity would do."""
-    return math.exp(nats) if nats < 700 else math.inf
+def stretches_of(windows: Sequence[Tensor | Window]) -> list[Window]:
+    """Returns windows as such; of a plain tensor, all tokens but the first are scored.
+
+    Raises:
+        CalibrationDataError: there is none, or one has fewer than two tokens.
+    """
+    stretches = [window if isinstance(window, Window) else Window(window, window.shape[1] - 1) for window in windows]
+    shortest = min((stretch.token_ids.shape[1] for stretch in stretches), default=0)
+    if shortest < 2:
+        raise CalibrationDataError(
+            f"There are {len(stretches)} windows of text, the shortest of {shortest} tokens; expected at least one, of "
+            "two tokens or more. Give a longer text."
+        )
+    return stretches
 
 
 def decoding_tokens_per_second(model: PreTrainedModel, new_tokens: int, runs: int = 3) -> float:

@@ -103,6 +103,12 @@ class Progress:
         self._last = losses + peak
         self._advance(report.name, [*losses, *phases, f"{now - self._since:.1f} s in all", *peak])
 
+    def passed(self, name: str, facts: list[str]) -> None:
+        """Reports a layer that text has been sent through; `facts` are shown beside its name."""
+        self._layer_seconds.append(time.perf_counter() - self._since)
+        self._last = facts
+        self._advance(name, facts)
+
     def adopted(self, name: str) -> None:
         """Reports a layer that was found in the journal."""
         self._advance(name, ["quantized by an earlier run"])

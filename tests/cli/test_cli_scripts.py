@@ -70,6 +70,22 @@ def test_evaluate_measures_against_the_original(quantized, tiny_llama_dir, tmp_p
     assert found["decoding_tokens_per_second"] > 0
 
 
+def test_evaluate_layer_by_layer_ends_with_4_above_the_bound(quantized, tiny_llama_dir, tmp_path):
+    line = ["--against", tiny_llama_dir, "--dataset", tiny_llama_dir / "heldout.txt", "--tokens", "300", "--streamed"]
+    line += ["--window", "128", "--dtype", "float32", "--max-kl", "0.0001"]
+    found = document(script(NAME, "evaluate", quantized[0], *line, "--json", cwd=tmp_path, code=4).stdout)
+    assert found["streamed"]
+    assert found["decoding_tokens_per_second"] is None
+    assert [layer["name"] for layer in found["layers"]] == [f"model.layers.{index}" for index in range(4)]
+    assert found["too_far"]["kl_nats"] == found["kl_nats"] > found["max_kl"] == 0.0001
+    assert found["too_far"]["overrides"]
+    printed = script(NAME, "evaluate", quantized[0], *line, cwd=tmp_path, code=4).stdout
+    assert "KL to base" in printed
+    assert "TOO FAR: KL to the original is" in printed
+    line[-1] = "10"
+    assert document(script(NAME, "evaluate", quantized[0], *line, "--json", cwd=tmp_path).stdout)["too_far"] is None
+
+
 def test_inspect_finds_damage_and_ends_with_3(quantized, tmp_path):
     printed = script(NAME, "inspect", quantized[0], cwd=tmp_path).stdout
     assert "28 linears of 4 bits, groups of 128, asymmetric" in printed
