@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub import utils as hub_utils
 from transformers.utils import logging as transformers_logging
 
-
 OWN_LOGGER = "transformers.hf_awq_offload"
 """The logger above all of this package's."""
 

@@ -46,8 +46,8 @@ def evaluation_tokens(
         return _token_ids(tokenizer, PARAGRAPHS.join(_wikitext2(split or "test")))[:most_tokens]
     if dataset in OPTIMUM_NAMES:
         raise CalibrationDataError(
-            f"The data set {dataset!r} is read as rows of token ids; models are evaluated on plain text. Name the split "
-            f"to read, such as {dataset}:validation."
+            f"The data set {dataset!r} is read as rows of token ids; models are evaluated on plain text. Name the "
+            f"split to read, such as {dataset}:validation."
         )
     if os.path.isfile(dataset) and not reads_suffix(dataset):
         return _token_ids(tokenizer, _plain_text(Path(dataset)))[:most_tokens]
