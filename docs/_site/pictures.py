@@ -1,8 +1,9 @@
 """Draws the pictures of the documentation: `python docs/_site/pictures.py` writes them to docs/images.
 
 before-and-after.svg plots what `make demo` prints (docs/quickstart.md). memory.svg is a diagram. comparison.svg plots
-the table "Time and divergence" of docs/comparison.md, which names its command. packages.svg shows the imports of the code (tests/imports.py). The colours are readable on white and on black,
-because an image on GitHub does not know the page's theme.
+the table "Time and divergence" of docs/comparison.md, which names its command. packages.svg shows the imports of the
+code (tests/imports.py). The colours are readable on white and on black, because an image on GitHub does not know the
+page's theme.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def comparison() -> str:
 
 
 def demonstrated() -> dict[str, tuple[float, float]]:
-    """Returns method -> (MB on disk, share of equal predictions) from what docs/quickstart.md says `make demo` prints."""
+    """Returns method -> (MB on disk, share of equal predictions), as docs/quickstart.md quotes `make demo`."""
     page = (DOCS / "quickstart.md").read_text(encoding="utf-8")
     rows = re.findall(r"^(\w[\w ,]*?) +[\d.]+ +[\d.]+ +([\d.]+)% +([\d.]+)", page, flags=re.MULTILINE)
     return {name: (float(size), float(same) / 100) for name, same, size in rows}
