@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, metadata
+from typing import Any
 
 DISTRIBUTION = "hf_awq_offload"
 
 
-def shortened(names: Sequence[str], most: int) -> str:
+def shortened(names: Sequence[str], most: int, between: str = ", ") -> str:
     """Returns up to `most` names with commas between them, and how many more there are: "a, b and 3 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return between.join(names[:most]) + more
+
+
+def type_name(value: Any) -> str:
+    """Returns the type of a value with its article: "a str", "an int"; "None" for None."""
+    name = type(value).__name__
+    return "None" if value is None else f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
 
 
 def size_text(count_bytes: float) -> str:

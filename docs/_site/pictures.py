@@ -1,8 +1,9 @@
 """Draws the pictures of the documentation: `python docs/_site/pictures.py` writes them to docs/images.
 
-memory.svg is a diagram. comparison.svg plots the table "Time and divergence" of docs/comparison.md, which names its
-command. packages.svg shows the imports of the code (tests/imports.py). The colours are readable on white and on black,
-because an image on GitHub does not know the page's theme.
+before-and-after.svg plots what `make demo` prints (docs/quickstart.md). memory.svg is a diagram. comparison.svg plots
+the table "Time and divergence" of docs/comparison.md, which names its command. packages.svg shows the imports of the
+code (tests/imports.py). The colours are readable on white and on black, because an image on GitHub does not know the
+page's theme.
 """
 
 from __future__ import annotations
@@ -116,6 +117,46 @@ def comparison() -> str:
     return svg(720, 306, "KL divergence over quantization time, for several tools on one small Llama", parts)
 
 
+def demonstrated() -> dict[str, tuple[float, float]]:
+    """Returns method -> (MB on disk, share of equal predictions), as docs/quickstart.md quotes `make demo`."""
+    page = (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^(\w[\w ,]*?) +[\d.]+ +[\d.]+ +([\d.]+)% +([\d.]+)", page, flags=re.MULTILINE)
+    return {name: (float(size), float(same) / 100) for name, same, size in rows}
+
+
+def before_and_after() -> str:
+    """A chart of the shipped model before and after: its size, and how many of its predictions have changed."""
+    shown = demonstrated()
+    (full, _), (nearest, nearest_same), (packed, same) = shown.values()
+    assert nearest == packed
+    charts = (
+        (
+            "Weights on disk",
+            [("before: 16 bits", full, f"{full:.1f} MB", FULL), ("after: 4 bits", packed, f"{packed:.1f} MB", PACKED)],
+        ),
+        (
+            "Predictions of the next token that have changed",
+            [
+                ("rounding to nearest", 1 - nearest_same, f"{1 - nearest_same:.1%}", OTHERS),
+                ("hf_awq_offload", 1 - same, f"{1 - same:.1%}", WORK),
+            ],
+        ),
+    )
+    left, width, parts, y = 150, 230, [], 8
+    for title, rows in charts:
+        parts.append(text(0, y + 14, title, font_weight="bold"))
+        most = max(value for _, value, _, _ in rows)
+        for row, (label, value, words, colour) in enumerate(rows):
+            top = y + 26 + 28 * row
+            length = round(width * value / most, 1)
+            parts += [text(0, top + 15, label), box(left, top, length, 20, colour)]
+            parts.append(text(left + length + 8, top + 15, words))
+        y += 96
+    return svg(
+        450, y - 6, "The shipped model before and after: less than half the size, and few predictions change", parts
+    )
+
+
 def packages() -> str:
     """Draws which package imports which, from the code's own imports: a dot in row r and column c says r imports c."""
     levels, used = imports.LEVELS, imports.package_imports()
@@ -141,7 +182,12 @@ def packages() -> str:
     return svg(left + side + 60, top + side + 10, "Which package imports which: all imports go to the left", parts)
 
 
-PICTURES = {"memory.svg": memory, "comparison.svg": comparison, "packages.svg": packages}
+PICTURES = {
+    "before-and-after.svg": before_and_after,
+    "memory.svg": memory,
+    "comparison.svg": comparison,
+    "packages.svg": packages,
+}
 
 PACKAGES_BEGIN, PACKAGES_END = (
     "<!-- packages: written by python docs/_site/pictures.py -->\n",

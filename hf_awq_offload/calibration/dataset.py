@@ -269,9 +269,9 @@ class _Reading:
             return torch.tensor(list_of_ids(encoding["input_ids"]), dtype=torch.int64)
         except Exception as error:  # of any kind: templates can raise anything
             raise CalibrationDataError(
-                f"The tokenizer (a {type(tokenizer).__name__}) could not render row {document.row}, column "
-                f"'messages', with its chat template ({type(error).__name__}: {error}). Pass the tokenizer "
-                "of a chat model, set tokenizer.chat_template, or pass texts instead of messages."
+                f"The tokenizer (a {type(tokenizer).__name__}) could not render the conversation in row "
+                f"{document.row} with its chat template ({type(error).__name__}: {error}). Pass the tokenizer "
+                "of a chat model, set tokenizer.chat_template, or pass texts instead."
             ) from error
 
     def _add_row(self, row: TokenRow) -> None:

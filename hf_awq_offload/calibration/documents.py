@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationDataError
+from ..messages import type_name
+from .conversations import COLUMNS, is_conversation, turns_of
 from .samples import IGNORED_LABEL, Sample, media_without_text, sample_of
 
-_ROW_COLUMNS = "'input_ids', 'messages', 'text', a single column of strings, or the one named by text_column"
+_ROW_COLUMNS = (
+    "'input_ids', 'messages', 'text', 'conversations', a single column of strings, or the one named by text_column"
+)
 
 
 class Text(NamedTuple):
@@ -119,7 +123,7 @@ def _mixed_forms(first_row: int, first_form: str, row: int, form: str) -> Calibr
 
 
 def _choose_column(row: int, element: Mapping, text_column: str | None, string_columns: list[str] | None) -> str:
-    """Returns the column to read in all rows: the named one, else token ids, messages or text."""
+    """Returns the column to read in all rows: the named one, else token ids, messages, text or conversations."""
     if text_column is not None:
         if text_column not in element:
             raise CalibrationDataError(
@@ -129,6 +133,9 @@ def _choose_column(row: int, element: Mapping, text_column: str | None, string_c
         return text_column
     for name in ("input_ids", "messages", "text"):
         if name in element:
+            return name
+    for name in COLUMNS:
+        if is_conversation(element.get(name)):
             return name
     if string_columns is None:
         string_columns = [name for name, value in element.items() if isinstance(value, str)]
@@ -163,20 +170,14 @@ def _documents_of_dict(row: int, element: Mapping, column: str, accepts: frozens
             yield from _token_rows(row, value, element)
         else:
             yield sample
-    elif column == "messages":
-        is_chat = isinstance(value, list | tuple | np.ndarray) and len(value) > 0
-        if not is_chat or not all(isinstance(turn, Mapping) and "role" in turn for turn in value):
-            raise CalibrationDataError(
-                f"Row {row}, column 'messages', is {type_name(value)}; expected a non-empty list of dicts "
-                "with 'role' and 'content'."
-            )
-        yield Chat(row, [dict(turn) for turn in value], element.get("images"))
+    elif column == "messages" or is_conversation(value):
+        yield Chat(row, turns_of(row, column, value), element.get("images"))
     elif isinstance(value, str):
         yield Text(row, value)
     else:
         raise CalibrationDataError(
-            f"Row {row}, column {column!r}, is {type_name(value)}; expected a string. Filter such rows out, "
-            "or set text_column to another column."
+            f"Row {row}, column {column!r}, is {type_name(value)}; expected a string, or a list of turns. "
+            "Filter such rows out, or set text_column to another column."
         )
 
 
@@ -239,8 +240,3 @@ def _integers(value: Any, where: str, expected: str, kinds: str) -> Tensor:
 
 def names_of(columns: Iterable[Any]) -> str:
     return ", ".join(repr(name) for name in columns) or "(none)"
-
-
-def type_name(value: Any) -> str:
-    name = type(value).__name__
-    return "None" if value is None else f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"

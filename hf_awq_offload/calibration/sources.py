@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from ..config import AwqOffloadConfig
 from ..errors import CalibrationDataError
 from ..json_text import parse_json
-from .documents import names_of, require_one_form, type_name
+from ..messages import type_name
+from .dataset_names import DatasetName, in_a_folder, on_the_hub, streamed_rows
+from .documents import names_of, require_one_form
 
 OPTIMUM_NAMES = ("wikitext2", "c4", "c4-new")
 """The names that `optimum.gptq.data.get_dataset` supports, which GPTQ users know."""
@@ -62,19 +63,21 @@ def open_source(config: AwqOffloadConfig, get_tokenizer: Callable[[], PreTrained
     path = Path(os.path.expanduser(dataset))
     if os.path.isfile(path):
         return Source(path.name, _visit(_open_file(path), config.seed))
-    if os.path.isdir(path):
-        return _open_with_datasets(str(path), name=path.resolve().name)
-    if isinstance(dataset, os.PathLike) or _looks_like_path(dataset):
+    folder = in_a_folder(os.fspath(dataset))
+    if folder is not None:
+        return _open_with_datasets(folder, os.fspath(dataset), name=path.resolve().name)
+    on_hub = None if isinstance(dataset, os.PathLike) else on_the_hub(dataset)
+    if isinstance(dataset, os.PathLike) or _looks_like_path(dataset, on_hub):
         raise CalibrationDataError(
             f"The dataset {os.fspath(dataset)!r} looks like a path, but there is no such file (working "
             f"directory: {os.getcwd()}). Pass the path of an existing {', '.join(_FILE_READERS)} file."
         )
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
+    if on_hub is None:
         raise CalibrationDataError(
             f"The dataset is a string of {len(dataset)} characters that is neither a file nor a data set "
             "name. To calibrate on that text itself, pass it in a list: dataset=[text]."
         )
-    return _open_with_datasets(dataset, name=dataset)
+    return _open_with_datasets(on_hub, dataset, name=dataset)
 
 
 # ---- opening: objects
@@ -231,10 +234,15 @@ _FILE_READERS: dict[str, Callable[[Path], list[Any] | Iterator[Any]]] = {
 }
 
 
-def _looks_like_path(name: str) -> bool:
-    """Returns whether `name` is a path: data set names are `name` or `owner/name`, without a file's suffix."""
+def reads_suffix(path: str | os.PathLike[str]) -> bool:
+    """Returns whether the suffix of a file says how its rows are read."""
+    return Path(path).suffix.lower() in _FILE_READERS
+
+
+def _looks_like_path(name: str, on_hub: DatasetName | None) -> bool:
+    """Returns whether `name` is a path: it does not name a data set on the Hub, or it has a file's suffix."""
     has_suffix = name.lower().endswith(tuple(_FILE_READERS))
-    has_separators = name.count("/") > 1 or name.endswith("/") or "\\" in name
+    has_separators = on_hub is None and (name.count("/") > 1 or name.endswith("/") or "\\" in name)
     is_short = len(name) < 256 and "\n" not in name  # otherwise it is text, which gets a different error
     return is_short and (has_suffix or has_separators or name.startswith((".", "/", "~")))
 
@@ -249,22 +257,16 @@ def _builtin_texts() -> list[str]:
     return list(topics.values())
 
 
-def _open_with_datasets(path: str, name: str) -> Source:
-    """Streams the train split, or else the first one, of the data set that `datasets.load_dataset` finds at `path`."""
+def _open_with_datasets(dataset: DatasetName, written: str, name: str) -> Source:
+    """Streams a data set through `datasets.load_dataset`; `written` is what the user calls it."""
     what, remedy = (
-        f"The data set {path!r}",
-        "Pass 'builtin', the path of a local file, or a list of texts instead.",
+        f"The data set {written!r}",
+        "A configuration and a split follow its name: 'owner/name/configuration:split'. Or pass 'builtin', the path "
+        "of a local file, or a list of texts instead.",
     )
-
-    def load() -> Any:
-        import datasets
-
-        splits = datasets.load_dataset(path, streaming=True)
-        return splits["train"] if "train" in splits else next(iter(splits.values()))
-
-    split = _guarded(load, what, remedy)
-    elements = _guarded_iterator(iter(split), what, remedy)
-    return Source(name, _visit(elements, 0), _string_columns(split))
+    rows = _guarded(streamed_rows, what, remedy, dataset)
+    elements = _guarded_iterator(iter(rows), what, remedy)
+    return Source(name, _visit(elements, 0), _string_columns(rows))
 
 
 def _optimum_rows(name: str, config: AwqOffloadConfig, tokenizer: PreTrainedTokenizerBase) -> list[Any]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import CalibrationDataError
-from .documents import Chat, type_name
+from ..messages import type_name
+from .documents import Chat
 
 TEXT_BLOCK_CHARACTERS = 1 << 20
 """Longer documents are tokenized in blocks of this size, so that reading can stop in the middle of a book."""

@@ -59,8 +59,8 @@ def _outcome(options: argparse.Namespace, signals: Signals) -> Outcome:
     check(options)
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         command = importlib.import_module(f".{options.command}", __package__)  # imports torch and transformers
-        importlib.import_module(".verbosity", __package__).set_verbosity(options.quiet, options.verbose)
-        with signals.interrupting():
+        speaking = importlib.import_module(".verbosity", __package__).spoken_as_asked(options)
+        with signals.interrupting(), speaking:
             return command.run(options)
 
 

@@ -8,6 +8,9 @@ model is too small for its weights to dominate the time.
 from __future__ import annotations
 
 import argparse
+import shlex
+import shutil
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -21,10 +24,13 @@ from transformers.utils import logging
 from ..config import AwqOffloadConfig
 from ..in_memory import quantize_model
 from ..integrations.registration import register
+from ..logs import can_redraw, with_own_bars_alone
 from ..offload.devices import default_execution_device
 from ..offload.memory_use import peak_memory_bytes
 from ..reporting.evaluation import Evaluation, decoding_tokens_per_second, evaluate, token_windows
+from ..reporting.progress import announce
 from .outcome import Outcome
+from .parser import PROGRAM
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "tiny_llama"
 """A Llama of 2.9 million parameters, trained on the documentation that comes with CPython."""
@@ -56,11 +62,21 @@ class Row:
 def run(options: argparse.Namespace) -> Outcome:
     """Runs the demo, which prints its table as it goes; the outcome's document holds the same rows."""
     torch.manual_seed(0)
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, with_own_bars_alone():
         out = Path(options.out) if options.out else Path(scratch) / "tiny-llama-awq"
         rows = show(out, Path(scratch) / "tiny-llama-rtn", not options.no_speed)
-    return Outcome({"out": options.out, "rows": [asdict(row) for row in rows]}, text="")
+    return Outcome({"out": options.out, "rows": [asdict(row) for row in rows]}, next_steps(options.out))
+
+
+def next_steps(out: str | None) -> str:
+    """Returns what to run after the demo; `out` is where it has left its checkpoint, if it has."""
+    steps = {} if out is None else {f"inspect {shlex.quote(out)}": "shows what the checkpoint holds"}
+    steps |= {
+        "quantize SRC --plan": "says what your model needs; SRC is its folder or its name on the Hub",
+        "quantize SRC OUT": "quantizes it (docs/quickstart.md: the same in Python)",
+    }
+    program = PROGRAM if shutil.which(PROGRAM) else f"{Path(sys.executable).parent}/{PROGRAM}"
+    return "\n".join(["", "What to do next:", *(f"  {program} {step}\n      {what}" for step, what in steps.items())])
 
 
 def show(awq_folder: Path, nearest_folder: Path, with_speed: bool = True) -> list[Row]:
@@ -72,7 +88,8 @@ def show(awq_folder: Path, nearest_folder: Path, with_speed: bool = True) -> lis
     ).input_ids[0]
     windows = token_windows(token_ids, WINDOW_TOKENS, EVALUATION_WINDOWS)
     print(f"Model: {SHIPPED_MODEL.name}, {original.num_parameters():,} parameters")
-    rows = [Row("full precision", evaluate(original, windows, original), folder_bytes(SHIPPED_MODEL), None)]
+    found = measured(original, "full precision", windows, original)
+    rows = [Row("full precision", found, folder_bytes(SHIPPED_MODEL), None)]
     recipes = {
         "round to nearest": (AwqOffloadConfig(n_grid=0, clip=False, rounding="nearest"), nearest_folder),
         "AWQ": (AwqOffloadConfig(), awq_folder),
@@ -80,7 +97,8 @@ def show(awq_folder: Path, nearest_folder: Path, with_speed: bool = True) -> lis
     for method, (recipe, folder) in recipes.items():
         seconds = quantize_and_save(recipe, folder)
         reloaded = load_for_evaluation(folder)
-        rows.append(Row(f"{method}, w4 g128", evaluate(reloaded, windows, original), folder_bytes(folder), seconds))
+        found = measured(reloaded, method, windows, original)
+        rows.append(Row(f"{method}, w4 g128", found, folder_bytes(folder), seconds))
     print(table(rows))
     peak_mib = peak_memory_bytes(default_execution_device()) / 2**20
     print(f"\nHeld-out tokens: {rows[0].evaluation.tokens}. Peak memory of this demo: {peak_mib:.0f} MiB.")
@@ -90,8 +108,27 @@ def show(awq_folder: Path, nearest_folder: Path, with_speed: bool = True) -> lis
     return rows
 
 
+def measured(model: PreTrainedModel, name: str, windows: list[torch.Tensor], original: PreTrainedModel) -> Evaluation:
+    """Evaluates a model, and shows a bar that each of its forward passes moves on; in a log file, a line."""
+    if not can_redraw():
+        announce(f"Evaluating {name} ...")
+        return evaluate(model, windows, original)
+    passes = len(windows) * (2 if model is original else 1)
+    with logging.tqdm(total=passes, desc=f"Evaluating {name}", unit="window", dynamic_ncols=True) as bar:
+
+        def advance(*_: object) -> None:
+            bar.update()
+
+        hook = model.register_forward_hook(advance)
+        try:
+            return evaluate(model, windows, original)
+        finally:
+            hook.remove()
+
+
 def speed() -> str:
     """Returns a text with the decoding speed and size of a random bf16 Llama, before and after quantizing it."""
+    announce("Timing a larger model of random weights ...")
     device = default_execution_device()
     config = LlamaConfig(**SPEED_MODEL, num_hidden_layers=SPEED_LAYERS)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
@@ -137,12 +174,12 @@ def folder_bytes(folder: Path) -> int:
 
 
 def table(rows: list[Row]) -> str:
-    lines = [f"{'':28}{'perplexity':>12}{'KL (nats)':>12}{'same top-1':>12}{'size (MB)':>12}{'seconds':>9}"]
+    lines = [f"{'':25}{'perplexity':>11}{'KL (nats)':>11}{'same top-1':>12}{'size (MB)':>11}{'seconds':>9}"]
     for row in rows:
         evaluation = row.evaluation
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
         lines.append(
-            f"{row.method:28}{evaluation.perplexity:>12.3f}{evaluation.kl_nats:>12.5f}"
-            f"{evaluation.top1_agreement:>12.1%}{row.size_bytes / 1e6:>12.2f}{seconds:>9}"
+            f"{row.method:25}{evaluation.perplexity:>11.3f}{evaluation.kl_nats:>11.5f}"
+            f"{evaluation.top1_agreement:>12.1%}{row.size_bytes / 1e6:>11.2f}{seconds:>9}"
         )
     return "\n".join(lines)

@@ -73,7 +73,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     louder = group.add_mutually_exclusive_group()
     louder.add_argument("--quiet", action="store_true", help="show only errors; no warnings, no progress bars")
-    louder.add_argument("--verbose", action="store_true", help="log every step")
+    louder.add_argument("--verbose", action="store_true", help="say also what is read, chosen and written")
 
 
 def add_quantize_options(parser: argparse.ArgumentParser) -> None:

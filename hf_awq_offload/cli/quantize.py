@@ -24,6 +24,7 @@ from ..streamed import quantize
 from .checkpoint_folder import named
 from .models import from_hub
 from .outcome import CommandError, Interrupted, Outcome
+from .recipe_options import with_options
 
 JOURNAL_SUFFIX = ".journal"
 """Finished layers are kept in OUT plus this suffix, a folder beside OUT."""
@@ -183,7 +184,7 @@ def _text(options: argparse.Namespace, report: QuantizationReport, url: str | No
         caveat = f" ({report.loss_caveat})" if report.loss_caveat else ""
         lines.append(f"calibration loss: {loss / nearest:.3f} × round-to-nearest{caveat}")
     if report.tensor_parallel is not None:
-        lines.append(report.tensor_parallel)
+        lines.append(with_options(report.tensor_parallel))
     if url:
         lines.append(f"pushed: {url}")
     return "\n".join(lines)

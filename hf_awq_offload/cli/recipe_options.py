@@ -117,7 +117,7 @@ def with_options(message: str) -> str:
 
     message = re.sub(rf"{before}({names})=('[^']*'|\"[^\"]*\"|[\w-]+)", assigned, message)
     message = re.sub(rf"{before}(max_memory|overrides)\[('[^']*')\]", lambda m: f"{named(m)} {m[2]}", message)
-    message = re.sub(rf"^({names})(?= is )", named, message)
+    message = re.sub(rf"^({names})(?= is )|(?<=`)({names})(?=`)", lambda m: fields[m[1] or m[2]].option, message)
     message = re.sub(rf"{before}({in_two_words}){after}", named, message)
     return re.sub(r"(--[\w-]+) \(\1\)", r"\1", message.replace("out_dir ", "OUT "))
 

@@ -18,7 +18,7 @@ from ..checkpoint.source import Source
 from ..checkpoint.stored_tensor import are_equal
 from ..config import AwqOffloadConfig
 from ..errors import CheckpointError, StorageError
-from ..logs import get_logger, without_offload_message
+from ..logs import get_logger, with_own_bars_alone, without_offload_message
 from ..offload.stored_weights import StoredWeights
 from ..pipeline.run_storage import ToCheckpoint
 from .load_call import only_loading
@@ -44,7 +44,11 @@ def load_on_meta(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with only_loading(to_quantize), without_offload_message():
+        with (
+            only_loading(to_quantize),
+            without_offload_message(),
+            with_own_bars_alone(),
+        ):  # nothing that bars could count
             return model_class.from_pretrained(
                 src, quantization_config=recipe, dtype=dtype, offload_folder=str(folder), **kwargs
             )

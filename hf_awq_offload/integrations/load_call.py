@@ -22,6 +22,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ..checkpoint.source import Source
 from ..config import AwqOffloadConfig
+from ..logs import without_bars_in_log_files
 from .config_look import building
 from .one_at_a_time import one_at_a_time, warn_of_loading_meanwhile
 from .source_reading import SourceReading
@@ -154,7 +155,7 @@ def _remembered(
             if call is outer:
                 return method(cls, *args, **kwargs)
             call.is_of_auto_class = issubclass(cls, _BaseAutoModelClass)
-            with one_at_a_time():
+            with one_at_a_time(), without_bars_in_log_files():
                 look(call)
                 try:
                     with _bounded(call):

@@ -9,10 +9,17 @@ from contextlib import contextmanager
 
 import torch
 
+from ..logs import get_logger
+from ..messages import shortened
 from ..offload.journal import LayerCommit
 from ..offload.memory_use import MemoryWatch
 from ..report import GroupReport, LayerReport, QuantizationReport
 from ..reporting.progress import Progress
+
+logger = get_logger(__name__)
+
+MOST_GROUPS_TOLD = 8
+"""The log names this many groups of a layer; a mixture of experts has hundreds, which the report has."""
 
 
 class RunRecord:
@@ -66,6 +73,8 @@ class RunRecord:
     def add(self, layer: LayerReport, left_out: dict[str, str]) -> None:
         """Adds a layer to the report; `left_out` says which of its linears stay in full precision, and why."""
         self.report.layers.append(layer)
+        groups = [_told(group) for group in layer.groups]
+        logger.info("%s: %s.", layer.name, shortened(groups, MOST_GROUPS_TOLD, between="; "))
         self.add_left_out(left_out)
 
     def add_left_out(self, left_out: dict[str, str]) -> None:
@@ -76,3 +85,10 @@ class RunRecord:
         """Adds a layer that an earlier run has quantized."""
         self.add(LayerReport.from_dict(commit.report["layer"]), commit.report["left_out"])
         self.progress.adopted(commit.name)
+
+
+def _told(group: GroupReport) -> str:
+    """Returns what became of a group: its scale, or why it has none, and its loss."""
+    scale = f"unscaled ({group.unscaled})" if group.alpha is None else f"α {group.alpha:.2f} into {group.producer}"
+    loss = f", loss {group.loss / group.loss_nearest:.3f} × nearest" if group.loss_nearest > 0 else ""
+    return f"{', '.join(group.consumers)}: {scale}{loss}"

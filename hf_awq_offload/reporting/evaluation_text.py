@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..calibration.dataset_names import SHORT_NAMES
 from ..calibration.documents import Text, read_documents
-from ..calibration.sources import open_source
+from ..calibration.sources import OPTIMUM_NAMES, open_source, reads_suffix
 from ..config import AwqOffloadConfig
 from ..errors import CalibrationDataError
 
@@ -29,8 +31,9 @@ def evaluation_tokens(
     """Returns the token ids of the beginning of a text, (tokens,) int64, at most `most_tokens`.
 
     Args:
-        dataset: "wikitext2", or a name or file of text that `AwqOffloadConfig.dataset` takes (docs/calibration.md). A
-            data set of many documents is sampled, with a fixed seed.
+        dataset: "wikitext2", also with another split ("wikitext2:validation"); a file of text, whatever its suffix; or
+            what else of text `AwqOffloadConfig.dataset` names (docs/calibration.md). A data set of many documents is
+            sampled, with a fixed seed.
         tokenizer: the model's tokenizer.
         most_tokens: where reading stops.
         text_column: the column of the data set that holds the text.
@@ -38,8 +41,16 @@ def evaluation_tokens(
     Raises:
         CalibrationDataError: the data can't be read, or is not text.
     """
-    if dataset == WIKITEXT2:
-        return _token_ids(tokenizer, PARAGRAPHS.join(_wikitext2()))[:most_tokens]
+    name, _, split = str(dataset).partition(":")
+    if name == WIKITEXT2:
+        return _token_ids(tokenizer, PARAGRAPHS.join(_wikitext2(split or "test")))[:most_tokens]
+    if dataset in OPTIMUM_NAMES:
+        raise CalibrationDataError(
+            f"The data set {dataset!r} is read as rows of token ids; models are evaluated on plain text. Name the "
+            f"split to read, such as {dataset}:validation."
+        )
+    if os.path.isfile(dataset) and not reads_suffix(dataset):
+        return _token_ids(tokenizer, _plain_text(Path(dataset)))[:most_tokens]
     config = AwqOffloadConfig(dataset=dataset, text_column=text_column)
     source = open_source(config, lambda: tokenizer)
     texts: list[tuple[int, str]] = []
@@ -61,11 +72,25 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def _wikitext2() -> list[str]:
+def _plain_text(path: Path) -> str:
+    """Returns the text of a file that has no suffix of data, such as a README.md, a source file or a log."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise CalibrationDataError(
+            f"The file {path} could not be read as text ({type(error).__name__}: {error}). Name a file of UTF-8 text."
+        ) from error
+    if "\0" in text:
+        raise CalibrationDataError(f"The file {path} has zero bytes: it is not text. Name a file of UTF-8 text.")
+    return text
+
+
+def _wikitext2(split: str) -> list[str]:
     import datasets
 
+    path, configuration, _ = SHORT_NAMES[WIKITEXT2]
     try:
-        rows: Any = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+        rows: Any = datasets.load_dataset(path, configuration, split=split)
     except Exception as error:  # of dozens of kinds: network, cache, hub
         raise CalibrationDataError(
             f"The data set 'wikitext2' could not be downloaded ({type(error).__name__}: {str(error)[:300]}). Without a "

@@ -9,7 +9,7 @@ The bar is transformers' own (tqdm, with widgets in Jupyter). Nothing is shown a
 
 from __future__ import annotations
 
-import os
+import math
 import sys
 import time
 from typing import Any
@@ -17,8 +17,12 @@ from typing import Any
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..logs import can_redraw
 from ..messages import size_text
 from ..report import LayerReport, MemoryUse
+
+LEAST_BAR = 6
+"""Columns of the bar itself; what does not fit beside it is left out."""
 
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
@@ -31,22 +35,6 @@ def announce(text: str) -> None:
 
 def is_shown() -> bool:
     return logging.is_progress_bar_enabled() and logging.get_verbosity() < logging.ERROR
-
-
-def can_redraw() -> bool:
-    """Returns whether stderr is a terminal or a notebook's output, where a bar can be redrawn in place."""
-    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
-    shell = get_shell()
-    is_notebook = shell is not None and "IPKernelApp" in shell.config
-    return is_notebook or (sys.stderr.isatty() and _has_room())
-
-
-def _has_room() -> bool:
-    """Returns whether the terminal has a size; in some containers it has none, and tqdm draws nothing there."""
-    try:
-        return 0 not in os.get_terminal_size(sys.stderr.fileno())
-    except OSError:  # the size is not known
-        return True
 
 
 class Progress:
@@ -90,8 +78,7 @@ class Progress:
     def phase(self, name: str, layer: str | None = None) -> None:
         """Shows the current phase and the layer that it works on."""
         if self._bar is not None:
-            doing = name if layer is None else f"{layer} {name}"
-            self._bar.set_postfix_str(", ".join([*self._eta(), doing, *self._last]))
+            self._bar.set_postfix_str(self._postfix(layer, name))
 
     def finished(self, report: LayerReport) -> None:
         """Reports a layer that this run has quantized."""
@@ -117,10 +104,28 @@ class Progress:
         self.done += 1
         self._since = time.perf_counter()
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join([*self._eta(), name, *self._last]), refresh=False)
+            self._bar.set_postfix_str(self._postfix(name), refresh=False)
             self._bar.update()
         elif self._is_plain:
             announce(f"[{self.done}/{self.total}] {name}: {', '.join([*facts, *self._eta()])}")
+
+    def _postfix(self, layer: str | None, phase: str = "") -> str:
+        """Returns what stands after the bar: as much of it, most important first, as leaves LEAST_BAR for the bar."""
+        short = None if layer is None else ".".join(layer.split(".")[-2:])
+        doing, short_doing = (" ".join(filter(None, (name, phase))) for name in (layer, short))
+        facts = [*self._eta(), short_doing, *self._last]
+        room = self._room()
+        for shown in ([*self._eta(), doing, *self._last], *(facts[:count] for count in range(len(facts), 0, -1))):
+            if len(", ".join(shown)) <= room:
+                return ", ".join(shown)
+        return ""
+
+    def _room(self) -> float:
+        """Returns the columns that are left for what stands after the bar."""
+        columns = self._bar.format_dict.get("ncols")
+        if not isinstance(columns, int):  # a notebook
+            return math.inf
+        return columns - LEAST_BAR - len(f"{self.title}: 100%|| {self.total}/{self.total} [0:00:00, ]")
 
     def _eta(self) -> list[str]:
         """Estimates from this run's layers; the first is probed as well, so it counts only until a second is done."""

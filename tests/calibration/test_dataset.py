@@ -303,6 +303,29 @@ def test_messages_go_through_the_chat_template(load, tokenizer):
         assert as_lists(load(form, max_seq_len=512)) == expected
 
 
+SHAREGPT = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+@pytest.mark.parametrize("column", ["conversations", "conversation", "messages"])
+def test_sharegpt_conversations_are_the_same_conversations(load, column):
+    turns = [[{"from": SHAREGPT[turn["role"]], "value": turn["content"]} for turn in chat] for chat in CHATS]
+    expected = load([{"messages": chat} for chat in CHATS], max_seq_len=512)
+    # A column of strings beside it, such as the id of ShareGPT's rows, is not the text.
+    rows = [{"id": f"row-{index}", column: chat} for index, chat in enumerate(turns)]
+    assert same(load(rows, max_seq_len=512), expected)
+    assert same(load(datasets.Dataset.from_list(rows), max_seq_len=512), expected)
+
+
+def test_a_column_of_conversations_may_be_named(load):
+    rows = [{"text": "x", "dialogue": chat} for chat in CHATS]
+    expected = load([{"messages": chat} for chat in CHATS], max_seq_len=512)
+    assert same(load(rows, text_column="dialogue", max_seq_len=512), expected)
+
+
+def test_text_beside_conversations_is_read_as_before(load):
+    assert same(load([{"text": text, "conversations": CHATS[0]} for text in TEXTS]), load(TEXTS))
+
+
 # ---- files
 
 
@@ -401,6 +424,64 @@ def test_hub_name_streams_the_train_split_or_the_first(load, monkeypatch):
         assert asked == [(("someone/some-data",), {"streaming": True})]
         assert calibration.name == "someone/some-data"
         assert same(calibration, load(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("pileval", ("mit-han-lab/pile-val-backup", "validation")),
+        ("wikitext2:test", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
+        ("c4:validation", ("allenai/c4", "en", "validation")),
+        ("someone/texts:test.1", ("someone/texts", "test.1")),
+        ("someone/texts/german:validation", ("someone/texts", "german", "validation")),
+    ],
+)
+def test_configuration_and_split_follow_the_name(load, monkeypatch, written, expected):
+    rows = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, split, streaming: asked.append((*names, split)) or rows
+    )
+    calibration = load(written)
+    assert asked == [expected]
+    assert calibration.name == written
+    assert same(calibration, load(TEXTS))
+
+
+def test_two_names_are_owner_and_data_set_or_else_data_set_and_configuration(load, monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    asked, known = [], {("texts", "german")}
+
+    def load_dataset(*names, split, streaming):
+        asked.append(names)
+        if names not in known:
+            raise datasets.exceptions.DatasetNotFoundError(f"{names} not found")
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert same(load("texts/german:train"), load(TEXTS))
+    assert asked == [("texts/german",), ("texts", "german")]
+    with pytest.raises(CalibrationDataError, match=r"'texts/dutch:train' could not be read .*\('texts/dutch',\) not"):
+        load("texts/dutch:train")
+
+
+def test_configurations_and_splits_of_a_folder(load, tmp_path, monkeypatch):
+    card = ["---", "configs:"]
+    for name in ("german", "dutch"):
+        card += [f"- config_name: {name}", "  data_files:", f"  - {{split: validation, path: {name}.jsonl}}"]
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name} {text}"}) + "\n" for text in TEXTS)
+        )
+    (tmp_path / "README.md").write_text("\n".join([*card, "---", ""]))
+    for written in (f"{tmp_path}/dutch:validation", f"{tmp_path}/dutch"):
+        assert same(load(written), load([f"dutch {text}" for text in TEXTS]))
+    with pytest.raises(CalibrationDataError, match="looks like a path"):
+        load(f"{tmp_path}/french")
+    with pytest.raises(CalibrationDataError, match=r"could not be read \(ValueError: .*train"):
+        load(f"{tmp_path}/dutch:train")
+    (tmp_path / "README.md").unlink()
+    with pytest.raises(CalibrationDataError, match="looks like a path"):
+        load(f"{tmp_path}/dutch")
 
 
 def test_stream_that_breaks_midway_is_an_error_of_the_data(load, monkeypatch):
@@ -574,7 +655,7 @@ def test_tokenizer_that_fails(load):
 
 def test_messages_without_a_template(load):
     chats = [{"messages": chat} for chat in CHATS]
-    with pytest.raises(CalibrationDataError, match=r"could not render row \d.*set tokenizer.chat_template"):
+    with pytest.raises(CalibrationDataError, match=r"conversation in row \d.*set tokenizer.chat_template"):
         load(chats, tokenizer=make_tokenizer(chat_template=None))
     refuses = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(CalibrationDataError, match="roles must alternate"):
@@ -641,11 +722,18 @@ IDS = list(range(10))
         ([{"messages": []}], "expected a non-empty list of dicts with 'role'"),
         ([{"messages": "hello"}], "column 'messages', is a str"),
         ([{"messages": [{"content": "hello"}]}], "with 'role' and 'content'"),
+        ([{"conversations": [{"from": "human"}]}], "with 'from' and 'value'"),
+        (
+            [{"conversations": [{"from": "narrator", "value": "x"}]}],
+            "a turn is from 'narrator'; expected system, human",
+        ),
         ({"input_ids": [IDS]}, "is a dict with the keys 'input_ids'; expected rows.*from_dict"),
         (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}), r"dataset\['train'\]"),
         (pandas.DataFrame({"text": TEXTS}), "from_pandas"),
         (object(), "The dataset is an object; expected 'builtin', a list of texts"),
         ("no/such/file", "looks like a path, but there is no such file"),
+        ("no/such/file/at/all:train", "looks like a path, but there is no such file"),
+        (f"{__file__}:train", r"is a file, which has no split 'train': leave out ':train'"),
         ("missing.jsonl", "looks like a path, but there is no such file"),
         ("owner/missing.csv", "no such file"),
         ("./missing", "no such file"),

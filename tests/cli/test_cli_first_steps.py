@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
+
 import huggingface_hub
 import pytest
 from command_line import FAST
 from huggingface_hub import constants
 
+from hf_awq_offload.cli.demo import Row, next_steps, table
 from hf_awq_offload.cli.main import main
+from hf_awq_offload.cli.verbosity import spoken_as_asked
+from hf_awq_offload.logs import get_logger
+from hf_awq_offload.reporting.evaluation import Evaluation
 
 
 @pytest.fixture
@@ -60,3 +67,49 @@ def test_a_run_prints_nothing_of_other_libraries(tiny_llama_dir, tmp_path, capsy
     assert "[4/4] model.layers.3: loss" in printed.err
     assert "meta device" not in printed.err
     assert "Writing model shards" not in printed.err
+    assert "\r" not in printed.err
+
+
+def test_verbose_says_what_the_program_does_and_prints_no_configs(tiny_llama_dir, tmp_path, capsys, caplog):
+    assert main(["quantize", str(tiny_llama_dir), str(tmp_path / "out"), *FAST, "--verbose"]) == 0
+    said = {record.name.split(".")[1] for record in caplog.records if record.levelname == "INFO"}
+    assert said <= {"hf_awq_offload"}
+    log = "\n".join(caplog.messages) + capsys.readouterr().err
+    assert "model.layers.3: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: " in log
+    assert "Model config" not in log
+    assert logging.getLogger("transformers.hf_awq_offload").level == logging.NOTSET, "later calls are as before"
+
+
+def test_bars_of_transformers_stay_out_of_log_files(tiny_llama_dir, tmp_path, capsys):
+    (tmp_path / "text").write_text("Some words of a text. " * 20)
+    line = ["evaluate", str(tiny_llama_dir), "--dataset", str(tmp_path / "text"), "--tokens", "64", "--new-tokens", "0"]
+    assert main(line) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("perplexity")
+    assert "\r" not in printed.err
+    assert "Loading weights" not in printed.err
+
+
+def test_warnings_of_the_command_line_name_options(caplog):
+    options = argparse.Namespace(command="quantize", quiet=False, verbose=False)
+    logger = get_logger("hf_awq_offload.calibration.dataset")
+    with spoken_as_asked(options):
+        logger.warning("n_samples is %d; set `dataset` to more.", 3)
+    logger.warning("n_samples is %d; set `dataset` to more.", 3)
+    assert caplog.messages == ["--n-samples is 3; set `--dataset` to more.", "n_samples is 3; set `dataset` to more."]
+
+
+def test_the_demo_ends_with_what_to_do_next():
+    steps = next_steps("a folder").splitlines()
+    assert steps[1] == "What to do next:"
+    assert steps[2].endswith("hf-awq-offload inspect 'a folder'")
+    assert any(step.endswith(" quantize SRC OUT") for step in steps)
+    assert "inspect" not in next_steps(None)
+
+
+def test_the_table_of_the_demo_is_aligned_and_fits_80_columns():
+    found = Evaluation(47.5, 0.0195, 0.885, 24528)
+    rows = [Row("round to nearest, w4 g128", found, 2_290_000, 1234.5), Row("full precision", found, 5_780_000, None)]
+    lines = table(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines[0]) < 80

@@ -68,6 +68,13 @@ def test_formulas_become_mathml():
     assert made.endswith("</math> b")
 
 
+def test_names_of_options_do_not_break_at_hyphens():
+    made = script("option_names").on_page_content("<p>a-b <code>run --max-seq-len N</code></p>")
+    assert made == '<p>a-b <code>run <span style="white-space: nowrap">--max-seq-len</span> N</code></p>'
+    block = "<pre><code>run --max-seq-len N</code></pre>"
+    assert script("option_names").on_page_content(block) == block
+
+
 def test_the_reference_describes_every_field_of_the_recipe(monkeypatch):
     monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object))
     config = "hf_awq_offload.config.AwqOffloadConfig"

@@ -31,6 +31,8 @@ NEVER_AGAIN = {
     r"(is|are) no part of a checkpoint": "is not part of a checkpoint",
     r"get (it|them|that file|the checkpoint) again": "download it again",
     r"begins? anew": "start over",
+    r"no scale is better than none": "unscaled was best",
+    r"`make` and nothing else": "what and how much is downloaded",
     r"pip install [\"'`]*hf_awq_offload": "no index has the package: see messages.how_to_install",
 }
 """Regular expression -> what to write instead."""
@@ -41,6 +43,7 @@ WIDTH = 80
 def texts() -> dict[str, str]:
     """Everything that users read, by where it is."""
     pages = {page.name: page.read_text(encoding="utf-8") for page in PAGES if page.name not in RECORDS}
+    pages["quickstart.ipynb"] = (ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8")
     code = {str(path.relative_to(PACKAGE)): "\n".join(texts_of(path)) for path in PACKAGE.rglob("*.py")}
     return pages | code
 

@@ -140,3 +140,29 @@ def test_without_a_network_a_file_is_suggested(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(CalibrationDataError, match=r"no route.*--dataset FILE"):
         evaluation_tokens("wikitext2", Words(), 100)
+
+
+def test_another_split_of_wikitext(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, split: {"text": [split]})
+    assert evaluation_tokens("wikitext2:validation", Words(), 100).tolist() == [len("validation")]
+
+
+def test_the_rows_of_token_ids_that_optimum_makes_are_refused_before_they_are_downloaded(monkeypatch):
+    monkeypatch.setattr("optimum.gptq.data.get_dataset", lambda *_: pytest.fail("downloaded"))
+    with pytest.raises(CalibrationDataError, match="such as c4:validation"):
+        evaluation_tokens("c4", Words(), 100)
+
+
+@pytest.mark.parametrize("name", ["README.md", "run.log", "script.py", "LICENSE"])
+def test_any_text_file_is_one_text(name, tmp_path):
+    (tmp_path / name).write_text("one three\n\nfive seven")
+    assert evaluation_tokens(str(tmp_path / name), Words(), 100).tolist() == [3, 5, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff\xfe a", "UnicodeDecodeError"), (b"words\0\0", "has zero bytes: it is not text")]
+)
+def test_a_file_that_holds_no_text_is_refused(content, message, tmp_path):
+    (tmp_path / "model.bin").write_bytes(content)
+    with pytest.raises(CalibrationDataError, match=rf"model.bin .*{message}.*Name a file of UTF-8 text"):
+        evaluation_tokens(tmp_path / "model.bin", Words(), 100)

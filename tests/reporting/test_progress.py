@@ -93,14 +93,26 @@ def test_a_terminal_shows_layer_phase_loss_memory_and_time_to_come(monkeypatch):
     assert "| 1/3 [00:00, ETA 00:00, model.layers.1 search, loss 0.0123 → 0.0045, peak 3.00 GiB]" in shown
 
 
-def test_a_bar_fits_a_narrow_terminal(monkeypatch):
-    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (60, 20))
+@pytest.mark.parametrize(
+    ("columns", "end"),
+    [
+        (40, "| 1/80 [00:00]"),
+        (60, "| 1/80 [00:00, ETA 00:00]"),
+        (80, "| 1/80 [00:00, ETA 00:00, layers.1 structure]"),
+        (120, "| 1/80 [00:00, ETA 00:00, model.layers.1 structure, loss 0.0123 → 0.0045, peak 3.00 GiB]"),
+    ],
+)
+def test_a_bar_shows_what_fits_the_terminal_and_cuts_nothing(columns, end, monkeypatch):
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (columns, 20))
     with stderr(Terminal()) as terminal, Progress() as progress:
-        progress.expect(3)
+        progress.expect(80)
         progress.finished(LAYER)
-        progress.phase("search", "model.layers.1")
+        progress.phase("structure", "model.layers.1")
     lines = terminal.getvalue().replace("\n", "\r").split("\r")
-    assert max(map(len, lines)) <= 60
+    assert max(map(len, lines)) <= columns
+    shown = next(line for line in reversed(lines) if "%" in line)
+    assert shown.startswith("Quantizing:   1%|")
+    assert shown.endswith(end)
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
