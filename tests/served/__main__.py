@@ -3,8 +3,8 @@
     make served                                   (or: PYTHONPATH=.:tests python -m served --folder .served)
     python -m served --folder .served --readers vLLM --kinds Llama --no-write
 
-Environments of 2 to 4 GB each and the checkpoints are made once, in --folder, and used again; delete the folder when
-done. Each reader runs in a process of its own; if it dies, the next process goes on with the next checkpoint.
+Environments of 2 to 4 GB each, checkpoints and answers are made once, in --folder, and used again; delete the folder to
+start over. Each reader runs in a process of its own; if it dies, the next process goes on with the next checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from .checkpoints import Kind, kinds, make
 from .compare import agreement
 from .environments import READERS, Reader, python_of
 from .table import Answer, write
-from .triton_kernels import compare
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -41,14 +40,17 @@ def main() -> None:
     places = [_made(kind, folder / "kinds") for kind in chosen]
     answers = []
     for name in args.readers:
-        found = _ask(READERS[name], folder, places)
+        left_out = {kind.name for kind in chosen if READERS[name].left_out and kind.fields["format"] == "awq"}
+        found = _ask(READERS[name], folder, [place for place in places if place.name not in left_out])
         for kind, place in zip(chosen, places, strict=True):
-            answer = _answer(kind, name, place, found[place.name])
+            answer = Answer(kind, name) if kind.name in left_out else _answer(kind, name, place, found[place.name])
             print(answer, flush=True)
             answers.append(answer)
-    kernels = []
+    kernels: list[str] = []
     if "vLLM" in args.readers:
-        kernels = compare(next((folder / "environments" / "vllm_reads").glob("lib/python*/site-packages")))
+        packages = next((folder / "environments" / "vllm_reads").glob("lib/python*/site-packages"))
+        command = [sys.executable, "-m", "served.triton_kernels", packages]  # Triton's interpreter is chosen at import
+        kernels = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
         print("\n".join(kernels))
     if not args.no_write:
         write(REPOSITORY / "docs" / "serving.md", answers, kernels)
@@ -68,25 +70,25 @@ def _ask(reader: Reader, folder: Path, places: list[Path]) -> dict[str, dict[str
     python = python_of(reader, folder / "environments")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    found: dict[str, dict[str, Any]] = {}
+    kept, log = folder / f"{reader.script}.jsonl", folder / f"{reader.script}.log"
+    found = {line["kind"]: line for line in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
     while waiting := [place for place in places if place.name not in found]:
-        if reader.one_by_one:
-            waiting = waiting[:1]
-        log = folder / f"{reader.script}.log"
-        with log.open("a") as errors:
-            done = subprocess.run(
-                [python, HERE / f"{reader.script}.py", *waiting],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                check=False,
-            )
-        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kind"')]
-        found |= {line["kind"]: line for line in lines}
-        if len(lines) < len(waiting):  # it died of the next one
-            died = waiting[len(lines)].name
-            found[died] = {"kind": died, "error": f"the process ended with {done.returncode}; see {log.name}"}
+        asked = waiting[:1] if reader.one_by_one else waiting
+        command = [python, HERE / f"{reader.script}.py", *asked]
+        answered = 0
+        with log.open("a") as errors, kept.open("a") as answers:
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith('{"kind"'):
+                    answers.write(line)
+                    answers.flush()
+                    found[json.loads(line)["kind"]] = json.loads(line)
+                    answered += 1
+        status = process.wait()
+        if answered < len(asked):  # it died of the next one
+            died = asked[answered].name
+            found[died] = {"kind": died, "error": f"the process ended with {status}; see {log.name}"}
     return found
 
 

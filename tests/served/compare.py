@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_awq_offload import use_for_compressed_tensors
+
 from .checkpoints import SOURCE
 
 # A server computes in bf16, the reference in fp32. Quantizing these models to 4 bits moves log-probabilities by 0.4 to
@@ -42,6 +44,7 @@ class Agreement:
 
 def agreement(folder: Path, prompts: list[list[int]], found: dict[str, Any]) -> Agreement:
     """Returns how close `found`, the server's "log_p" and "follow", is to the checkpoint in `folder`."""
+    use_for_compressed_tensors()  # this package is the reference, whatever else is installed
     tokens, server = torch.tensor(prompts), torch.tensor(found["log_p"])
     everything = torch.cat([tokens, torch.tensor(found["follow"])], 1)
     quantized, source = (_log_p(path, everything) for path in (folder, folder.with_name(folder.name + SOURCE)))

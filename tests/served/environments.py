@@ -18,6 +18,7 @@ class Reader:
         installs: Arguments of `pip install`, one list for each call.
         removes: Packages that come along and do not work without CUDA.
         one_by_one: Whether a process can load one model only.
+        left_out: What the cells of AWQ checkpoints say where the reader is not asked for them.
     """
 
     title: str
@@ -25,6 +26,7 @@ class Reader:
     installs: tuple[tuple[str, ...], ...]
     removes: tuple[str, ...] = ()
     one_by_one: bool = False
+    left_out: str = ""
 
 
 TORCH = "torch==2.13.0"
@@ -56,6 +58,7 @@ READERS = {
         title="transformers 5.24.0 with compressed-tensors 0.20.0",
         script="transformers_reads",
         installs=((TORCH, "transformers==5.24.0", "compressed-tensors==0.20.0", "accelerate"),),
+        left_out="needs gptqmodel",
     ),
 }
 

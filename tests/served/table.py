@@ -14,7 +14,7 @@ FIRST, LAST = "<!-- made by make served -->", "<!-- end of what make served make
 
 @dataclass
 class Answer:
-    """What a reader made of a checkpoint: how close it is, or why it did not load."""
+    """What a reader made of a checkpoint: how close it is, or why it did not load; neither if it was not asked."""
 
     kind: Kind
     reader: str
@@ -32,7 +32,7 @@ class Answer:
     @property
     def cell(self) -> str:
         if self.agreement is None:
-            return "does not load"
+            return "does not load" if self.error else READERS[self.reader].left_out
         found = f"{self.agreement.difference:.3f} of {self.agreement.to_source:.2f}"
         return found if self.agreement.holds else f"**differs**, {found}"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined
+os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 
 import importlib.util
 import sys
