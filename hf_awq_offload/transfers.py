@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .logs import get_logger
+from .machine_errors import is_out_of_memory
 
 logger = get_logger(__name__)
 
@@ -65,16 +66,22 @@ def pinned(tensor: Tensor) -> Tensor:
 
 
 def pinned_like(tensor: Tensor) -> Tensor | None:
-    """Returns an empty CPU tensor in pinned memory; None if the machine has none to give, which is tried once only."""
+    """Returns an empty CPU tensor in pinned memory; None if the machine has none to give.
+
+    Where so little cannot be pinned that more is out of the question, nothing is tried again.
+    """
     global _can_pin
     if not _can_pin:
         return None
     try:
         return torch.empty_like(tensor, device="cpu", pin_memory=True)
     except RuntimeError as error:
-        _can_pin = False
-        logger.info("Memory could not be pinned (%s); copies to and from the accelerator make it wait.", error)
+        if not is_out_of_memory(error) or tensor.nbytes < LITTLE_BYTES:
+            _can_pin = False
+            logger.info("Memory could not be pinned (%s); copies to and from the accelerator make it wait.", error)
         return None
 
+
+LITTLE_BYTES = 2**20
 
 _can_pin = True

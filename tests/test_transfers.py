@@ -26,7 +26,7 @@ def test_values_are_sent_from_pageable_memory_where_none_can_be_pinned(monkeypat
     monkeypatch.setattr(torch, "empty_like", refused)
     gpu = torch.device("cuda:1")
     arrived = SimpleNamespace(to=lambda dtype: ("sent to", gpu, dtype))
-    values = SimpleNamespace(device=torch.device("cpu"), to=lambda device, non_blocking: arrived)
+    values = SimpleNamespace(device=torch.device("cpu"), nbytes=8, to=lambda device, non_blocking: arrived)
     assert cast(Any, sent(cast(Any, values), gpu)) == ("sent to", gpu, None)
 
 
@@ -39,3 +39,19 @@ def test_unpinned_memory_does_where_none_can_be_pinned(message, monkeypatch):
     monkeypatch.setattr(torch, "empty_like", refused)
     values = torch.ones(3)
     assert pinned(values) is values
+
+
+def test_much_that_cannot_be_pinned_says_nothing_about_less(monkeypatch):
+    refused = [torch.OutOfMemoryError("CUDA error: out of memory")]
+    real = torch.empty_like
+
+    def pin(tensor: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        if refused:
+            raise refused.pop()
+        return real(tensor)
+
+    monkeypatch.setattr(transfers, "_can_pin", True)
+    monkeypatch.setattr(torch, "empty_like", pin)
+    much, little = torch.ones(transfers.LITTLE_BYTES), torch.ones(3)
+    assert pinned(much) is much
+    assert pinned(little) is not little

@@ -8,7 +8,8 @@ that are none of the module's own may be two. Where shapes leave it open, the an
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -17,8 +18,6 @@ from .linears import linears_in
 
 MOST_SHARED = 2
 """Linears of one module and one width have at most so many inputs: q, k and v share one, o has another."""
-SEQUENTIAL_NORMS = 2
-"""Norms of a layer whose parts follow on each other; in one whose parts read the same input there is one."""
 
 
 def readers_by_width(layer: nn.Module) -> dict[tuple[str, int], list[nn.Linear]]:
@@ -26,11 +25,12 @@ def readers_by_width(layer: nn.Module) -> dict[tuple[str, int], list[nn.Linear]]
 
     The module is "" in a layer whose parts all read the output of one norm.
     """
-    parts, are_parallel = expert_parts(layer), _norms_in(layer) < SEQUENTIAL_NORMS
+    parts = expert_parts(layer)
+    linears = {name: linear for name, linear in linears_in(layer).items() if name not in parts}
+    are_parallel = _norms_in(layer, linears.values()) == 1  # none has a weight: nothing is known
     readers: dict[tuple[str, int], list[nn.Linear]] = defaultdict(list)
-    for name, linear in linears_in(layer).items():
-        if name not in parts:
-            readers["" if are_parallel else name.rpartition(".")[0], linear.in_features].append(linear)
+    for name, linear in linears.items():
+        readers["" if are_parallel else name.rpartition(".")[0], linear.in_features].append(linear)
     return dict(readers)
 
 
@@ -61,9 +61,9 @@ def _inputs_of(linears: list[nn.Linear], is_taken_in: bool) -> int:
     return min(len(linears), MOST_SHARED)
 
 
-def _norms_in(layer: nn.Module) -> int:
-    """Returns how many norms are as wide as the widest one; norms of heads are narrower."""
-    widths = [
-        parameter.numel() for name, parameter in layer.named_parameters() if parameter.ndim == 1 and "bias" not in name
-    ]
-    return widths.count(max(widths, default=0))
+def _norms_in(layer: nn.Module, linears: Iterable[nn.Linear]) -> int:
+    """Returns how many norms are as wide as most inputs are; norms of heads and inside an MLP have other widths."""
+    counts = Counter(linear.in_features for linear in linears)
+    hidden = max(counts, key=counts.__getitem__, default=0)
+    parameters = ((name, parameter) for name, parameter in layer.named_parameters() if parameter.ndim == 1)
+    return sum(parameter.numel() == hidden and "bias" not in name for name, parameter in parameters)

@@ -252,13 +252,13 @@ class Journal:
         """Lets the last commit become durable, and releases the folder for other runs."""
         try:
             self.settle()
-        except StorageError as error:
-            logger.warning("%s", error)
+        except Exception as error:  # whoever closes without `settle` has failed already
+            logger.warning("The last layer was not stored: %s", error)
         finally:
             self._behind.close()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
 
 def committed_layers(directory: str | os.PathLike[str]) -> int | None:

@@ -113,7 +113,11 @@ def _check_memory(memory: Mapping[str, Any]) -> None:
         memory.get("chunk_elements"),
         [memory.get(f"{what}_in_ram", False) for what in ("statistics", "grams")],
     )
-    if not (most is None or (_is_count(most) and most > 0)) or not all(type(place) is bool for place in places):
+    if (
+        not isinstance(memory.get("device", ""), str)
+        or not (most is None or (_is_count(most) and most > 0))
+        or not all(type(place) is bool for place in places)
+    ):
         raise ValueError(f"what memory it had left is {str(memory)[:200]}")
 
 

@@ -19,12 +19,12 @@ T = TypeVar("T")
 class Attempt(Protocol):
     """Runs a step, and repeats it with less memory if memory runs out; see `MemoryPressure.attempt`."""
 
-    def __call__(self, step: Callable[[], T], *others: Callable[[], bool]) -> T:
+    def __call__(self, step: Callable[[], T], *others: Callable[[], bool], reads_grams_anew: bool = True) -> T:
         """Returns what `step` returns."""
         ...
 
 
-def attempt_once(step: Callable[[], T], *others: Callable[[], bool]) -> T:
+def attempt_once(step: Callable[[], T], *others: Callable[[], bool], reads_grams_anew: bool = True) -> T:
     """Returns what `step` returns, which is not repeated."""
     return step()
 

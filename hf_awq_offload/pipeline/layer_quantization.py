@@ -124,7 +124,7 @@ def _quantize_input(
     outcomes = []
     for stack in context.attempt(partial(stacks, context, sharing)):
         linears, outcome = context.attempt(
-            partial(_rounded, context, stack, scales, data, rounder), statistics.move_to_ram
+            partial(_rounded, context, stack, scales, data, rounder), statistics.move_to_ram, reads_grams_anew=False
         )
         for name, linear in zip(stack, linears, strict=True):
             context.replace(name, linear)

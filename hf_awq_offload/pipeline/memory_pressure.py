@@ -72,12 +72,13 @@ class MemoryPressure:
         self.grams_in_ram = grams_in_ram
         self._onloader, self._most_cached_bytes = onloader, most_cached_bytes
 
-    def attempt(self, step: Callable[[], Result], *others: Callable[[], bool]) -> Result:
+    def attempt(self, step: Callable[[], Result], *others: Callable[[], bool], reads_grams_anew: bool = True) -> Result:
         """Returns what `step` returns; repeats it in smaller chunks for as long as it runs out of memory.
 
         Args:
             step: has no effect before it returns.
             others: free more memory, in this order, once chunks are as small as they get; each returns whether it did.
+            reads_grams_anew: whether gram matrices left in RAM would help `step`; not if it was given them.
 
         Raises:
             Exception: of the last attempt, if nothing more can be given up.
@@ -92,7 +93,8 @@ class MemoryPressure:
                 if not is_out_of_memory(error):
                     raise
                 made_room = self.stop_reading_ahead(error) or self._halve_chunks(error)
-                if not (made_room or _first(remaining) or (others and self._leave_grams(error))):
+                can_leave_grams = bool(others) and reads_grams_anew
+                if not (made_room or _first(remaining) or (can_leave_grams and self._leave_grams(error))):
                     raise
                 error.__traceback__ = None  # it holds the temporaries
             release_cached(self.device)
@@ -111,15 +113,24 @@ class MemoryPressure:
     def notes(self) -> dict[str, Any]:
         """Returns what is left, in JSON values: a resumed run has to start from it, or its last bits would differ."""
         return {
+            "device": self.device.type,
             "chunk_elements": self.chunk_elements,
             "statistics_in_ram": self.statistics_device == CPU,
             "grams_in_ram": self.grams_in_ram,
         }
 
     def adopt(self, notes: Mapping[str, Any]) -> None:
-        """Gives up what an earlier run had given up by then; `notes` is empty in journals of earlier releases."""
-        chunks = [most for most in (self.chunk_elements, notes.get("chunk_elements")) if most is not None]
-        self.chunk_elements = min(chunks, default=None)
+        """Gives up what an earlier run had given up by then; `notes` is empty in journals of earlier releases.
+
+        What another kind of device had left says nothing about this one.
+        """
+        if notes.get("device") != self.device.type:
+            return
+        noted = notes.get("chunk_elements")
+        if notes.get("grams_in_ram") and not self.grams_in_ram:
+            self.chunk_elements = noted  # chunks start anew then, larger than before
+        else:
+            self.chunk_elements = min((most for most in (self.chunk_elements, noted) if most is not None), default=None)
         if notes.get("statistics_in_ram"):
             self.statistics_device = CPU
         self.grams_in_ram = self.grams_in_ram or notes.get("grams_in_ram", False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,11 @@ class RunStorage:
 
     def close(self) -> None:
         """Drops what was prefetched, deletes scratch files, and lets another run have the journal."""
-        self.onloader.close()
-        if self.journal is not None:
-            self.journal.close()
-        self.hidden.close()
+        with ExitStack() as stack:  # each of them, whatever the others raise
+            stack.callback(self.hidden.close)
+            if self.journal is not None:
+                stack.callback(self.journal.close)
+            stack.callback(self.onloader.close)
 
     def _stays_on_disk(self, layer_name: str) -> bool:
         return self._offload is not None and self._offload.has(layer_name)

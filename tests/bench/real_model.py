@@ -58,7 +58,7 @@ def main() -> None:
     compare(arguments, model)
 
 
-# -- the model -----------------------------------------------------------------------------------------------------------
+# -- the model ---------------------------------------------------------------------------------------------------------
 
 
 def converted_model(folder: Path) -> Path:
@@ -91,7 +91,7 @@ def convert(packages: str, model: str) -> None:
     file.unlink()
 
 
-# -- the text ------------------------------------------------------------------------------------------------------------
+# -- the text ----------------------------------------------------------------------------------------------------------
 
 
 def debian_documents() -> list[str]:
@@ -103,7 +103,7 @@ def debian_documents() -> list[str]:
             continue
         if not path.is_file() or "changelog" in str(path).lower():
             continue
-        data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = data.decode("utf-8", errors="replace")[:DEBIAN_CHARACTERS].strip()
         if len(text) > 1000 and "\ufffd" not in text:
             found[text] = None
@@ -128,7 +128,7 @@ def windows_of(tokenizer, texts: list[str], count: int):
     return windows
 
 
-# -- the comparison ------------------------------------------------------------------------------------------------------
+# -- the comparison ----------------------------------------------------------------------------------------------------
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:

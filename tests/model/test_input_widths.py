@@ -10,9 +10,11 @@ from models import tiny_gemma2, tiny_llama, tiny_mixtral
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BitNetConfig,
     BloomConfig,
     FalconConfig,
     GPTNeoXConfig,
+    OlmoConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -59,8 +61,10 @@ def read_by_linears(model: PreTrainedModel) -> tuple[nn.Module, list[int]]:
         lambda: built(FalconConfig(**SMALL)),  # attention and the rest read one norm
         lambda: built(BloomConfig(**SMALL)),
         lambda: built(Phi3Config(intermediate_size=96, num_key_value_heads=2, pad_token_id=0, **SMALL)),
+        lambda: built(OlmoConfig(intermediate_size=96, pad_token_id=0, **SMALL)),  # its norms have no weights
+        lambda: built(BitNetConfig(intermediate_size=96, num_key_value_heads=2, pad_token_id=0, **SMALL)),
     ],
-    ids=["llama", "square", "narrow", "gemma2", "opt", "gpt_neox", "falcon", "bloom", "phi3"],
+    ids=["llama", "square", "narrow", "gemma2", "opt", "gpt_neox", "falcon", "bloom", "phi3", "olmo", "bitnet"],
 )
 def test_as_many_inputs_are_counted_as_linears_read(build: Callable[[], PreTrainedModel]):
     layer, read = read_by_linears(build().eval())

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +416,17 @@ def test_at_most_one_layer_is_on_its_way_and_all_come_in_order(tmp_path, monkeyp
         *(f"layer-0000{index}.{kind}" for index in (0, 1, 2) for kind in ("json", "safetensors")),
     ]
     made.close()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "interrupted"])
+def test_the_folder_is_free_again_whatever_happens_while_a_journal_is_closed(error, tmp_path, monkeypatch):
+    made = begun(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(made, "settle", lambda: (_ for _ in ()).throw(error))
+        with suppress(KeyboardInterrupt):
+            made.close()
+    with closing(Journal(tmp_path, PRINT)) as again:
+        assert list(again.commits) == ["layers.0"]
 
 
 @pytest.mark.parametrize("when", ["with the next layer", "at the end", "when it is closed"])

@@ -109,8 +109,31 @@ def test_what_an_earlier_run_had_left_is_adopted_and_never_more():
     earlier.chunk_elements, earlier.grams_in_ram, earlier.statistics_device = 4096, True, CPU
     under.adopt(json.loads(json.dumps(earlier.notes())))
     assert under.notes() == earlier.notes()
-    under.adopt({"chunk_elements": 8192, "statistics_in_ram": False, "grams_in_ram": False})
+    under.adopt({"device": "cuda", "chunk_elements": 8192, "statistics_in_ram": False, "grams_in_ram": False})
     assert under.notes() == earlier.notes()
+
+
+def test_a_resumed_run_ends_at_the_chunks_of_the_run_that_left_gram_matrices_in_ram():
+    earlier, under = pressure(reads_ahead=False), pressure(reads_ahead=False)
+    for notes in ({"chunk_elements": 65536}, {"chunk_elements": BLOCKWISE_ELEMENTS, "grams_in_ram": True}):
+        under.adopt({"device": "cuda", **notes})
+    earlier.chunk_elements = 65536
+    assert earlier._leave_grams(torch.OutOfMemoryError("out of memory"))
+    assert under.notes() | {"statistics_in_ram": True} == earlier.notes()
+
+
+def test_what_a_cpu_had_left_is_not_adopted_on_a_gpu():
+    under = pressure(reads_ahead=False)
+    under.adopt({"device": "cpu", "chunk_elements": 4096, "statistics_in_ram": True})
+    assert under.notes() == pressure(reads_ahead=False).notes()
+
+
+def test_a_step_that_was_given_a_gram_matrix_does_not_leave_it_in_ram():
+    under, made = pressure(reads_ahead=False), []
+    with pytest.raises(torch.OutOfMemoryError):
+        under.attempt(fitting(0, []), lambda: made.append("room") is None and len(made) == 1, reads_grams_anew=False)
+    assert made == ["room"]
+    assert not under.grams_in_ram
 
 
 def test_other_errors_are_not_repeated():
