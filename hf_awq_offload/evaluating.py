@@ -16,23 +16,23 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .calibration.forward_pass import without_head
 from .calibration.tokenizers import tokenizer_of
-from .checkpoint.source_folders import places_of_files
 from .config import AwqOffloadConfig
 from .errors import CalibrationDataError, ConfigError, MemoryLimitError
 from .evaluation.layer_by_layer import EvaluatedModel, evaluate_layer_by_layer
+from .integrations.checkpoint_size import adapter_base, checkpoint_bytes
 from .integrations.lazy_loading import detach_stored_weights, load_on_meta
 from .integrations.one_at_a_time import one_at_a_time
 from .integrations.origin import EVERYWHERE, TOKENIZER_MARKERS, Origin
-from .integrations.pairs import config_of, hub_arguments_among, require_pair, require_same_tokens
+from .integrations.pairs import PLACES, config_of, hub_arguments_among, require_pair, require_same_tokens, require_two
 from .integrations.quantizer import AwqOffloadQuantizer
 from .integrations.registration import register
-from .integrations.source_look import files_in
 from .machine_errors import first_line, is_out_of_memory
 from .messages import size_text
 from .model.decoder_layers import candidate_layers
@@ -53,6 +53,8 @@ from .reporting.evaluation_text import WIKITEXT2, evaluation_tokens
 Model = str | os.PathLike[str] | PreTrainedModel
 Side = tuple[Model, dict[str, Any]]
 """A model, and arguments of `from_pretrained`."""
+
+FP32_BYTES = 4
 
 WINDOW_TOKENS = 512
 MOST_TOKENS = 100_000
@@ -115,20 +117,26 @@ def evaluate(
     limits = streaming_limits(
         max_memory=max_memory, execution_device=execution_device, batch_tokens=batch_tokens, prefetch=prefetch
     )
-    of_reference = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder", "variant")}
+    of_reference = {name: value for name, value in kwargs.items() if name not in PLACES}
     of_reference |= {} if against_revision is None else {"revision": against_revision}
     sides = [(model, kwargs)] + ([] if against is None else [(against, of_reference)])
-    if model is against:
-        raise ConfigError("model and against are the same object; expected a quantized model and its original.")
+    require_two(sides)
+    stride = max(1, window_tokens // 2) if stride_tokens is None else stride_tokens
+    if not 1 <= stride <= window_tokens or window_tokens < 2 or most_tokens < 2:
+        raise ConfigError(
+            f"window_tokens is {window_tokens}, stride_tokens {stride}, and most_tokens {most_tokens}; expected "
+            "windows and a text of at least 2 tokens, and a stride between 1 and the window."
+        )
     config = require_models(sides)
-    given = isinstance(dataset, Tensor) or (isinstance(dataset, list) and all(isinstance(i, int) for i in dataset))
-    if given:
+    if _are_token_ids(dataset):
+        if text_column is not None:
+            raise ConfigError(f"text_column is {text_column!r}, and the data set is token ids; leave it out.")
         token_ids = torch.as_tensor(dataset, dtype=torch.int64).flatten()[:most_tokens]
     else:
         tokenizers = _tokenizers(sides, tokenizer)
         token_ids = held_out_tokens(tokenizers, dataset, text_column, most_tokens)
     require_text(token_ids, config, window_tokens)
-    windows = sliding_windows(token_ids, window_tokens, stride_tokens or max(1, window_tokens // 2))
+    windows = sliding_windows(token_ids, window_tokens, stride)
     if streamed is None:
         streamed = not fits(sides, limits, device_map)
     if streamed:
@@ -145,6 +153,12 @@ def evaluate(
 def streaming_limits(**fields: Any) -> AwqOffloadConfig:
     """Returns what a streamed evaluation keeps to: of a recipe, what says where weights are and how much room is."""
     return AwqOffloadConfig(offload="disk", from_quantized=True, **fields)
+
+
+def _are_token_ids(dataset: Any) -> bool:
+    if isinstance(dataset, list):
+        return all(isinstance(token_id, int) for token_id in dataset)
+    return isinstance(dataset, Tensor | np.ndarray)
 
 
 def require_models(sides: Sequence[Side]) -> Any:
@@ -171,6 +185,8 @@ def held_out_tokens(
         CheckpointError: the tokenizers make different tokens of it.
         CalibrationDataError: the text can't be read.
     """
+    if isinstance(dataset, Iterator):
+        dataset = list(dataset)  # each tokenizer reads it
     found = [evaluation_tokens(dataset, tokenizer, most_tokens, text_column) for tokenizer in tokenizers]
     if len(found) > 1:
         require_same_tokens(found[0], found[1], tokenizers)
@@ -233,23 +249,14 @@ def fits(sides: Sequence[Side], limits: AwqOffloadConfig, device_map: Any) -> bo
     """
     if isinstance(device_map, Mapping) or device_map not in ("auto", "cpu", "none", None):
         return True
+    if any(adapter_base(*side) is not None for side in sides):
+        return True  # adapters run whole only
     size_bytes = sum(checkpoint_bytes(*side) for side in sides)
     device = default_execution_device()
     if device_map != "auto" or device.type == "cpu":
         return size_bytes <= RAM_SHARE * free_ram_bytes(limits)
     free_bytes, limit_bytes = accelerator_bytes(device)[0], limits.memory_limit_bytes(device)
     return size_bytes <= RAM_SHARE * min(free_bytes, limit_bytes or free_bytes)
-
-
-def checkpoint_bytes(model: Model, arguments: Mapping[str, Any]) -> int:
-    """Returns the bytes of a checkpoint's weights; 0 if the model is in memory, or its files are not here yet."""
-    if isinstance(model, PreTrainedModel):
-        return 0
-    places = places_of_files(model, **{name: arguments.get(name) for name in ("revision", "cache_dir", "subfolder")})
-    if not places:
-        return 0
-    files, _ = files_in(places[0], arguments.get("variant"), arguments.get("use_safetensors"))
-    return sum(file.stat().st_size for file in files)
 
 
 @one_at_a_time()
@@ -263,9 +270,17 @@ def evaluate_streamed(
         ConfigError: a model in memory is not in RAM.
     """
     register()
+    for side in sides:
+        if (base := adapter_base(*side)) is not None:
+            raise ConfigError(
+                f"{side[0]} is an adapter of {base}, which does not run one decoder layer at a time. Evaluate it whole "
+                "(streamed=False, --no-streamed), or merge it and save the model."
+            )
     device = execution_device_of(limits)
     with ExitStack() as stack:
-        opened = [stack.enter_context(_opened(*side, limits, device, model_class, dtype)) for side in sides]
+        opened = [
+            stack.enter_context(_opened(*side, limits, device, model_class, dtype, 2 * len(sides))) for side in sides
+        ]
         gc.collect()  # what loading leaves behind grows with the number of layers
         release_freed()
         batch_tokens, prefetch = _budget(opened, windows, limits, device)
@@ -293,9 +308,10 @@ def _opened(
     device: torch.device,
     model_class: Any,
     dtype: Any,
+    copies: int,  # of hidden states that are held at once: what enters a layer and what leaves it, of each model
 ) -> Iterator[EvaluatedModel]:
     """Yields a model with its weights where they are: in RAM, or in the checkpoint's files."""
-    hidden = HiddenStorage(None, HIDDEN_SHARE * free_ram_bytes(limits))
+    hidden = HiddenStorage(None, HIDDEN_SHARE * free_ram_bytes(limits) / copies)
     if isinstance(model, PreTrainedModel):
         places = {parameter.device.type for parameter in model.parameters()}
         if places != {"cpu"} or getattr(model, "hf_device_map", None):
@@ -331,7 +347,7 @@ def _budget(
     limit_bytes = limits.memory_limit_bytes(device)
     free_bytes = free_ram_bytes(limits) if device.type == "cpu" else accelerator_bytes(device)[0]
     most_bytes = free_bytes if limit_bytes is None else min(free_bytes, limit_bytes)
-    most_bytes -= PROCESS_BYTES if device.type == "cpu" else 0
+    most_bytes -= PROCESS_BYTES + _hidden_bytes(opened, windows, limits) if device.type == "cpu" else 0
     ends_bytes = sum(map(_head_bytes, opened)) + BLOCK_BYTES
     for prefetch in sorted({limits.prefetch, False}, reverse=True):
         held_bytes = layer_bytes + prefetch * sum(size.weights for size in sizes)
@@ -347,8 +363,17 @@ def _budget(
     if limits.batch_tokens is not None:
         return max(limits.batch_tokens, longest), prefetch
     usual = CPU_BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
-    room_bytes = most_bytes - held_bytes if limit_bytes is not None else int(most_bytes * ACCELERATOR_MEMORY_SHARE)
+    share = 1.0 if limit_bytes is not None else ACCELERATOR_MEMORY_SHARE
+    room_bytes = min(int(most_bytes * share), most_bytes - held_bytes)
     return max(longest, min(usual, room_bytes // per_token)), prefetch
+
+
+def _hidden_bytes(opened: Sequence[EvaluatedModel], windows: Sequence[Window], limits: AwqOffloadConfig) -> int:
+    """Returns the bytes of hidden states in RAM: two copies for each model, unless they are large and go to a file."""
+    tokens = sum(window.token_ids.numel() for window in windows)
+    widths = (one.model.config.get_text_config(decoder=True).hidden_size for one in opened)
+    copies = [tokens * width * FP32_BYTES for width in widths for _ in ("in", "out")]
+    return int(min(sum(copies), HIDDEN_SHARE * free_ram_bytes(limits)))
 
 
 def _longest(windows: Sequence[Window]) -> int:

@@ -7,8 +7,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from .errors import CheckpointError, JournalError, MemoryLimitError
 
-OUT_OF_MEMORY = ("error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What errors of the driver and of cuBLAS say, which accelerate does not know."""
+OUT_OF_MEMORY = ("error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
+"""What errors of the driver, of cuBLAS and of mapped files say, which accelerate does not know."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,12 +12,12 @@ from ..evaluating import (
     evaluate_streamed,
     fits,
     held_out_tokens,
-    require_models,
     require_text,
     streaming_limits,
     tokenizer_if_any,
 )
 from ..evaluation.gate import too_far
+from ..integrations.pairs import config_of, require_pair, require_two
 from ..reporting.distances import PositionBucket
 from ..reporting.evaluation import Evaluation, decoding_tokens_per_second, evaluate, sliding_windows
 from .checkpoint_folder import named
@@ -44,15 +44,20 @@ def run(options: argparse.Namespace) -> Outcome:
         raise UsageError(f"--stride is {stride}, more than --window ({options.window}): tokens would be skipped.")
     limits = streaming_limits(**given_fields(options, LIMITS))
     sides = _sides(options)
-    with named(options.against or options.model):
-        config = require_models(sides)
+    require_two(sides)
+    configs = []
+    for source, arguments in sides:
+        with named(str(source)):
+            configs.append(config_of(source, arguments))
+    if len(configs) > 1:
+        require_pair(*configs)
     tokenizers = [load_tokenizer(options.tokenizer or options.model, options)]
     if options.against and not options.tokenizer and (other := tokenizer_if_any(sides[1])) is not None:
         tokenizers.append(other)
     token_ids = held_out_tokens(tokenizers, options.dataset, options.text_column, options.tokens)
     if len(token_ids) < 2:
         raise CommandError(f"{options.dataset} has {len(token_ids)} tokens; expected at least two.")
-    require_text(token_ids, config, options.window)
+    require_text(token_ids, configs[0], options.window)
     windows = sliding_windows(token_ids, options.window, stride)
     streamed = not fits(sides, limits, options.device_map) if options.streamed is None else options.streamed
     if streamed:
@@ -60,7 +65,8 @@ def run(options: argparse.Namespace) -> Outcome:
         speed, weights_bytes = None, checkpoint_bytes(*sides[0])
     else:
         model = load(options.model, options)
-        reference = load(options.against, options, options.against_revision) if options.against else None
+        against = options.against
+        reference = load(against, options, options.against_revision, is_base=True) if against else None
         evaluation = evaluate(model, windows, reference)
         speed = decoding_tokens_per_second(model, options.new_tokens) if options.new_tokens else None
         weights_bytes = model.get_memory_footprint()
@@ -86,7 +92,7 @@ def _sides(options: argparse.Namespace) -> list[Side]:
     sides: list[Side] = [(options.model, from_hub(options, options.model))]
     if options.against:
         revision = {"revision": options.against_revision} if options.against_revision else {}
-        sides.append((options.against, from_hub(options, options.against) | revision))
+        sides.append((options.against, from_hub(options, options.against, is_base=True) | revision))
     return sides
 
 
@@ -101,7 +107,8 @@ def _text(evaluation: Evaluation, document: dict[str, Any]) -> str:
             f"{'same top-1':24}{evaluation.top1_agreement:.2%}",
         ]
     if len(evaluation.positions) > 1:
-        lines += ["", f"{'tokens before':24}{'tokens':>8}{'perplexity':>12}{'KL':>10}{'same top-1':>12}"]
+        compared = "" if evaluation.kl_nats is None else f"{'KL':>10}{'same top-1':>12}"
+        lines += ["", f"{'tokens before':24}{'tokens':>8}{'perplexity':>12}{compared}"]
         lines += map(_row, evaluation.positions)
         lines.append("")
     if evaluation.layers:

@@ -29,9 +29,10 @@ def run_tasks(options: argparse.Namespace) -> Outcome:
     if unknown:
         raise CommandError(f"lm-eval-harness has no task {', '.join(unknown)}; `lm-eval ls tasks` lists its tasks.")
 
-    def results_of(source: str, revision: str | None = None) -> dict[str, Any]:
-        tokenizer = load_tokenizer(options.tokenizer or source, options, None if options.tokenizer else revision)
-        model = HFLM(pretrained=load(source, options, revision), tokenizer=tokenizer)
+    def results_of(source: str, revision: str | None = None, is_base: bool = False) -> dict[str, Any]:
+        own = () if options.tokenizer else (revision, is_base)
+        tokenizer = load_tokenizer(options.tokenizer or source, options, *own)
+        model = HFLM(pretrained=load(source, options, revision, is_base), tokenizer=tokenizer)
         evaluated = simple_evaluate(
             model=model, tasks=options.tasks, limit=options.limit, task_manager=manager, log_samples=False
         )
@@ -40,7 +41,7 @@ def run_tasks(options: argparse.Namespace) -> Outcome:
         return {name: _numbers(result) for name, result in evaluated["results"].items()}
 
     results = results_of(options.model)
-    against = results_of(options.against, options.against_revision) if options.against else None
+    against = results_of(options.against, options.against_revision, is_base=True) if options.against else None
     document = {"model": options.model, "against": options.against, "tasks": results, "tasks_against": against}
     return Outcome(document, _table(results, against))
 

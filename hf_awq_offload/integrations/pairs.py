@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
+from .checkpoint_size import adapter_base
 from .load_call import HUB_ARGUMENTS, can_be_asked
 
 SHAPES = (
@@ -17,6 +18,8 @@ SHAPES = (
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 """Fields of a text decoder's config that quantizing does not change, as far as a model has them."""
+PLACES = ("revision", "subfolder", "variant")
+"""Arguments of `from_pretrained` that tell models of one name apart."""
 REMEDY = "Expected a model and the original that it was quantized from."
 
 
@@ -27,7 +30,7 @@ def hub_arguments_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of(model: str | os.PathLike[str] | PreTrainedModel, arguments: Mapping[str, Any]) -> Any:
-    """Returns the config of a checkpoint or of a model in memory.
+    """Returns the config of a checkpoint or of a model in memory; an adapter has that of its base.
 
     Raises:
         CheckpointError: there is no checkpoint.
@@ -37,6 +40,8 @@ def config_of(model: str | os.PathLike[str] | PreTrainedModel, arguments: Mappin
     name = os.fspath(model)
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise CheckpointError(f"There is no folder {name}; expected a checkpoint folder, or a name on the Hub.")
+    if (base := adapter_base(model, arguments)) is not None:
+        name, arguments = base, {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
     try:
         return AutoConfig.from_pretrained(name, **hub_arguments_among(arguments))
     except OSError as error:
@@ -44,6 +49,27 @@ def config_of(model: str | os.PathLike[str] | PreTrainedModel, arguments: Mappin
             f"{name} holds no config.json that can be read, or could not be downloaded: {error} Expected a checkpoint "
             "folder, or a name on the Hub."
         ) from error
+
+
+def require_two(sides: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
+    """Checks that a model is not compared with itself; each side is a model and arguments of `from_pretrained`.
+
+    Raises:
+        ConfigError: both sides are one model in memory, or have one name and one place on the Hub.
+    """
+    if len(sides) < 2:
+        return
+    (model, arguments), (other, of_other) = sides
+    if isinstance(model, PreTrainedModel) or isinstance(other, PreTrainedModel):
+        is_one = model is other
+    else:
+        places = [{name: given.get(name) for name in PLACES} for given in (arguments, of_other)]
+        is_one = os.fspath(model) == os.fspath(other) and places[0] == places[1]
+    if is_one:
+        raise ConfigError(
+            "The model is compared with itself; expected a quantized model and its original. On one repository, name "
+            "the original's revision (against_revision=..., --against-revision)."
+        )
 
 
 def require_pair(config: Any, reference: Any) -> None:

@@ -23,7 +23,7 @@ PARAGRAPHS = "\n\n"
 
 
 def evaluation_tokens(
-    dataset: str | os.PathLike[str],
+    dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     most_tokens: int,
     text_column: str | None = None,
@@ -41,25 +41,33 @@ def evaluation_tokens(
     Raises:
         CalibrationDataError: the data can't be read, or is not text.
     """
-    name, _, split = str(dataset).partition(":")
+    is_named = isinstance(dataset, str | os.PathLike)
+    name, _, split = os.fspath(dataset).partition(":") if is_named else ("", "", "")
     if name == WIKITEXT2:
         return _token_ids(tokenizer, PARAGRAPHS.join(_wikitext2(split or "test")))[:most_tokens]
-    if dataset in OPTIMUM_NAMES:
+    if is_named and dataset in OPTIMUM_NAMES:
         raise CalibrationDataError(
             f"The data set {dataset!r} is read as rows of token ids; models are evaluated on plain text. Name the "
             f"split to read, such as {dataset}:validation."
         )
-    if os.path.isfile(dataset) and not reads_suffix(dataset):
-        return _token_ids(tokenizer, _plain_text(Path(dataset)))[:most_tokens]
+    file = os.path.expanduser(dataset) if is_named else ""
+    if os.path.isfile(file) and not reads_suffix(file):
+        if text_column is not None:
+            raise CalibrationDataError(
+                f"The file {dataset} is read as plain text, which has no column {text_column!r}; leave the column out, "
+                "or name a file of rows (.jsonl, .csv, .parquet)."
+            )
+        return _token_ids(tokenizer, _plain_text(Path(file)))[:most_tokens]
     config = AwqOffloadConfig(dataset=dataset, text_column=text_column)
     source = open_source(config, lambda: tokenizer)
     texts: list[tuple[int, str]] = []
     tokens = 0
     for document in read_documents(source.elements, text_column, source.string_columns):
         if not isinstance(document, Text):
+            where = dataset if is_named else "the data set"
             raise CalibrationDataError(
-                f"Row {document.row} of {os.fspath(dataset)} is a {type(document).__name__}; models are evaluated on "
-                "plain text. Name a text file, or a data set whose column of text --text-column names."
+                f"Row {document.row} of {where} is a {type(document).__name__}; models are evaluated on plain text. "
+                "Name a text file, or a data set whose column of text --text-column names."
             )
         texts.append((document.row, document.text))
         tokens += len(_token_ids(tokenizer, document.text))

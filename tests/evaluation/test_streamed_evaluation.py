@@ -12,6 +12,7 @@ import pytest
 import torch
 from image_models import tiny_llava
 from models import save_model, tiny_gemma2, tiny_gpt_oss, tiny_llama, tiny_mixtral, token_batch, token_recipe
+from peft import LoraConfig, get_peft_model
 from tiny_tokenizer import make_tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -40,6 +41,7 @@ from hf_awq_offload.reporting.evaluation import Evaluation
 TEXT = token_batch(1, 90, seed=5)[0]
 WINDOWS = {"dataset": TEXT, "window_tokens": 24, "stride_tokens": 16, "batch_tokens": 48}
 """Windows of two lengths, the first with more scored tokens than the others, in micro-batches of two."""
+WINDOWS_ALONE = {name: value for name, value in WINDOWS.items() if name != "dataset"}
 
 
 def tiny_gemma3n() -> PreTrainedModel:
@@ -238,8 +240,49 @@ def test_an_original_that_is_not_there(pair, name):
 
 def test_a_model_is_not_compared_with_itself():
     model = tiny_llama()
-    with pytest.raises(ConfigError, match="the same object"):
+    with pytest.raises(ConfigError, match="compared with itself"):
         evaluate(model, against=model, **WINDOWS)
+
+
+def test_a_checkpoint_is_not_compared_with_itself_but_with_another_place_of_one_name(pair, tmp_path):
+    with pytest.raises(ConfigError, match="against_revision"):
+        evaluate(str(pair[0]), against=pair[0], **WINDOWS)
+    shutil.copytree(pair[1], tmp_path / "repository")
+    shutil.copytree(pair[0], tmp_path / "repository" / "quantized")
+    both = str(tmp_path / "repository")
+    found = evaluate(both, against=both, subfolder="quantized", **WINDOWS)
+    assert found.kl_nats == pytest.approx(evaluate(pair[0], against=pair[1], **WINDOWS).kl_nats, rel=1e-4)
+    assert found.kl_nats > 1e-4
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"window_tokens": 1}, {"stride_tokens": 0}, {"window_tokens": 8, "stride_tokens": 9}, {"most_tokens": -1}]
+)
+def test_windows_that_make_no_sense_are_refused_before_the_text_is_read(pair, wrong):
+    with pytest.raises(ConfigError, match="stride between 1 and the window"):
+        evaluate(pair[0], dataset="no-such-file.txt", **wrong)
+
+
+def test_texts_and_token_ids_in_memory(pair, tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    save_model(tiny_llama(vocab_size=512), tmp_path)
+    texts = ["one two three four five " * 4, "six seven eight nine ten " * 4]
+    found = evaluate(tmp_path, dataset=texts, window_tokens=16)
+    assert found.tokens > 20
+    assert evaluate(tmp_path, dataset=(text for text in texts), window_tokens=16) == found
+    ids = torch.randint(3, 64, (40,), generator=torch.Generator().manual_seed(0))
+    assert evaluate(pair[0], dataset=ids.numpy(), **WINDOWS_ALONE) == evaluate(pair[0], dataset=ids, **WINDOWS_ALONE)
+    with pytest.raises(ConfigError, match="text_column"):
+        evaluate(pair[0], dataset=ids, text_column="text", **WINDOWS_ALONE)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_is_evaluated_whole_and_not_layer_by_layer(pair, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    assert evaluate(tmp_path, against=pair[1], **WINDOWS).kl_nats == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ConfigError, match=r"is an adapter of .*streamed=False"):
+        evaluate(tmp_path, against=pair[1], streamed=True, **WINDOWS)
 
 
 def test_other_tokenizers_are_no_pair(pair, tmp_path):

@@ -161,8 +161,11 @@ def test_the_command_line_takes_what_from_pretrained_takes(cache, folders, data_
     assert "extra.txt is not part of a checkpoint" in capsys.readouterr().err
     assert main(["inspect", *source, "--headers-only"]) == 0
     evaluate = ["evaluate", *source, "--dataset", str(tmp_path / "texts.txt"), "--tokens", "40", "--window", "16"]
-    assert main([*evaluate, "--new-tokens", "0", "--against", NAME, "--against-revision", "main", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]) or "{}")["kl_nats"] == 0
+    evaluate += ["--new-tokens", "0", "--json", "--against", NAME]
+    assert main([*evaluate, "--against-revision", "main"]) == 1
+    assert "tokenizers of the two models differ" in capsys.readouterr().err
+    assert main([*evaluate, "--against-revision", "main", "--tokenizer", str(folders["v2"])]) == 0
+    assert json.loads(capsys.readouterr().out)["kl_nats"] == 0
 
 
 # -- subfolders --------------------------------------------------------------------------------------------------------
