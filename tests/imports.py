@@ -13,8 +13,8 @@ if __name__ == "__main__" and sys.argv[1:]:
 
 LEVELS: list[list[str]] = [
     ["dtype_names", "errors", "json_text", "logs", "messages"],
-    ["formats", "machine_errors", "precision", "recipe_fields", "report", "transfers"],
-    ["config_checks", "triton_trial"],
+    ["formats", "machine_errors", "precision", "recipe_fields", "report"],
+    ["config_checks", "transfers", "triton_trial"],
     ["checkpoint", "ops", "search"],
     ["config"],
     ["nn"],
