@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -73,7 +75,7 @@ def test_tiles_of_any_size_cover_the_product_once(shape, monkeypatch):
 
 
 def test_a_square_is_subtracted_tile_by_tile_and_mirrored(monkeypatch):
-    monkeypatch.setattr(large_products, "_has_tf32", lambda device: True)
+    monkeypatch.setattr(large_products, "_has_fast_tf32", lambda device: True)
     monkeypatch.setattr(large_products, "LEAST_SIDE", 8)
     monkeypatch.setattr(large_products, "TILE", 4)
     rows, total = torch.randn(5, 18), torch.randn(18, 18)
@@ -84,12 +86,12 @@ def test_a_square_is_subtracted_tile_by_tile_and_mirrored(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device_has_tf32", "most", "is_split"), [(False, None, False), (True, None, True), (True, 2**20, False)]
+    ("device_has_fast_tf32", "most", "is_split"), [(False, None, False), (True, None, True), (True, 2**20, False)]
 )
-def test_only_large_products_of_a_gpu_with_room_are_split(device_has_tf32, most, is_split, monkeypatch):
+def test_only_large_products_of_a_gpu_with_room_are_split(device_has_fast_tf32, most, is_split, monkeypatch):
     """On a CPU, nothing ever is: what is asked here is what the decision depends on."""
     seen: list[str] = []
-    monkeypatch.setattr(large_products, "_has_tf32", lambda device: device_has_tf32)
+    monkeypatch.setattr(large_products, "_has_fast_tf32", lambda device: device_has_fast_tf32)
     monkeypatch.setattr(large_products, "add_in_three_products", lambda *operands: seen.append(MATMUL.fp32_precision))
     monkeypatch.setattr(large_products, "LEAST_SIDE", 8)
     total, small = torch.zeros(8, 8), torch.zeros(7, 8)
@@ -103,4 +105,30 @@ def test_only_large_products_of_a_gpu_with_room_are_split(device_has_tf32, most,
 
 
 def test_a_cpu_has_no_tf32():
-    assert not large_products._has_tf32(torch.device("cpu"))
+    assert not large_products._has_fast_tf32(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_fast"), [((7, 5), False), ((8, 0), True), ((8, 6), False), ((8, 9), False), ((9, 0), True)]
+)
+def test_cards_whose_tf32_is_as_slow_as_fp32_do_without(capability, is_fast, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert large_products._has_fast_tf32.__wrapped__(torch.device("cuda", 0)) == is_fast
+
+
+def test_only_the_parts_of_one_product_are_held(monkeypatch):
+    monkeypatch.setattr(large_products, "TILE", 64)
+    monkeypatch.setattr(large_products, "PART_ELEMENTS", 3 * 128 * 32)
+    left, right, held = torch.randn(64, 320), torch.randn(320, 64), []
+
+    def add(total: Tensor, lefts: Tensor, rights: Tensor, alpha: float) -> None:
+        alive = [one() for one in held if one() is not None]
+        assert not alive, "parts of the product before"
+        held.extend((weakref.ref(lefts), weakref.ref(rights)))
+        assert lefts.nbytes + rights.nbytes <= large_products.parts_bytes(4096, 320, 4096)
+        total.addmm_(lefts, rights, alpha=alpha)
+
+    total = torch.zeros(64, 64)
+    add_in_three_products(total, left, right, 1, add)
+    assert len(held) == 20
+    torch.testing.assert_close(total, left @ right, rtol=1e-4, atol=1e-4)
