@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import traceback
 from array import array
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from answering import answer, dequantized, experts, multiplied, unpacked, unpacked_awq
 from torch import Tensor
 
 os.environ |= {"SGLANG_USE_CPU_ENGINE": "1"}
@@ -48,19 +48,13 @@ class _Absent(ModuleType):
 
 sys.modules["sgl_kernel"] = _Absent("sgl_kernel")
 
-NIBBLES = torch.arange(0, 32, 4, dtype=torch.int32)
-AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 PREFIX = 16
 """Tokens that come at once; the others of a prompt come one by one, as generated tokens do."""
 
 
 def awq_weight(words: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     """Returns the weight of AWQ tensors, (..., in, out)."""
-    codes, zero_points = (
-        ((packed.unsqueeze(-1) >> NIBBLES) & 15)[..., AWQ_ORDER].flatten(-2) for packed in (words, zeros)
-    )
-    repeats = codes.shape[-2] // scales.shape[-2]
-    return (codes - zero_points.repeat_interleave(repeats, -2)) * scales.float().repeat_interleave(repeats, -2)
+    return dequantized(unpacked_awq(words), unpacked_awq(zeros), scales)
 
 
 class AwqLinear:
@@ -71,8 +65,7 @@ class AwqLinear:
         layer.dequantized = awq_weight(layer.qweight.data, layer.qzeros.data, layer.scales.data)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        product = x.float() @ layer.dequantized
-        return (product if bias is None else product + bias.float()).to(x.dtype)
+        return multiplied(x, layer.dequantized, bias)
 
 
 class AwqExperts:
@@ -103,14 +96,7 @@ def compressed_weight(words: Tensor, zeros: Tensor | None, scales: Tensor, bits:
     `words` are (..., in · bits / 32, out), `scales` (..., groups, out), `zeros` (..., groups, out · bits / 32).
     """
     codes = unpacked(words.transpose(-1, -2), bits).transpose(-1, -2)
-    repeats = codes.shape[-2] // scales.shape[-2]
-    zero_points = 2 ** (bits - 1) if zeros is None else unpacked(zeros, bits).repeat_interleave(repeats, -2)
-    return (codes - zero_points) * scales.float().repeat_interleave(repeats, -2)
-
-
-def unpacked(words: Tensor, bits: int) -> Tensor:
-    """Returns the values of int32 words along the last dimension, lowest bits first."""
-    return ((words.unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32)) & (2**bits - 1)).flatten(-2)
+    return dequantized(codes, 2 ** (bits - 1) if zeros is None else unpacked(zeros, bits), scales)
 
 
 def compressed_linear_loaded(scheme: Any, layer: torch.nn.Module) -> None:
@@ -120,7 +106,7 @@ def compressed_linear_loaded(scheme: Any, layer: torch.nn.Module) -> None:
 
 
 def compressed_linear(scheme: Any, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    return AwqLinear(None).apply(layer, x, bias)
+    return multiplied(x, layer.dequantized, bias)
 
 
 def compressed_experts_loaded(scheme: Any, layer: torch.nn.Module) -> None:
@@ -134,19 +120,8 @@ def compressed_experts(scheme: Any, layer: torch.nn.Module, dispatch_output: Any
     return AwqExperts(None).apply(layer, dispatch_output)
 
 
-def experts(hidden_states: Tensor, w1: Tensor, w2: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """Returns the sum of the chosen experts' outputs."""
-    total = torch.zeros(hidden_states.shape)
-    for expert in chosen.unique().tolist():
-        tokens, place = (chosen == expert).nonzero(as_tuple=True)
-        gate, up = (hidden_states[tokens].float() @ w1[expert]).chunk(2, -1)
-        inner = torch.nn.functional.silu(gate) * up
-        total.index_add_(0, tokens, (inner @ w2[expert]) * weights[tokens, place, None].float())
-    return total.to(hidden_states.dtype)
-
-
 def substitute() -> list[str]:
-    """Puts the classes above in place of kernels that this CPU lacks; returns the kernels' names."""
+    """Puts what is above in place of SGLang's int4 kernels; returns the kernels' names."""
     from sglang.srt.layers import quantization
     from sglang.srt.layers.quantization.awq.schemes import awq_cpu
     from sglang.srt.layers.quantization.compressed_tensors import schemes
@@ -220,18 +195,7 @@ def read(folder: Path) -> dict[str, Any]:
     return {"log_p": torch.cat(log_p, 1).tolist(), "follow": torch.cat(follow, 1).tolist()}
 
 
-def main(folders: list[Path]) -> None:
+if __name__ == "__main__":
     import sglang
 
-    about = {"reader": "SGLang", "version": sglang.__version__, "substituted": substitute()}
-    for folder in folders:
-        try:
-            found = read(folder)
-        except BaseException as error:  # whatever it is, it is the answer
-            traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        print(json.dumps({"kind": folder.name, **about, **found}), flush=True)
-
-
-if __name__ == "__main__":
-    main([Path(folder) for folder in sys.argv[1:]])
+    answer(read, {"reader": "SGLang", "version": sglang.__version__, "substituted": substitute()})

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
-import traceback
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from answering import answer
 from transformers import AutoModelForCausalLM
 
 
@@ -38,22 +36,7 @@ def read(folder: Path) -> dict[str, Any]:
     return {"log_p": at_tokens.tolist(), "follow": tokens[:, given:].tolist()}
 
 
-def main(folders: list[Path]) -> None:
-    assert importlib.util.find_spec("hf_awq_offload") is None, "this is about transformers without this package"
-    helpers = {
-        name: version(name)
-        for name in ("compressed-tensors", "gptqmodel")
-        if importlib.util.find_spec(name.replace("-", "_"))
-    }
-    about = {"reader": "transformers", "version": transformers.__version__, "helpers": helpers, "substituted": []}
-    for folder in folders:
-        try:
-            found = read(folder)
-        except BaseException as error:  # whatever it is, it is the answer
-            traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        print(json.dumps({"kind": folder.name, **about, **found}), flush=True)
-
-
 if __name__ == "__main__":
-    main([Path(folder) for folder in sys.argv[1:]])
+    if importlib.util.find_spec("hf_awq_offload") is not None:
+        raise SystemExit("This is about transformers without hf_awq_offload; use an environment that lacks it.")
+    answer(read, {"reader": "transformers", "version": transformers.__version__, "substituted": []})
