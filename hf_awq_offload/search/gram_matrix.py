@@ -38,10 +38,10 @@ class GramInRam:
         """Whether the search runs on a CPU."""
         return False
 
-    def rows(self, span: slice) -> Tensor:
-        """Returns rows of the matrix of the scaled input on the device, (rows, in)."""
-        block = self._sent(self.matrix[span])
-        return block if self.scale is None else block.div_(torch.outer(self.scale[span], self.scale))
+    def rows(self, span: slice, first_column: int = 0) -> Tensor:
+        """Returns rows of the matrix of the scaled input on the device, (rows, in - first_column)."""
+        block = self._sent(self.matrix[span, first_column:])
+        return block if self.scale is None else block.div_(torch.outer(self.scale[span], self.scale[first_column:]))
 
     def rows_of(
         self,

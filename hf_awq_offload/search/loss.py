@@ -55,8 +55,9 @@ def row_mse(
 def _columns(gram: Gram, block: slice) -> tuple[Tensor, Tensor]:
     """Returns the columns of a block of channels: its own rows of them, and those after it."""
     if isinstance(gram, GramInRam):
-        rows = gram.rows(block)  # as columns, since the matrix is symmetric
-        return rows[:, block].t(), rows[:, block.stop :].t()
+        rows = gram.rows(block, block.start)  # as columns, since the matrix is symmetric
+        width = block.stop - block.start
+        return rows[:, :width].t(), rows[:, width:].t()
     return gram[block, block], gram[block.stop :, block]
 
 
