@@ -21,7 +21,7 @@ def at_most(limits: Mapping[torch.device, int | None]) -> Iterator[None]:
     """Makes allocations beyond a limit fail inside the context, as they fail when memory is used up.
 
     On CUDA torch's allocator enforces the limit. On a CPU it limits the process's private memory (RLIMIT_DATA, Linux),
-    counted from what the process has now; mapped files do not count.
+    counted from what the process has now; files that are mapped without leave to write do not count.
     """
     with ExitStack() as stack:
         for device, limit_bytes in limits.items():
