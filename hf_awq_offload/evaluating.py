@@ -127,7 +127,8 @@ def evaluate(
             f"window_tokens is {window_tokens}, stride_tokens {stride}, and most_tokens {most_tokens}; expected "
             "windows and a text of at least 2 tokens, and a stride between 1 and the window."
         )
-    config = require_models(sides)
+    configs = [config_of(*side) for side in sides]
+    require_pair(configs)
     if _are_token_ids(dataset):
         if text_column is not None:
             raise ConfigError(f"text_column is {text_column!r}, and the data set is token ids; leave it out.")
@@ -135,7 +136,7 @@ def evaluate(
     else:
         tokenizers = _tokenizers(sides, tokenizer)
         token_ids = held_out_tokens(tokenizers, dataset, text_column, most_tokens)
-    require_text(token_ids, config, window_tokens)
+    require_text(token_ids, configs[0], window_tokens)
     windows = sliding_windows(token_ids, window_tokens, stride)
     if streamed is None:
         streamed = not fits(sides, limits, device_map)
@@ -159,18 +160,6 @@ def _are_token_ids(dataset: Any) -> bool:
     if isinstance(dataset, list):
         return all(isinstance(token_id, int) for token_id in dataset)
     return isinstance(dataset, Tensor | np.ndarray)
-
-
-def require_models(sides: Sequence[Side]) -> Any:
-    """Checks that there are models, and that two of them are a pair; returns the first one's config.
-
-    Raises:
-        CheckpointError: there is no such model, or the two differ in type, vocabulary or shape.
-    """
-    configs = [config_of(*side) for side in sides]
-    if len(configs) > 1:
-        require_pair(*configs)
-    return configs[0]
 
 
 def held_out_tokens(

@@ -49,8 +49,7 @@ def run(options: argparse.Namespace) -> Outcome:
     for source, arguments in sides:
         with named(str(source)):
             configs.append(config_of(source, arguments))
-    if len(configs) > 1:
-        require_pair(*configs)
+    require_pair(configs)
     tokenizers = [load_tokenizer(options.tokenizer or options.model, options)]
     if options.against and not options.tokenizer and (other := tokenizer_if_any(sides[1])) is not None:
         tokenizers.append(other)

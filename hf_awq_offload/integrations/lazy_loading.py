@@ -44,11 +44,8 @@ def load_on_meta(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            only_loading(to_quantize),
-            without_offload_message(),
-            with_own_bars_alone(),
-        ):  # nothing that bars could count
+        # Nothing is loaded that bars could count.
+        with only_loading(to_quantize), without_offload_message(), with_own_bars_alone():
             return model_class.from_pretrained(
                 src, quantization_config=recipe, dtype=dtype, offload_folder=str(folder), **kwargs
             )

@@ -72,12 +72,15 @@ def require_two(sides: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
         )
 
 
-def require_pair(config: Any, reference: Any) -> None:
-    """Compares the configs of a model and of its original.
+def require_pair(configs: Sequence[Any]) -> None:
+    """Compares the configs of a model and of its original; of one model alone, there is nothing to compare.
 
     Raises:
         CheckpointError: they differ in type, vocabulary or shape.
     """
+    if len(configs) < 2:
+        return
+    config, reference = configs
     if config.model_type != reference.model_type:
         raise CheckpointError(
             f"The model is a {config.model_type}, the one that it is compared with a {reference.model_type}. {REMEDY}"

@@ -109,15 +109,10 @@ def _check_report(report: Mapping[str, Any], name: str) -> None:
 
 
 def _check_memory(memory: Mapping[str, Any]) -> None:
-    most, places = (
-        memory.get("chunk_elements"),
-        [memory.get(f"{what}_in_ram", False) for what in ("statistics", "grams")],
-    )
-    if (
-        not isinstance(memory.get("device", ""), str)
-        or not (most is None or (_is_count(most) and most > 0))
-        or not all(type(place) is bool for place in places)
-    ):
+    most = memory.get("chunk_elements")
+    are_sizes = most is None or (_is_count(most) and most > 0)
+    are_places = all(type(memory.get(name, False)) is bool for name in ("statistics_in_ram", "grams_in_ram"))
+    if not (are_sizes and are_places and isinstance(memory.get("device", ""), str)):
         raise ValueError(f"what memory it had left is {str(memory)[:200]}")
 
 

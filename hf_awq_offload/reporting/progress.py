@@ -107,7 +107,8 @@ class Progress:
             self._bar.set_postfix_str(self._postfix(name), refresh=False)
             self._bar.update()
         elif self._is_plain:
-            announce(f"[{self.done}/{self.total}] {name}: {', '.join([*facts, *self._eta()])}")
+            said = ", ".join([*facts, *self._eta()])
+            announce(f"[{self.done}/{self.total}] {name}" + (f": {said}" if said else ""))
 
     def _postfix(self, layer: str | None, phase: str = "") -> str:
         """Returns what stands after the bar: as much of it, most important first, as leaves LEAST_BAR for the bar."""

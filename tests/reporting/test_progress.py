@@ -69,6 +69,13 @@ def test_a_log_file_gets_a_line_per_layer_and_no_carriage_return(capsys):
     assert "\r" not in log
 
 
+def test_a_layer_of_which_nothing_is_to_say_is_named_alone(capsys):
+    with Progress() as progress:
+        progress.expect(1)
+        progress.passed("model.layers.0", [])
+    assert capsys.readouterr().err == "[1/1] model.layers.0\n"
+
+
 def test_the_time_to_come_is_that_of_layers_after_the_first(capsys, monkeypatch):
     clock = iter([0.0, 0.0, 100.0, 100.0, 110.0, 110.0, 110.0])
     monkeypatch.setattr("hf_awq_offload.reporting.progress.time.perf_counter", lambda: next(clock))
